@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: Apache-2.0
+/// The three ways a call can be refused. Each message names the argument, what came and what was wanted, and nothing has
+/// been written when it is thrown.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+
+#include "moe/core/view.hpp"
+
+namespace moe {
+
+/// Sizes that do not fit together, or too little memory.
+struct shape_error : std::invalid_argument {
+  using std::invalid_argument::invalid_argument;
+};
+/// A file that is not what it claims to be, or not what was asked for.
+struct format_error : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+/// An accelerator that failed; thrown at `sync()`.
+struct device_error : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+/// Throws unless `got == wanted`: "linear_gate: x has 8 columns, expected 16 (d)".
+inline void expect(dim got, dim wanted, const char* what, const char* unit, const char* symbol) {
+  if (got == wanted) return;
+  throw shape_error(std::string(what) + " has " + std::to_string(got) + ' ' + unit + ", expected " + std::to_string(wanted) +
+                    " (" + symbol + ')');
+}
+
+/// Throws unless `m` is a matrix of rows x cols: "ffn_expert: up is 64 x 32, expected 128 x 32 (E*f x d)".
+template <class T>
+void expect(matrix_view<T> m, dim rows, dim cols, const char* what, const char* symbols) {
+  if (m.rows == rows && m.cols == cols && m.ld >= cols && (m.data != nullptr || rows * cols == 0)) return;
+  std::string came = m.data == nullptr && m.rows == rows && m.cols == cols
+                         ? std::string(" has no memory")
+                         : " is " + std::to_string(m.rows) + " x " + std::to_string(m.cols);
+  if (m.ld < m.cols) came += " with row stride " + std::to_string(m.ld);
+  throw shape_error(what + came + ", expected " + std::to_string(rows) + " x " + std::to_string(cols) + " (" + symbols + ')');
+}
+
+/// Throws unless `bytes` are left: "moe::layer::forward: scratch has 64 bytes left, needs 4096 (scratch_bytes(T))".
+inline void expect_bytes(std::size_t left, std::size_t needed, const char* what, const char* sizer) {
+  if (left >= needed) return;
+  throw shape_error(std::string(what) + " has " + std::to_string(left) + " bytes left, needs " + std::to_string(needed) + " (" +
+                    sizer + ')');
+}
+
+}  // namespace moe

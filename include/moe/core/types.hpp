@@ -1,0 +1,26 @@
+// SPDX-License-Identifier: Apache-2.0
+/// The integers that sizes and names are made of, and the sizes of a layer.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace moe {
+
+/// Counts and strides, in elements.
+using dim = std::ptrdiff_t;
+/// Names a token, an expert or a row inside a plan.
+using idx = std::int32_t;
+
+/// Sizes of a layer. `tokens` is the bound or, inside a call, the number at hand.
+struct shape {
+  dim tokens = 0;   ///< T
+  dim d = 0;        ///< model width
+  dim f = 0;        ///< hidden width of an expert, where it has one
+  dim experts = 0;  ///< E
+};
+
+/// Memory a program's threads can read; device memory is `moe::device` (backend/cuda.cuh).
+struct host {};
+
+}  // namespace moe
