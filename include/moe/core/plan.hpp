@@ -13,11 +13,11 @@ namespace moe {
 /// The part of a plan that one bank of experts works on. Row numbers stay those of the whole plan.
 /// An empty `token` means that row r is token r; an empty `weight` means one.
 struct bank_rows {
-  std::span<const idx> offsets;        ///< [n+1]  rows of the bank's e-th expert: offsets[e] .. offsets[e+1]
-  std::span<const idx> token;          ///< [A]    source token of row r
-  std::span<const float> weight;       ///< [A]    combine weight of row r
-  std::span<const idx> token_offsets;  ///< [T+1]  assignments of token t
-  std::span<const idx> position;       ///< row of an assignment; negative when dropped
+  std::span<const idx> offsets{};        ///< [n+1]  rows of the bank's e-th expert: offsets[e] .. offsets[e+1]
+  std::span<const idx> token{};          ///< [A]    source token of row r
+  std::span<const float> weight{};       ///< [A]    combine weight of row r
+  std::span<const idx> token_offsets{};  ///< [T+1]  assignments of token t
+  std::span<const idx> position{};       ///< row of an assignment; negative when dropped
 
   dim experts() const noexcept { return static_cast<dim>(offsets.size()) - 1; }
   dim tokens() const noexcept { return static_cast<dim>(token_offsets.size()) - 1; }

@@ -1,0 +1,80 @@
+// SPDX-License-Identifier: Apache-2.0
+/// Primitives of feed-forward experts on the host: products with the activation applied while the tile is in cache.
+#pragma once
+
+#include "moe/backend/host.hpp"
+
+namespace moe {
+
+namespace detail {
+
+template <class T>
+void start(matrix_view<T> z, matrix_view<const T> bias, dim e, dim j) noexcept {
+  for (dim r = 0; r < z.rows; ++r)
+    for (dim c = 0; c < z.cols; ++c) z(r, c) = bias ? bias(e, j + c) : T(0);
+}
+
+}  // namespace detail
+
+/// z = x W^T + b and a = form(z) for every row of a bank, a tile at a time. Gated forms take two stacks: z[A,2f] holds gate
+/// then up. z may be empty (inference): then it lives in the tile alone. Biases [E,f] may be empty.
+template <HostBackend B, class Form>
+void grouped_up(const call<B>& on, const bank_rows& rows, gathered<float> x, const Form& form,
+                matrix_stack<const float> gate, matrix_view<const float> gate_bias, matrix_stack<const float> up,
+                matrix_view<const float> up_bias, matrix_view<float> z, matrix_view<float> a) noexcept {
+  typename B::arch arch{};
+  const dim f = a.cols;
+  detail::for_each_tile(on, rows.offsets, f, [&](dim e, dim r, dim m, dim j, dim n) {
+    float local[2][detail::row_block * detail::panel];
+    const auto tile = [&](int which) {
+      return z ? z.slice(r, m).columns(which * f + j, n) : matrix_view<float>{local[which], m, n};
+    };
+    const matrix_view<float> first = tile(0), second = Form::gated ? tile(1) : first;
+    if constexpr (Form::gated) {
+      detail::start(first, gate_bias, e, j);
+      gemm_nt(arch, x.from(r), gate[e].slice(j, n), first);
+    }
+    detail::start(second, up_bias, e, j);
+    gemm_nt(arch, x.from(r), up[e].slice(j, n), second);
+    for (dim i = 0; i < m; ++i)
+      for_each_lane(arch, n, [&, g = first.row(i), u = second.row(i), to = a.row(r + i) + j](dim c, auto lane) {
+        if constexpr (Form::gated) lane.store(to + c, form(lane.load(g + c), lane.load(u + c)));
+        else lane.store(to + c, form(lane.load(u + c)));
+      });
+  });
+}
+
+/// The same step backward, row by row. On entry a holds da' = dy W_down, unweighted. Then for each row, with its weight w:
+/// dweight += <da', form(z)>, dz = slope(z, w da'), and a = w form(z), ready for the gradient of down.
+template <HostBackend B, class Form>
+void grouped_up_backward(const call<B>& on, const bank_rows& rows, const Form& form, const float* weight,
+                         matrix_view<const float> z, matrix_view<float> a, matrix_view<float> dz,
+                         std::span<float> dweight) noexcept {
+  typename B::arch arch{};
+  const dim f = a.cols;
+  for_each_row(on, rows, [&](dim, dim r) {
+    const float w = weight ? weight[r] : 1.f;
+    float sum = 0;
+    for_each_lane(arch, f, [&](dim c, auto lane) {
+      using V = typename decltype(lane)::value;
+      const V da = lane.load(a.row(r) + c);
+      V value;
+      if constexpr (Form::gated) {
+        const V g = lane.load(z.row(r) + c), u = lane.load(z.row(r) + f + c);
+        V dg, du;
+        value = form.slope(g, u, V(w) * da, dg, du);
+        lane.store(dz.row(r) + c, dg);
+        lane.store(dz.row(r) + f + c, du);
+      } else {
+        V dv;
+        value = form.slope(lane.load(z.row(r) + c), V(w) * da, dv);
+        lane.store(dz.row(r) + c, dv);
+      }
+      sum += lane.sum(value * da);
+      lane.store(a.row(r) + c, V(w) * value);
+    });
+    if (!dweight.empty()) dweight[static_cast<std::size_t>(r)] += sum;
+  });
+}
+
+}  // namespace moe

@@ -1,0 +1,30 @@
+// SPDX-License-Identifier: Apache-2.0
+/// The usual combine.
+#pragma once
+
+#include "moe/concepts.hpp"
+
+namespace moe {
+
+/// y[t] = sum over t's rows of weight[r] ys[r], in the order of its choices. A token without rows gives 0.
+///
+/// Keeps no row: backward lets the experts gather dy and weigh it.
+struct weighted_sum {
+  static constexpr bool weighted_rows = true;
+  using weights = nothing;
+  using context = nothing;
+
+  template <class B, class In, class Rows>
+  void forward(const call<B>& on, const weights&, const In&, const routing_plan& p, const Rows& ys, matrix_view<float> y,
+               context&) const noexcept {
+    fill(on, y, 0.f);
+    combine_rows(on, p, ys, p.weight, y);
+  }
+  template <class B, class In, class InGrad, class Rows>
+  void backward(const call<B>&, const weights&, const In&, const routing_plan& p, const Rows&, const context&,
+                matrix_view<const float> dy, gathered<float>& dys, InGrad&, weights&, std::span<float>) const noexcept {
+    dys = {dy, p.token.data(), p.weight.data()};
+  }
+};
+
+}  // namespace moe

@@ -1,0 +1,263 @@
+// SPDX-License-Identifier: Apache-2.0
+/// The four concepts a layer is made of, and Backend. How to write a policy: docs/policies.md.
+///
+/// A policy holds configuration only. It names its types and offers three kinds of member: `make_*` carve memory,
+/// `forward` computes, `backward` differentiates. Members that run kernels are templates on the backend, return void and
+/// are noexcept, so that checking a concept never instantiates a body. Every weights, context and scratch type that is
+/// empty is carved by the library itself: a policy without weights says `using weights = nothing;` and is done.
+///
+/// Optional members, used where present:
+///   check(shape)                          throws shape_error for sizes or a configuration that cannot work
+///   check(const weights&, shape)          throws shape_error for weights that do not fit
+///   make_scratch(shape[, rows], arena&)            what forward takes from on.scratch
+///   make_backward_scratch(shape[, rows], arena&)   what backward takes from on.scratch
+#pragma once
+
+#include <concepts>
+#include <span>
+#include <type_traits>
+
+#include "moe/core/arena.hpp"
+#include "moe/core/call.hpp"
+#include "moe/core/plan.hpp"
+#include "moe/core/view.hpp"
+
+namespace moe {
+
+/// Weights or context of a policy that has none.
+struct nothing {};
+
+/// Where the work runs. `space` says which memory it reads; `arch` is the tag kernels are overloaded on (docs/backends.md).
+template <class B>
+concept Backend = std::copyable<B> && requires {
+  typename B::space;
+  typename B::arch;
+};
+
+namespace detail {
+
+template <class P>
+concept carves_weights = std::is_empty_v<typename P::weights> || requires(const P p, shape s, arena& mem) {
+  { p.make_weights(s, mem) } noexcept -> std::same_as<typename P::weights>;
+};
+template <class P>
+concept carves_context = std::is_empty_v<typename P::context> || requires(const P p, shape s, arena& mem) {
+  { p.make_context(s, mem) } noexcept -> std::same_as<typename P::context>;
+};
+template <class P>
+concept carves_row_context = std::is_empty_v<typename P::context> || requires(const P p, shape s, dim rows, arena& mem) {
+  { p.make_context(s, rows, mem) } noexcept -> std::same_as<typename P::context>;
+};
+
+struct not_trainable {};
+template <class P>
+struct input_grad_of { using type = not_trainable; };
+template <class P>
+  requires requires { typename P::input_grad; }
+struct input_grad_of<P> { using type = typename P::input_grad; };
+template <class P>
+struct weights_grad_of { using type = typename P::weights; };
+template <class P>
+  requires requires { typename P::weights_grad; }
+struct weights_grad_of<P> { using type = typename P::weights_grad; };
+template <class P>
+using input_grad = typename input_grad_of<P>::type;
+template <class P>
+using weights_grad = typename weights_grad_of<P>::type;
+
+}  // namespace detail
+
+/// scores[T,E] = gate(x), overwritten.
+template <class G, class B>
+concept Gate = Backend<B> && detail::carves_weights<G> && detail::carves_context<G> &&
+               requires(const G g, const call<B> on, const typename G::weights w, typename G::context ctx,
+                        const typename G::input x, matrix_view<float> scores) {
+                 { g.forward(on, w, x, scores, ctx) } noexcept -> std::same_as<void>;
+               };
+
+/// dscores -> dx (+=), dw (+=)
+template <class G, class B>
+concept TrainableGate =
+    Gate<G, B> && requires(const G g, const call<B> on, const typename G::weights w, const typename G::context ctx,
+                           const typename G::input x, matrix_view<const float> dscores, detail::input_grad<G> dx,
+                           detail::weights_grad<G> dw) {
+      { g.backward(on, w, x, ctx, dscores, dx, dw) } noexcept -> std::same_as<void>;
+    };
+
+/// plan = router(scores); at most max_rows(s) assignments.
+template <class R, class B>
+concept Router = Backend<B> && detail::carves_weights<R> && detail::carves_context<R> &&
+                 requires(const R r, const call<B> on, const typename R::weights w, matrix_view<const float> scores,
+                          typename R::plan plan, typename R::context ctx, shape s) {
+                   { r.max_rows(s) } noexcept -> std::same_as<dim>;
+                   { r.forward(on, w, scores, plan, ctx) } noexcept -> std::same_as<void>;
+                 };
+
+/// dweight[A] -> dscores[T,E] (=), dw (+=)
+template <class R, class B>
+concept TrainableRouter =
+    Router<R, B> && requires(const R r, const call<B> on, const typename R::weights w, const typename R::plan plan,
+                             const typename R::context ctx, std::span<const float> dweight, matrix_view<float> dscores,
+                             detail::weights_grad<R> dw) {
+      { r.backward(on, w, plan, ctx, dweight, dscores, dw) } noexcept -> std::same_as<void>;
+    };
+
+/// A router that can weigh the assignments of a given plan anew: what replaying a recorded plan needs.
+template <class R, class B>
+concept ReplayableRouter =
+    Router<R, B> && requires(const R r, const call<B> on, const typename R::weights w, matrix_view<const float> scores,
+                             typename R::plan plan, typename R::context ctx) {
+      { r.weigh(on, w, scores, plan, ctx) } noexcept -> std::same_as<void>;
+    };
+
+/// ys[A] = a bank of experts over rows grouped by expert.
+template <class X, class B>
+concept Expert = Backend<B> && detail::carves_weights<X> && detail::carves_row_context<X> &&
+                 requires(const X x, const call<B> on, const typename X::weights w, const typename X::input in,
+                          const bank_rows rows, typename X::output ys, typename X::context ctx, shape s, dim max_rows,
+                          arena& mem) {
+                   { x.make_output(s, max_rows, mem) } noexcept -> std::same_as<typename X::output>;
+                   { x.forward(on, w, in, rows, ys, ctx) } noexcept -> std::same_as<void>;
+                 };
+
+namespace detail {
+
+/// An expert that differentiates from the token gradient itself: dys[r] = weight[r] * dy[token[r]], never stored. It adds
+/// its own share to dweight.
+template <class X, class B>
+concept backward_from_tokens =
+    requires(const X x, const call<B> on, const typename X::weights w, const typename X::input in, const bank_rows rows,
+             const typename X::context ctx, gathered<float> dys, input_grad<X> dx, weights_grad<X> dw,
+             std::span<float> dweight) {
+      { x.backward(on, w, in, rows, ctx, dys, dx, dw, dweight) } noexcept -> std::same_as<void>;
+    };
+/// An expert that differentiates from stored rows, as simple policies do.
+template <class X, class B>
+concept backward_from_rows =
+    requires(const X x, const call<B> on, const typename X::weights w, const typename X::input in, const bank_rows rows,
+             const typename X::context ctx, typename X::output dys, input_grad<X> dx, weights_grad<X> dw,
+             std::span<float> dweight) {
+      { x.backward(on, w, in, rows, ctx, dys, dx, dw, dweight) } noexcept -> std::same_as<void>;
+    };
+
+}  // namespace detail
+
+/// dys -> dx (+=), dw (+=), dweight (+=). `dys` is `output` or, to save the rows, `gathered<float>`.
+template <class X, class B>
+concept TrainableExpert = Expert<X, B> && (detail::backward_from_tokens<X, B> || detail::backward_from_rows<X, B>);
+
+/// y[T,d] = combine(plan, ys), for one kind of input, plan and rows.
+template <class C, class In, class Plan, class Rows, class B>
+concept Combine = Backend<B> && detail::carves_weights<C> && detail::carves_context<C> &&
+                  requires(const C c, const call<B> on, const typename C::weights w, const In x, const Plan plan, Rows ys,
+                           matrix_view<float> y, typename C::context ctx) {
+                    { c.forward(on, w, x, plan, ys, y, ctx) } noexcept -> std::same_as<void>;
+                  };
+
+namespace detail {
+
+/// A weighted sum of rows keeps none of them: its backward names the token gradient that rows gather from.
+template <class C>
+inline constexpr bool weighted_rows = false;
+template <class C>
+  requires requires { { C::weighted_rows } -> std::convertible_to<bool>; }
+inline constexpr bool weighted_rows<C> = C::weighted_rows;
+template <class C, class Rows>
+using row_gradient = std::conditional_t<weighted_rows<C>, gathered<float>, Rows>;
+
+}  // namespace detail
+
+/// dy -> dys (=), dx (+=), dw (+=), dweight (+=). With `weighted_rows`, ys is empty and dys is a `gathered<float>` to set.
+template <class C, class In, class InGrad, class Plan, class Rows, class B>
+concept TrainableCombine =
+    Combine<C, In, Plan, Rows, B> &&
+    requires(const C c, const call<B> on, const typename C::weights w, const In x, const Plan plan, const Rows ys,
+             const typename C::context ctx, matrix_view<const float> dy, detail::row_gradient<C, Rows> dys, InGrad dx,
+             detail::weights_grad<C> dw, std::span<float> dweight) {
+      { c.backward(on, w, x, plan, ys, ctx, dy, dys, dx, dw, dweight) } noexcept -> std::same_as<void>;
+    };
+
+namespace detail {
+
+// What the layer and sets of experts carve on behalf of a policy.
+template <class P>
+typename P::weights make_weights(const P& p, shape s, arena& mem) noexcept {
+  if constexpr (requires { p.make_weights(s, mem); }) return p.make_weights(s, mem);
+  else return {};
+}
+template <class P>
+weights_grad<P> make_gradients(const P& p, shape s, arena& mem) noexcept {
+  if constexpr (requires { p.make_gradients(s, mem); }) return p.make_gradients(s, mem);
+  else if constexpr (std::same_as<typename P::weights, weights_grad<P>>) return make_weights(p, s, mem);
+  else return {};
+}
+template <class P>
+typename P::context make_context(const P& p, shape s, arena& mem) noexcept {
+  if constexpr (requires { p.make_context(s, mem); }) return p.make_context(s, mem);
+  else return {};
+}
+template <class P>
+typename P::context make_context(const P& p, shape s, dim rows, arena& mem) noexcept {
+  if constexpr (requires { p.make_context(s, rows, mem); }) return p.make_context(s, rows, mem);
+  else return {};
+}
+template <class P, class... Rows>
+void count_scratch(const P& p, arena& mem, shape s, Rows... rows) noexcept {
+  scratch_frame frame(mem);
+  if constexpr (requires { p.make_scratch(s, rows..., mem); }) (void)p.make_scratch(s, rows..., mem);
+}
+template <class P, class... Rows>
+void count_backward_scratch(const P& p, arena& mem, shape s, Rows... rows) noexcept {
+  scratch_frame frame(mem);
+  if constexpr (requires { p.make_backward_scratch(s, rows..., mem); }) (void)p.make_backward_scratch(s, rows..., mem);
+}
+template <class P>
+void check_shape(const P& p, shape s) {
+  if constexpr (requires { p.check(s); }) p.check(s);
+}
+template <class P>
+void check_weights(const P& p, const typename P::weights& w, shape s) {
+  if constexpr (requires { p.check(w, s); }) p.check(w, s);
+}
+
+/// Backward of an expert below a weighted sum. One that wants stored rows gets them: its output is computed again,
+/// dweight[r] += <dy, ys_r>, and dys_r = weight_r dy.
+template <class X, class B>
+void expert_backward(const call<B>& on, const X& x, const typename X::weights& w, const typename X::input& in,
+                     const bank_rows& rows, const typename X::context& ctx, gathered<float> dys, input_grad<X>& dx,
+                     weights_grad<X>& dw, std::span<float> dweight) noexcept {
+  if constexpr (backward_from_tokens<X, B>) {
+    x.backward(on, w, in, rows, ctx, dys, dx, dw, dweight);
+  } else {
+    scratch_frame frame(on.scratch);
+    const dim max_rows = static_cast<dim>(dweight.size());
+    auto ys = x.make_output(on.sizes, max_rows, on.scratch);
+    auto again = ctx;
+    x.forward(on, w, in, rows, ys, again);
+    auto stored = x.make_output(on.sizes, max_rows, on.scratch);
+    split_row_gradient(on, rows, dys, ys, stored, dweight);
+    x.backward(on, w, in, rows, ctx, stored, dx, dw, dweight);
+  }
+}
+template <class X, class B>
+void count_expert_backward(const X& x, shape s, dim max_rows, arena& mem) noexcept {
+  scratch_frame frame(mem);
+  if constexpr (!backward_from_tokens<X, B>) {
+    (void)x.make_output(s, max_rows, mem);
+    count_scratch(x, mem, s, max_rows);
+    (void)x.make_output(s, max_rows, mem);
+  }
+  count_backward_scratch(x, mem, s, max_rows);
+}
+
+/// What an expert reads of the gate's input, and where its gradient goes: the input itself, or its member x.
+template <class X, class In>
+constexpr decltype(auto) expert_input(In& in) noexcept {
+  if constexpr (std::same_as<std::remove_const_t<In>, X>) return (in);
+  else return (in.x);
+}
+template <class X, class In>
+concept reads_input_of = std::same_as<In, X> || requires(In in) { { in.x } -> std::convertible_to<X>; };
+
+}  // namespace detail
+}  // namespace moe

@@ -1,0 +1,459 @@
+// SPDX-License-Identifier: Apache-2.0
+/// A layer: Gate, Router, Expert and Combine over a Backend, composed by the compiler, forward and backward.
+#pragma once
+
+#include "moe/concepts.hpp"
+#include "moe/core/error.hpp"
+
+namespace moe {
+
+/// How a layer's public functions see memory of a space: on the host as it is; elsewhere wrapped, so that memory of the
+/// wrong space does not compile (backend/cuda.cuh).
+template <class Space>
+struct edge;
+template <>
+struct edge<host> {
+  using arena = moe::arena;
+  template <class V>
+  using view = V;
+  static moe::arena& open(moe::arena& mem) noexcept { return mem; }
+  template <class V>
+  static V& open(V& v) noexcept { return v; }
+  template <class V>
+  static V close(V v) noexcept { return v; }
+};
+
+namespace detail {
+
+// One question a line, each answered by a bool, so that a wrong part yields one message.
+template <class G, class R, class X, class C, class B>
+struct composition {
+  static constexpr bool backend = Backend<B>;
+  static constexpr bool gate = !backend || Gate<G, B>;
+  static constexpr bool router = !backend || Router<R, B>;
+  static constexpr bool expert = !backend || Expert<X, B>;
+  static constexpr bool parts = backend && gate && router && expert;
+  static constexpr bool input = [] {
+    if constexpr (parts) return reads_input_of<typename X::input, typename G::input>;
+    else return true;
+  }();
+  static constexpr bool combine = [] {
+    if constexpr (parts && input) return Combine<C, typename X::input, typename R::plan, typename X::output, B>;
+    else return true;
+  }();
+  static constexpr bool ok = parts && input && combine;
+  static constexpr bool trainable = [] {
+    if constexpr (ok)
+      return TrainableGate<G, B> && TrainableRouter<R, B> && TrainableExpert<X, B> &&
+             (!weighted_rows<C> || backward_from_tokens<X, B> || backward_from_rows<X, B>) &&
+             (weighted_rows<C> || backward_from_rows<X, B>) &&
+             TrainableCombine<C, typename X::input, input_grad<X>, typename R::plan, typename X::output, B>;
+    else return false;
+  }();
+};
+
+template <class G, class R, class X, class C, class B>
+class layer_impl;
+
+// Stands in for a layer that cannot exist: accepts every use, so the assertion below is the only error.
+struct ill_composed {
+  struct any {
+    template <class... A>
+    any(A&&...) noexcept {}
+    any gate() const noexcept { return {}; }
+  };
+  using weights = any;
+  using gradients = any;
+  using context = any;
+  using input = any;
+  template <class... A>
+  explicit ill_composed(A&&...) noexcept {}
+  template <class... A> any make_weights(A&&...) const noexcept { return {}; }
+  template <class... A> any make_gradients(A&&...) const noexcept { return {}; }
+  template <class... A> any make_context(A&&...) const noexcept { return {}; }
+  template <class... A> any make_inference_context(A&&...) const noexcept { return {}; }
+  template <class... A> void forward(A&&...) const noexcept {}
+  template <class... A> void replay(A&&...) const noexcept {}
+  template <class... A> void backward(A&&...) const noexcept {}
+  template <class... A> std::size_t context_bytes(A&&...) const noexcept { return 0; }
+  template <class... A> std::size_t inference_context_bytes(A&&...) const noexcept { return 0; }
+  template <class... A> std::size_t scratch_bytes(A&&...) const noexcept { return 0; }
+  std::size_t weight_bytes() const noexcept { return 0; }
+  std::vector<slot> catalogue() const { return {}; }
+};
+
+template <class G, class R, class X, class C, class B>
+using layer_base = std::conditional_t<composition<G, R, X, C, B>::ok, layer_impl<G, R, X, C, B>, ill_composed>;
+
+/// The part of type P among the constructor's arguments, or a default one.
+template <class P>
+P pick() { return P{}; }
+template <class P, class First, class... Rest>
+P pick(const First& first, const Rest&... rest) {
+  if constexpr (std::same_as<P, First>) return first;
+  else return pick<P>(rest...);
+}
+
+}  // namespace detail
+
+/// y = combine(experts(x)) by the plan of router(gate(x)).
+///
+/// Constructed from a shape and, in any order, those parts that have a configuration:
+/// `layer<...> net({.d = 64, .f = 256, .experts = 8}, my_experts, pool)`.
+/// Errors of composition are one message here; for the reason behind it, assert the concept it names.
+template <class G, class R, class X, class C, class B>
+class layer : public detail::layer_base<G, R, X, C, B> {
+  using parts = detail::composition<G, R, X, C, B>;
+  static_assert(parts::backend, "moe::layer: argument 5 is not a Backend; static_assert(moe::Backend<B>) says why [docs/backends.md]");
+  static_assert(parts::gate, "moe::layer: argument 1 is not a Gate on this backend; static_assert(moe::Gate<G, B>) says why [docs/policies.md]");
+  static_assert(parts::router, "moe::layer: argument 2 is not a Router on this backend; static_assert(moe::Router<R, B>) says why [docs/policies.md]");
+  static_assert(parts::expert, "moe::layer: argument 3 is not an Expert on this backend; static_assert(moe::Expert<X, B>) says why [docs/policies.md]");
+  static_assert(parts::input, "moe::layer: arguments 1 and 3, gate and expert, read different inputs [docs/policies.md]");
+  static_assert(parts::combine, "moe::layer: argument 4 cannot combine this router's plan with this expert's output [docs/policies.md]");
+
+ public:
+  using detail::layer_base<G, R, X, C, B>::layer_base;
+  template <class... Parts>
+  explicit layer(shape s, const Parts&... given) : detail::layer_base<G, R, X, C, B>(s, given...) {}
+};
+
+namespace detail {
+
+template <class G, class R, class X, class C, class B>
+class layer_impl {
+  using parts = composition<G, R, X, C, B>;
+  using space = edge<typename B::space>;
+  template <class V>
+  using at_edge = typename space::template view<V>;
+  static constexpr bool keeps_rows = !weighted_rows<C>;
+  template <class P>
+  static constexpr bool is_part = std::same_as<P, G> || std::same_as<P, R> || std::same_as<P, X> || std::same_as<P, C> ||
+                                  std::same_as<P, B>;
+
+ public:
+  using gate_type = G;
+  using router_type = R;
+  using expert_type = X;
+  using combine_type = C;
+  using backend_type = B;
+  using arena_type = typename space::arena;
+
+  struct weight_views {
+    typename G::weights gate;
+    typename R::weights router;
+    typename X::weights experts;
+    typename C::weights combine;
+  };
+  struct gradient_views {
+    weights_grad<G> gate;
+    weights_grad<R> router;
+    weights_grad<X> experts;
+    weights_grad<C> combine;
+  };
+  using weights = at_edge<weight_views>;
+  using gradients = at_edge<gradient_views>;
+  using input = at_edge<typename G::input>;
+  using input_grad = at_edge<detail::input_grad<G>>;
+
+  /// What forward keeps for backward, and the plan. Made for exactly T tokens.
+  struct context {
+    shape sizes;                      ///< with tokens = T
+    bool training = false;            ///< made by make_context: forward keeps what backward reads
+    moe::rng random{};                ///< noise, jitter and dropout of this call draw from it
+    typename R::plan plan;
+    typename G::context gate{};
+    typename R::context router{};
+    typename X::context experts{};
+    typename C::context combine{};
+    typename X::output rows{};        ///< expert rows, where the combine needs them in backward
+  };
+
+  template <class... Parts>
+  explicit layer_impl(shape s, const Parts&... given)
+      : sizes_(s), backend_(pick<B>(given...)), gate_(pick<G>(given...)), router_(pick<R>(given...)),
+        experts_(pick<X>(given...)), combine_(pick<C>(given...)) {
+    static_assert((is_part<Parts> && ...),
+                  "moe::layer: a constructor argument is none of this layer's five parts [docs/policies.md]");
+    if (s.d <= 0) throw shape_error("moe::layer: d is " + std::to_string(s.d) + ", expected at least 1");
+    if (s.experts <= 0) throw shape_error("moe::layer: experts is " + std::to_string(s.experts) + ", expected at least 1");
+    if (s.tokens < 0) throw shape_error("moe::layer: tokens is " + std::to_string(s.tokens) + ", expected at least 0");
+    check_shape(gate_, s);
+    check_shape(router_, s);
+    check_shape(experts_, s);
+    check_shape(combine_, s);
+  }
+
+  const shape& sizes() const noexcept { return sizes_; }
+  const B& backend() const noexcept { return backend_; }
+  const G& gate() const noexcept { return gate_; }
+  const R& router() const noexcept { return router_; }
+  const X& experts() const noexcept { return experts_; }
+  const C& combine() const noexcept { return combine_; }
+
+  /// Bytes of the flat parameter buffer; of a context for T tokens; of the scratch of one call, forward or backward.
+  std::size_t weight_bytes() const noexcept {
+    moe::arena count;
+    (void)carve_weights(count);
+    return padded(count);
+  }
+  std::size_t context_bytes(dim T) const {
+    moe::arena count;
+    (void)carve_context(T, true, count);
+    return padded(count);
+  }
+  std::size_t inference_context_bytes(dim T) const {
+    moe::arena count;
+    (void)carve_context(T, false, count);
+    return padded(count);
+  }
+  std::size_t scratch_bytes(dim T) const {
+    moe::arena count;
+    const shape s = at(T);
+    count_forward(s, count);
+    if constexpr (parts::trainable) count_backward(s, count);
+    return padded(count);
+  }
+  /// Every weight by name, in the order of the flat buffer: what a checkpoint or an initialiser needs.
+  std::vector<slot> catalogue() const {
+    std::vector<slot> list;
+    moe::arena count(list);
+    (void)carve_weights(count);
+    return list;
+  }
+
+  weights make_weights(arena_type& mem) const {
+    auto& m = opened(mem, weight_bytes(), "moe::layer::make_weights: the arena", "weight_bytes()");
+    return space::close(carve_weights(m));
+  }
+  gradients make_gradients(arena_type& mem) const {
+    moe::arena count;
+    (void)carve_gradients(count);
+    auto& m = opened(mem, padded(count), "moe::layer::make_gradients: the arena", "weight_bytes()");
+    return space::close(carve_gradients(m));
+  }
+  /// A context for T tokens. The inference one keeps the plan alone.
+  context make_context(dim T, arena_type& mem) const {
+    return carve_context(T, true, opened(mem, context_bytes(T), "moe::layer::make_context: the arena", "context_bytes(T)"));
+  }
+  context make_inference_context(dim T, arena_type& mem) const {
+    return carve_context(T, false, opened(mem, inference_context_bytes(T), "moe::layer::make_inference_context: the arena",
+                                          "inference_context_bytes(T)"));
+  }
+
+  /// y[T,d] = layer(x), overwritten. Scratch is taken from `mem` and given back.
+  void forward(const weights& w, const input& x, const at_edge<matrix_view<float>>& y, context& ctx, arena_type& mem) const {
+    check_call(w, x, y, ctx, mem, "moe::layer::forward: ", "y");
+    const auto& v = space::open(w);
+    with_scores(v, space::open(x), ctx, space::open(mem), [&](const call<B>& on, matrix_view<float> scores) {
+      router_.forward(on, v.router, scores, ctx.plan, ctx.router);
+      run_experts(on, v, space::open(x), space::open(y), ctx);
+    });
+  }
+
+  /// Forward along a recorded plan: its assignments, weighed anew by the router from today's scores. The context can be
+  /// handed to `backward` as after forward. Host plans only.
+  void replay(const weights& w, const input& x, const typename R::plan& recorded, const at_edge<matrix_view<float>>& y,
+              context& ctx, arena_type& mem) const {
+    static_assert(ReplayableRouter<R, B>, "moe::layer: this router cannot weigh a given plan, so it cannot replay one [docs/policies.md]");
+    check_call(w, x, y, ctx, mem, "moe::layer::replay: ", "y");
+    check_recorded(recorded, ctx);
+    if constexpr (ReplayableRouter<R, B>) {
+      const auto& v = space::open(w);
+      copy_plan(recorded, ctx.plan);
+      with_scores(v, space::open(x), ctx, space::open(mem), [&](const call<B>& on, matrix_view<float> scores) {
+        router_.weigh(on, v.router, scores, ctx.plan, ctx.router);
+        run_experts(on, v, space::open(x), space::open(y), ctx);
+      });
+    }
+  }
+
+  /// dy -> dx (+=), dw (+=). `ctx` as forward left it, with the same w and x.
+  void backward(const weights& w, const input& x, const context& ctx, const at_edge<matrix_view<const float>>& dy,
+                const input_grad& dx, gradients& dw, arena_type& mem) const {
+    static_assert(parts::trainable, "moe::layer: this layer cannot train: one of its parts has no backward [docs/policies.md]");
+    if constexpr (parts::trainable) {
+      check_call(w, x, dy, ctx, mem, "moe::layer::backward: ", "dy");
+      check_input_like(space::open(dx), ctx.sizes, "moe::layer::backward: dx");
+      if (!ctx.training) throw shape_error("moe::layer::backward: ctx is an inference context, expected one of make_context");
+      run_backward(space::open(w), space::open(x), ctx, space::open(dy), space::open(dx), space::open(dw), space::open(mem));
+    }
+  }
+
+ private:
+  static std::size_t padded(moe::arena& count) noexcept {
+    count.rewind(count.peak());
+    count.align();
+    return count.peak();
+  }
+  static moe::arena& opened(arena_type& mem, std::size_t needed, const char* what, const char* sizer) {
+    moe::arena& m = space::open(mem);
+    m.align();
+    expect_bytes(m.left(), needed, what, sizer);
+    return m;
+  }
+  shape at(dim T) const {
+    if (T < 0 || (sizes_.tokens > 0 && T > sizes_.tokens))
+      throw shape_error("moe::layer: T is " + std::to_string(T) + ", expected 0 to " + std::to_string(sizes_.tokens) + " (tokens)");
+    shape s = sizes_;
+    s.tokens = T;
+    return s;
+  }
+
+  weight_views carve_weights(moe::arena& mem) const noexcept {
+    return {scoped("gate", mem, [&] { return detail::make_weights(gate_, sizes_, mem); }),
+            scoped("router", mem, [&] { return detail::make_weights(router_, sizes_, mem); }),
+            scoped("experts", mem, [&] { return detail::make_weights(experts_, sizes_, mem); }),
+            scoped("combine", mem, [&] { return detail::make_weights(combine_, sizes_, mem); })};
+  }
+  gradient_views carve_gradients(moe::arena& mem) const noexcept {
+    return {detail::make_gradients(gate_, sizes_, mem), detail::make_gradients(router_, sizes_, mem),
+            detail::make_gradients(experts_, sizes_, mem), detail::make_gradients(combine_, sizes_, mem)};
+  }
+  template <class F>
+  static auto scoped(const char* name, moe::arena& mem, F carve) noexcept {
+    moe::arena::scope in(mem, name);
+    return carve();
+  }
+  context carve_context(dim T, bool training, moe::arena& mem) const {
+    const shape s = at(T);
+    const dim rows = router_.max_rows(s);
+    context c{.sizes = s, .training = training, .plan = carve_plan(s, rows, mem)};
+    if (training) {
+      c.gate = detail::make_context(gate_, s, mem);
+      c.router = detail::make_context(router_, s, mem);
+      c.experts = detail::make_context(experts_, s, rows, mem);
+      c.combine = detail::make_context(combine_, s, mem);
+      if constexpr (keeps_rows) c.rows = experts_.make_output(s, rows, mem);
+    }
+    return c;
+  }
+  typename R::plan carve_plan(shape s, dim rows, moe::arena& mem) const noexcept {
+    if constexpr (requires { router_.make_plan(s, mem); }) return router_.make_plan(s, mem);
+    else return make_plan(s, rows, mem);
+  }
+
+  void count_forward(shape s, moe::arena& mem) const noexcept {
+    scratch_frame frame(mem);
+    const dim rows = router_.max_rows(s);
+    (void)mem.matrix<float>("scores", s.tokens, s.experts);
+    count_scratch(gate_, mem, s);
+    count_scratch(router_, mem, s);
+    (void)experts_.make_output(s, rows, mem);
+    count_scratch(experts_, mem, s, rows);
+    count_scratch(combine_, mem, s);
+  }
+  void count_backward(shape s, moe::arena& mem) const noexcept {
+    scratch_frame frame(mem);
+    const dim rows = router_.max_rows(s);
+    (void)mem.vector<float>("dweight", rows);
+    {
+      scratch_frame inner(mem);
+      // What the combine hands on, its row gradient, lives as long as the experts' own scratch.
+      if constexpr (requires { combine_.make_backward_scratch(s, mem); }) (void)combine_.make_backward_scratch(s, mem);
+      if constexpr (keeps_rows) {
+        (void)experts_.make_output(s, rows, mem);
+        count_backward_scratch(experts_, mem, s, rows);
+      } else {
+        count_expert_backward<X, B>(experts_, s, rows, mem);
+      }
+    }
+    (void)mem.matrix<float>("dscores", s.tokens, s.experts);
+    count_backward_scratch(router_, mem, s);
+    count_backward_scratch(gate_, mem, s);
+  }
+
+  template <class View>
+  void check_call(const weights& w, const input& x, const View& y, const context& ctx, arena_type& mem, const char* where,
+                  const char* y_name) const {
+    const std::string in(where);
+    const shape& s = ctx.sizes;
+    if (s.d != sizes_.d || s.experts != sizes_.experts || s.f != sizes_.f)
+      throw shape_error(in + "ctx was made by a layer of another shape");
+    check_input_like(space::open(x), s, (in + "x").c_str());
+    const auto& out = space::open(y);
+    expect(matrix_view<const float>(out), s.tokens, out.cols, (in + y_name).c_str(), "T x d");
+    if constexpr (std::same_as<typename X::input, matrix_view<const float>>)
+      expect(matrix_view<const float>(out), s.tokens, s.d, (in + y_name).c_str(), "T x d");
+    const auto& v = space::open(w);
+    check_weights(gate_, v.gate, s);
+    check_weights(router_, v.router, s);
+    check_weights(experts_, v.experts, s);
+    check_weights(combine_, v.combine, s);
+    (void)opened(mem, scratch_bytes(s.tokens), (in + "the arena").c_str(), "scratch_bytes(T)");
+  }
+  template <class In>
+  static void check_input_like(const In& in, const shape& s, const char* what) {
+    if constexpr (requires { in.check(s, what); }) in.check(s, what);
+    else if constexpr (requires { in.rows; in.cols; in.ld; }) expect(in, s.tokens, s.d, what, "T x d");
+    else if constexpr (requires { in.x; }) check_input_like(in.x, s, what);
+  }
+  void check_recorded(const typename R::plan& p, const context& ctx) const {
+    check(p);
+    expect(p.tokens(), ctx.sizes.tokens, "moe::layer::replay: the plan", "tokens", "T");
+    expect(p.experts(), ctx.sizes.experts, "moe::layer::replay: the plan", "experts", "E");
+    const dim wanted = p.token_offsets.back(), room = router_.max_rows(ctx.sizes);
+    if (wanted > room)
+      throw shape_error("moe::layer::replay: the plan has " + std::to_string(wanted) + " assignments, expected at most " +
+                        std::to_string(room) + " (max_rows)");
+  }
+
+  template <class F>
+  void with_scores(const weight_views& w, const typename G::input& x, context& ctx, moe::arena& mem, F then) const {
+    scratch_frame frame(mem);
+    const call<B> on{backend_, mem, ctx.sizes, ctx.training, ctx.random};
+    const auto scores = mem.matrix<float>("scores", ctx.sizes.tokens, ctx.sizes.experts);
+    gate_.forward(on, w.gate, x, scores, ctx.gate);
+    then(on, scores);
+  }
+  void run_experts(const call<B>& on, const weight_views& w, const typename G::input& x, matrix_view<float> y,
+                   context& ctx) const {
+    const auto& in = expert_input<typename X::input>(x);
+    const bool kept = keeps_rows && ctx.training;
+    typename X::output ys = kept ? ctx.rows : experts_.make_output(on.sizes, router_.max_rows(on.sizes), on.scratch);
+    experts_.forward(on, w.experts, in, ctx.plan.all(), ys, ctx.experts);
+    if (kept) ctx.rows = ys;
+    combine_.forward(on, w.combine, in, ctx.plan, ys, y, ctx.combine);
+  }
+  void run_backward(const weight_views& w, const typename G::input& x, const context& ctx, matrix_view<const float> dy,
+                    detail::input_grad<G> dx, gradient_views& dw, moe::arena& mem) const {
+    scratch_frame frame(mem);
+    const call<B> on{backend_, mem, ctx.sizes, ctx.training, ctx.random};
+    const dim rows = router_.max_rows(ctx.sizes);
+    const std::span<float> dweight = mem.vector<float>("dweight", rows);
+    fill(on, matrix_view<float>{dweight.data(), 1, rows}, 0.f);
+    {
+      scratch_frame inner(mem);
+      const auto& in = expert_input<typename X::input>(x);
+      auto& din = expert_input<detail::input_grad<X>>(dx);
+      row_gradient<C, typename X::output> dys{};
+      if constexpr (keeps_rows) dys = experts_.make_output(on.sizes, rows, mem);
+      combine_.backward(on, w.combine, in, ctx.plan, ctx.rows, ctx.combine, dy, dys, din, dw.combine, dweight);
+      if constexpr (keeps_rows)
+        experts_.backward(on, w.experts, in, ctx.plan.all(), ctx.experts, dys, din, dw.experts, dweight);
+      else
+        expert_backward(on, experts_, w.experts, in, ctx.plan.all(), ctx.experts, dys, din, dw.experts, dweight);
+    }
+    const auto dscores = mem.matrix<float>("dscores", ctx.sizes.tokens, ctx.sizes.experts);
+    router_.backward(on, w.router, ctx.plan, ctx.router, dweight, dscores, dw.router);
+    gate_.backward(on, w.gate, x, ctx.gate, dscores, dx, dw.gate);
+  }
+  static void copy_plan(const typename R::plan& from, typename R::plan& to) noexcept {
+    const auto copy = [](auto a, auto b, dim n) {
+      for (dim i = 0; i < n; ++i) b[static_cast<std::size_t>(i)] = a[static_cast<std::size_t>(i)];
+    };
+    copy(from.offsets, to.offsets, from.experts() + 1);
+    copy(from.token, to.token, from.rows());
+    copy(from.token_offsets, to.token_offsets, from.tokens() + 1);
+    copy(from.position, to.position, from.token_offsets.back());
+  }
+
+  shape sizes_;
+  [[no_unique_address]] B backend_;
+  [[no_unique_address]] G gate_;
+  [[no_unique_address]] R router_;
+  [[no_unique_address]] X experts_;
+  [[no_unique_address]] C combine_;
+};
+
+}  // namespace detail
+}  // namespace moe

@@ -1,0 +1,12 @@
+// SPDX-License-Identifier: Apache-2.0
+/// Everything but the accelerated backends: core, layer, all policies, the scalar backend. No third-party headers.
+#pragma once
+
+#include "moe/backend/host_ffn.hpp"
+#include "moe/backend/scalar.hpp"
+#include "moe/combine/weighted_sum.hpp"
+#include "moe/expert/ffn.hpp"
+#include "moe/gate/linear.hpp"
+#include "moe/layer.hpp"
+#include "moe/router/top_k.hpp"
+#include "moe/version.hpp"
