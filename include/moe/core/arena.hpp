@@ -19,7 +19,8 @@ namespace moe {
 class buffer {
  public:
   buffer() = default;
-  explicit buffer(std::size_t bytes) : block_(std::calloc(bytes + alignment, 1)), size_(bytes) {
+  explicit buffer(std::size_t bytes) : size_(bytes) {
+    if (bytes <= static_cast<std::size_t>(-1) - alignment) block_ = std::calloc(bytes + alignment, 1);
     if (block_ == nullptr) throw std::bad_alloc();
   }
   buffer(buffer&& other) noexcept : block_(std::exchange(other.block_, nullptr)), size_(std::exchange(other.size_, 0)) {}

@@ -2,6 +2,10 @@
 /// The only place that asks which compiler this is (docs/backends.md).
 #pragma once
 
+#if defined(MOE_SINGLE_INCLUDE)
+#error "moe: the folder of headers and the single header are both included"
+#endif
+
 /// Marks a function that runs on the host and in a CUDA kernel.
 #if defined(__CUDACC__)
 #define MOE_HD __host__ __device__
@@ -14,3 +18,16 @@
 #include <cassert>
 #define MOE_ASSERT(condition) assert(condition)
 #endif
+
+namespace moe::detail {
+
+/// One turn of a loop that waits for another thread: leaves the core to its sibling for a moment.
+inline void spin_pause() noexcept {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("yield");
+#endif
+}
+
+}  // namespace moe::detail
