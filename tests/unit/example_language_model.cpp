@@ -1,0 +1,204 @@
+// SPDX-License-Identifier: Apache-2.0
+// The parts of the main demonstration: reading its corpus, and the layers around its blocks.
+#include <doctest/doctest.h>
+
+#include <cmath>
+#include <string>
+#include <vector>
+
+#include "../../examples/language_model/model.hpp"
+#include "../../examples/language_model/roff.hpp"
+#include "../../examples/language_model/text.hpp"
+#include "moe/moe.hpp"
+
+namespace {
+
+using moe::dim;
+using block = moe::layer<moe::linear_gate, moe::top_k<2>, moe::ffn_expert, moe::weighted_sum, moe::scalar<>>;
+using model = demo::language_model<block>;
+
+std::string prose(const std::vector<std::string>& lines) {
+  demo::roff_text out;
+  for (const auto& l : lines) out.line(l);
+  out.end_paragraph();
+  return out.text();
+}
+
+std::vector<float> numbers(std::size_t n, std::uint64_t seed) {
+  std::vector<float> v(n);
+  for (std::size_t i = 0; i < n; ++i) v[i] = moe::rng(seed).normal(i);
+  return v;
+}
+moe::matrix_view<float> matrix(std::vector<float>& v, dim rows) {
+  return {v.data(), rows, static_cast<dim>(v.size()) / rows};
+}
+
+/// d f / d v[i] by central differences, in double.
+template <class F>
+double slope(std::vector<double> v, std::size_t i, F f) {
+  constexpr double h = 1e-5;
+  v[i] += h;
+  const double up = f(v);
+  v[i] -= 2 * h;
+  return (up - f(v)) / (2 * h);
+}
+
+const std::vector<std::uint8_t> bytes = {3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3};
+
+}  // namespace
+
+TEST_SUITE("examples/language_model") {
+  TEST_CASE("prose of a manual page keeps running text and drops markup, headings, code and short tags") {
+    const std::string text = prose({".TH LS 1", ".SH NOM", "ls \\- Afficher", ".PP", "Les param\\(`etres \\fBobligatoires\\fP pour les",
+                                    ".B options", "de forme longue le sont aussi\\ ; \\-\\-all.", ".nf", "int main(void) { return 0; } // a line of code",
+                                    ".fi", ".TP", "\\-a", "court", ".SH TRADUCTION", "La traduction de cette page a été créée par des personnes de bonne volonté."});
+    CHECK(text == "Les paramètres obligatoires pour les options de forme longue le sont aussi ; --all.\n");
+  }
+  TEST_CASE("a hidden span and a dropped section end with the page") {
+    const std::string line = "Une phrase assez longue pour compter comme un paragraphe de texte courant.";
+    CHECK(prose({".TH A 1", ".SH COPYRIGHT", line, ".TH B 1", line}) == line + "\n");
+    CHECK(prose({".Dd today", line, ".TH B 1", line}) == line + "\n");
+  }
+
+  TEST_CASE("a sampler visits every byte of every language once in an epoch and spreads over the languages") {
+    demo::text t;
+    for (const std::size_t size : {500u, 300u, 400u}) demo::append_language(t, std::string(size, 'x'));
+    const demo::sampler at(t);
+    REQUIRE(at.size() == 1200);
+    std::vector<int> visits(t.bytes.size());
+    std::vector<int> early(3);
+    for (std::size_t i = 0; i < at.size(); ++i) {
+      ++visits[at(i)];
+      if (i < 120) ++early[t.language_of(at(i))];
+    }
+    for (std::size_t p = 0; p < visits.size(); ++p) CHECK(visits[p] == (t.bytes[p] == 'x'));
+    CHECK(early[0] >= 48);
+    CHECK(early[1] >= 28);
+    CHECK(early[2] >= 38);
+  }
+
+  TEST_CASE("the embedding adds one row of each table and sends the gradient back to it") {
+    auto table = numbers(2 * 256 * 3, 1), y = std::vector<float>(6), dtable = std::vector<float>(table.size());
+    const std::vector<moe::idx> position = {2, 5};
+    const demo::windows in{bytes, position};
+    const demo::window_embedding embedding{2};
+    demo::window_embedding::weights w{matrix(table, 512)}, dw{matrix(dtable, 512)};
+    moe::arena none;
+    const moe::scalar<> backend;
+    const moe::call<moe::scalar<>> on{backend, none, {}};
+    embedding.forward(on, w, in, matrix(y, 2));
+    for (dim j = 0; j < 3; ++j) {
+      CHECK(y[static_cast<std::size_t>(j)] == w.table(1, j) + w.table(256 + 3, j));      // bytes before 2: 1, then 3
+      CHECK(y[static_cast<std::size_t>(3 + j)] == w.table(5, j) + w.table(256 + 1, j));  // bytes before 5: 5, then 1
+    }
+    embedding.backward(on, in, matrix(y, 2), dw);
+    embedding.backward(on, in, matrix(y, 2), dw);
+    double left = 0;
+    for (const float v : dtable) left += std::fabs(v);
+    for (dim j = 0; j < 3; ++j)
+      for (const auto& [row, t] : {std::pair<dim, dim>{1, 0}, {256 + 3, 0}, {5, 1}, {256 + 1, 1}}) {
+        const float wanted = 2 * y[static_cast<std::size_t>(t * 3 + j)];
+        CHECK(dw.table(row, j) == wanted);
+        left -= std::fabs(wanted);
+      }
+    CHECK(left == doctest::Approx(0).epsilon(1e-5));
+  }
+
+  TEST_CASE("gradients of the norm match finite differences of its formula") {
+    constexpr dim T = 3, d = 5;
+    auto x = numbers(T * d, 2), gain = numbers(d, 3), dy = numbers(T * d, 4);
+    std::vector<float> y(T * d), dx(T * d), dgain(d), inverse(T);
+    const auto f = [&](const std::vector<double>& v) {  // <dy, norm(v)>, v = x then gain
+      double sum = 0;
+      for (std::size_t t = 0; t < T; ++t) {
+        double square = 0;
+        for (std::size_t j = 0; j < d; ++j) square += v[t * d + j] * v[t * d + j];
+        for (std::size_t j = 0; j < d; ++j)
+          sum += double{dy[t * d + j]} * v[T * d + j] * v[t * d + j] / std::sqrt(square / d + double{demo::rms_norm::epsilon});
+      }
+      return sum;
+    };
+    moe::arena none;
+    const moe::scalar<> backend;
+    const moe::call<moe::scalar<>> on{backend, none, {}};
+    demo::rms_norm::weights w{gain}, dw{dgain};
+    demo::rms_norm::context ctx{inverse};
+    demo::rms_norm{}.forward(on, w, matrix(x, T), matrix(y, T), ctx);
+    demo::rms_norm{}.backward(on, w, matrix(x, T), ctx, matrix(dy, T), matrix(dx, T), dw);
+
+    std::vector<double> v(x.begin(), x.end());
+    v.insert(v.end(), gain.begin(), gain.end());
+    double value = 0;
+    for (std::size_t i = 0; i < T * d; ++i) value += double{dy[i]} * double{y[i]};
+    CHECK(value == doctest::Approx(f(v)).epsilon(1e-5));
+    for (std::size_t i = 0; i < T * d; ++i) CHECK(std::fabs(double{dx[i]} - slope(v, i, f)) < 1e-4);
+    for (std::size_t j = 0; j < d; ++j) CHECK(std::fabs(double{dgain[j]} - slope(v, T * d + j, f)) < 1e-4);
+  }
+
+  TEST_CASE("cross-entropy is in bits per byte and its gradient, in nats, matches finite differences") {
+    constexpr dim T = 2;
+    auto logits = numbers(T * 256, 5);
+    std::vector<float> bits(T);
+    const std::vector<moe::idx> position = {4, 9};
+    const demo::windows in{bytes, position};
+    const auto f = [&](const std::vector<double>& v) {
+      double nats = 0;
+      for (std::size_t t = 0; t < T; ++t) {
+        double sum = 0;
+        for (std::size_t j = 0; j < 256; ++j) sum += std::exp(v[t * 256 + j]);
+        nats += std::log(sum) - v[t * 256 + in.target(static_cast<dim>(t))];
+      }
+      return nats / T;
+    };
+    moe::arena none;
+    const moe::scalar<> backend;
+    const moe::call<moe::scalar<>> on{backend, none, {}};
+    const std::vector<double> v(logits.begin(), logits.end());
+    CHECK(demo::cross_entropy(on, matrix(logits, T), in, bits) == doctest::Approx(f(v) / std::log(2.0)).epsilon(1e-5));
+    auto dlogits = logits;
+    demo::cross_entropy_backward(on, matrix(dlogits, T), in);
+    for (std::size_t i = 0; i < v.size(); ++i) CHECK(std::fabs(double{dlogits[i]} - slope(v, i, f)) < 1e-6);
+  }
+
+  TEST_CASE("gradients of the whole model match finite differences") {
+    const model net(2, 3, block({.tokens = 8, .d = 8, .f = 6, .experts = 2}));  // k = E: no probe changes the plan
+    const std::vector<moe::idx> position = {3, 7, 8, 12, 15};
+    const demo::windows in{bytes, position};
+    moe::buffer params(net.weight_bytes()), grads(net.weight_bytes()), work(net.work_bytes(5));
+    moe::arena p(params.bytes()), g(grads.bytes());
+    const model::weights w = net.make_weights(p);
+    model::gradients dw = net.make_gradients(g);
+    const std::span<float> v = params.as<float>(), dv = grads.as<float>();
+    for (const moe::slot& s : net.catalogue())
+      for (std::size_t i = s.offset / 4; i < (s.offset + s.bytes) / 4; ++i) v[i] = 0.5f * moe::rng(6).normal(i) + (s.start == moe::initial::ones);
+
+    const auto loss = [&] {
+      moe::arena mem(work.bytes());
+      auto ctx = net.make_context(in, mem);
+      return net.forward(w, ctx, mem) * std::log(2.0);
+    };
+    moe::arena mem(work.bytes());
+    auto ctx = net.make_context(in, mem);
+    net.forward(w, ctx, mem);
+    net.backward(w, ctx, dw, mem);
+
+    int probed = 0;
+    double worst = 0, scale = 0;
+    for (const moe::slot& s : net.catalogue())
+      for (std::size_t n = 0; n < 12; ++n) {
+        const std::size_t i = s.offset / 4 + moe::rng(7)(n) % (s.bytes / 4);
+        const float was = v[i];
+        v[i] = was + 0.01f;
+        const double up = loss();
+        v[i] = was - 0.01f;
+        const double numeric = (up - loss()) / double{0.02f};
+        v[i] = was;
+        worst = std::max(worst, std::fabs(numeric - double{dv[i]}));
+        scale = std::max(scale, std::fabs(numeric));
+        ++probed;
+      }
+    CHECK(probed >= 100);
+    CHECK(scale > 0.05);
+    CHECK(worst < 1e-3);
+  }
+}
