@@ -1,0 +1,15 @@
+# SPDX-License-Identifier: Apache-2.0
+# cmake -DPROGRAM=... -DEXPECTED=... -P compare_output.cmake   runs a program in a folder of its own
+get_filename_component(name ${PROGRAM} NAME_WE)
+file(MAKE_DIRECTORY ${name}.run)
+execute_process(COMMAND ${EMULATOR} ${PROGRAM} WORKING_DIRECTORY ${name}.run OUTPUT_VARIABLE output RESULT_VARIABLE status)
+message("${output}")
+if(NOT status EQUAL 0)
+  message(FATAL_ERROR "${name} ended with ${status}")
+endif()
+if(EXISTS ${EXPECTED})
+  file(READ ${EXPECTED} expected)
+  if(NOT output STREQUAL expected)
+    message(FATAL_ERROR "the output above differs from ${EXPECTED}:\n${expected}")
+  endif()
+endif()

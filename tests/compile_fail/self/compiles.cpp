@@ -1,0 +1,3 @@
+// SPDX-License-Identifier: Apache-2.0
+// expect: a reason
+static_assert(true, "a reason");
