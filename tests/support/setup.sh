@@ -47,7 +47,7 @@ provide() {
     echo "Missing; by their names in Debian 12:$wanted" >&2
     exit 1
   elif [ "$(id -u)" -eq 0 ]; then
-    as_root=env
+    as_root="env"
   elif have_command sudo && sudo -n true 2>/dev/null; then
     as_root="sudo env"
   else
