@@ -20,7 +20,7 @@ class buffer {
  public:
   buffer() = default;
   explicit buffer(std::size_t bytes) : size_(bytes) {
-    if (bytes <= static_cast<std::size_t>(-1) - alignment) block_ = std::calloc(bytes + alignment, 1);
+    if (bytes < static_cast<std::size_t>(-1) / 2 - alignment) block_ = std::calloc(bytes + alignment, 1);
     if (block_ == nullptr) throw std::bad_alloc();
   }
   buffer(buffer&& other) noexcept : block_(std::exchange(other.block_, nullptr)), size_(std::exchange(other.size_, 0)) {}
@@ -89,6 +89,27 @@ class arena {
     return {m.data, m.data ? static_cast<std::size_t>(n) : 0};
   }
 
+  /// A field of `width` elements in the record that each of `rows` rows has: a matrix of its own, or, between begin_records
+  /// and end_records, a column of the records shared by the banks of a set of experts.
+  template <class T>
+  matrix_view<T> column(const char* name, dim rows, dim width) noexcept {
+    if (stride_ == 0) return matrix<T>(name, rows, width);
+    const std::size_t first = field_;
+    field_ += (static_cast<std::size_t>(width) * sizeof(T) + record_grain - 1) / record_grain * record_grain;
+    return {records_ ? reinterpret_cast<T*>(records_ + first) : nullptr, rows, width, static_cast<dim>(stride_ / sizeof(T))};
+  }
+  static constexpr std::size_t record_grain = 64;
+  void begin_records(std::byte* records, std::size_t stride) noexcept {
+    records_ = records;
+    stride_ = stride;
+    field_ = 0;
+  }
+  /// Bytes of a record as carved since begin_records.
+  std::size_t end_records() noexcept {
+    stride_ = 0;
+    return field_;
+  }
+
   bool counts() const noexcept { return base_ == nullptr; }
   std::size_t used() const noexcept { return used_; }
   std::size_t peak() const noexcept { return peak_; }
@@ -120,6 +141,8 @@ class arena {
  private:
   std::byte* base_ = nullptr;
   std::size_t size_ = 0, used_ = 0, peak_ = 0;
+  std::byte* records_ = nullptr;
+  std::size_t stride_ = 0, field_ = 0;
   std::vector<slot>* list_ = nullptr;
   std::string scope_;
 };
