@@ -112,6 +112,16 @@ void for_each_row(const call<B>& on, const bank_rows& rows, F f) noexcept {
     for (; r < last; ++r) f(e, r);
   });
 }
+/// The rows of a layer that every token passes through: one expert, row t is token t. Its offsets live in scratch.
+template <HostBackend B>
+bank_rows dense_rows(const call<B>& on) noexcept {
+  const std::span<idx> offsets = on.scratch.template vector<idx>("offsets", 2);
+  offsets[0] = 0;
+  offsets[1] = static_cast<idx>(on.sizes.tokens);
+  bank_rows rows;
+  rows.offsets = offsets;
+  return rows;
+}
 /// f(t) for every t in 0 .. n.
 template <HostBackend B, class F>
 void for_each_token(const call<B>& on, dim n, F f) noexcept {
@@ -142,6 +152,34 @@ void sum_rows(const call<B>& on, const bank_rows& rows, matrix_view<const float>
 template <HostBackend B>
 void sum_rows(const call<B>& on, const bank_rows& rows, matrix_view<float> xs, matrix_view<float> v) noexcept {
   sum_rows(on, rows, gathered<float>{xs}, v);
+}
+
+/// The same into a column per expert, v[e](j, 0), as biases are laid out.
+template <HostBackend B>
+void sum_rows(const call<B>& on, const bank_rows& rows, gathered<float> xs, matrix_stack<float> v) noexcept {
+  on.executor().for_each(rows.experts(), 1, [&](dim e, dim last) {
+    for (; e < last; ++e) {
+      const matrix_view<float> to = v[e];
+      for (dim r = rows.offsets[static_cast<std::size_t>(e)]; r < rows.offsets[static_cast<std::size_t>(e) + 1]; ++r)
+        for (dim j = 0; j < to.rows; ++j) to(j, 0) += xs.scale(r) * xs.row(r)[j];
+    }
+  });
+}
+/// s[r] += <x[r], v[e]> for every row of a bank, unweighted.
+template <HostBackend B>
+void dot_rows(const call<B>& on, const bank_rows& rows, gathered<float> xs, matrix_view<const float> v,
+              std::span<float> s) noexcept {
+  for_each_row(on, rows, [&](dim e, dim r) {
+    s[static_cast<std::size_t>(r)] += dot(typename B::arch{}, xs.row(r), v.row(e), v.cols);
+  });
+}
+/// m[r] = v[e] for every row of a bank, v[e] a column per expert or empty for 0.
+template <HostBackend B>
+void start_rows(const call<B>& on, const bank_rows& rows, matrix_view<float> m, matrix_stack<const float> v) noexcept {
+  for_each_row(on, rows, [&](dim e, dim r) {
+    const matrix_view<const float> bias = v[e];
+    for (dim j = 0; j < m.cols; ++j) m(r, j) = v.first ? bias(j, 0) : 0.f;
+  });
 }
 
 /// out[r] += a[r] b[e]^T for every row of a bank: a[A,k] read through the plan, b[e] of n x k, out[A,n].
@@ -195,19 +233,22 @@ void gemm_tn(const call<B>& on, matrix_view<const float> a, matrix_view<const fl
   grouped_gemm_tn(on, {.offsets = offsets}, {a}, {b}, {c, 0});
 }
 
-/// to[t] += the rows of token t that lie in this bank, in the order of its choices.
-template <HostBackend B>
-void scatter_add_rows(const call<B>& on, const bank_rows& rows, matrix_view<const float> from, matrix_view<float> to) noexcept {
-  if (rows.token_offsets.empty()) {  // identity: row r is token r
-    for_each_token(on, rows.last() - rows.first(), [&](dim i) {
-      axpy(typename B::arch{}, 1.f, from.row(rows.first() + i), to.row(rows.first() + i), to.cols);
-    });
-    return;
-  }
+/// f(t, r) for every row r of token t that lies in this bank, in the order of the token's choices, one thread a token.
+template <HostBackend B, class F>
+void for_each_row_by_token(const call<B>& on, const bank_rows& rows, F f) noexcept {
+  const dim first = rows.first(), last = rows.last();
+  if (rows.token_offsets.empty()) return for_each_token(on, last - first, [&](dim i) { f(i + first, i + first); });
   for_each_token(on, rows.tokens(), [&](dim t) {
     for (idx i = rows.token_offsets[static_cast<std::size_t>(t)]; i < rows.token_offsets[static_cast<std::size_t>(t) + 1]; ++i)
-      if (const dim r = rows.position[static_cast<std::size_t>(i)]; r >= rows.first() && r < rows.last())
-        axpy(typename B::arch{}, 1.f, from.row(r), to.row(t), to.cols);
+      if (const dim r = rows.position[static_cast<std::size_t>(i)]; r >= first && r < last) f(t, r);
+  });
+}
+/// to[t] += the rows of token t that lie in this bank, each times its weight where `from` has weights, in the order of the
+/// token's choices. Without token_offsets row r is token r.
+template <HostBackend B>
+void scatter_add_rows(const call<B>& on, const bank_rows& rows, gathered<float> from, matrix_view<float> to) noexcept {
+  for_each_row_by_token(on, rows, [&](dim t, dim r) {
+    axpy(typename B::arch{}, from.scale(r), from.row(r), to.row(t), to.cols);
   });
 }
 

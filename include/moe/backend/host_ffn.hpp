@@ -8,20 +8,20 @@ namespace moe {
 
 namespace detail {
 
-template <class T>
-void start(matrix_view<T> z, matrix_view<const T> bias, dim e, dim j) noexcept {
+inline void start(matrix_view<float> z, matrix_stack<const float> bias, dim e, dim j) noexcept {
+  const matrix_view<const float> b = bias[e];
   for (dim r = 0; r < z.rows; ++r)
-    for (dim c = 0; c < z.cols; ++c) z(r, c) = bias ? bias(e, j + c) : T(0);
+    for (dim c = 0; c < z.cols; ++c) z(r, c) = bias.first ? b(j + c, 0) : 0.f;
 }
 
 }  // namespace detail
 
 /// z = x W^T + b and a = form(z) for every row of a bank, a tile at a time. Gated forms take two stacks: z[A,2f] holds gate
-/// then up. z may be empty (inference): then it lives in the tile alone. Biases [E,f] may be empty.
+/// then up. z may be empty (inference): then it lives in the tile alone. Biases, a column per expert, may be empty.
 template <HostBackend B, class Form>
 void grouped_up(const call<B>& on, const bank_rows& rows, gathered<float> x, const Form& form,
-                matrix_stack<const float> gate, matrix_view<const float> gate_bias, matrix_stack<const float> up,
-                matrix_view<const float> up_bias, matrix_view<float> z, matrix_view<float> a) noexcept {
+                matrix_stack<const float> gate, matrix_stack<const float> gate_bias, matrix_stack<const float> up,
+                matrix_stack<const float> up_bias, matrix_view<float> z, matrix_view<float> a) noexcept {
   typename B::arch arch{};
   const dim f = a.cols;
   detail::for_each_tile(on, rows.offsets, f, [&](dim e, dim r, dim m, dim j, dim n) {

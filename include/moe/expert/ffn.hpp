@@ -5,108 +5,145 @@
 #include "moe/concepts.hpp"
 #include "moe/core/error.hpp"
 #include "moe/expert/activation.hpp"
+#include "moe/expert/layout.hpp"
 
 namespace moe {
 
-/// How the rows of gate and up lie in memory. Each layout is two stacks of views over what a checkpoint holds.
-/// Two tensors, up[E*f,d] and gate[E*f,d].
-struct separate {
-  struct weights { matrix_view<float> up, gate; };
-  static weights make(dim experts, dim f, dim d, arena& mem) noexcept {
-    return {mem.matrix<float>("up", experts * f, d), mem.matrix<float>("gate", experts * f, d)};
-  }
-  static matrix_stack<float> gate(const weights& w, dim f) noexcept { return stack(w.gate, f); }
-  static matrix_stack<float> up(const weights& w, dim f) noexcept { return stack(w.up, f); }
-  static bool frozen(const weights& w) noexcept { return !w.up || !w.gate; }
-  static void check(const weights& w, dim experts, dim f, dim d) {
-    expect(w.up, experts * f, d, "ffn_expert: up", "E*f x d");
-    expect(w.gate, experts * f, d, "ffn_expert: gate", "E*f x d");
-  }
+/// Tensors of feed-forward experts, one expert after another in their rows. Which of them there are follows from the form
+/// (gated or not), the layout and the biases; the others stay empty. Biases are columns, so that a layout splits them as it
+/// splits the weights.
+struct ffn_weights {
+  matrix_view<float> up, gate;            ///< [E*f, d]    separate
+  matrix_view<float> gate_up;             ///< [E*2f, d]   chunked or interleaved
+  matrix_view<float> down;                ///< [E*d, f]
+  matrix_view<float> up_bias, gate_bias;  ///< [E*f, 1]
+  matrix_view<float> gate_up_bias;        ///< [E*2f, 1]
+  matrix_view<float> down_bias;           ///< [E*d, 1]
 };
 
-/// y = down form(up x [, gate x]), one expert after another in the rows of each tensor.
+/// y = down form(gate x, up x) + bias, or down form(up x) + bias for forms that are not gated.
 ///
-/// weights  layout of up and gate, down[E*d,f]
-/// saves    z[A,f], or z[A,2f] when gated: 4 A f or 8 A f bytes; nothing of width d
-/// adds to  dx, dup, dgate, ddown, dweight
-/// The router's gradient is <da_r, a_r>, so expert rows are not kept: Guo et al. 2025 (SonicMoE), arXiv:2512.14080.
-template <class Form = glu<silu>, class Layout = separate>
+/// weights  ffn_weights
+/// saves    z[A,2f] when gated, else z[A,f]: the pre-activations, gate then up; nothing of width d
+/// adds to  dx, the gradients of all weights, dweight
+/// errors   shape_error when f is not positive or a tensor does not fit
+/// The router's gradient is <da_r, a_r>, so no expert row is kept: Guo et al. 2025 (SonicMoE), arXiv:2512.14080.
+template <class Form = glu<silu>, class Layout = separate, bool Biased = false>
 struct basic_ffn_expert {
+  static constexpr bool gated = Form::gated, fused = Form::gated && Layout::fused;
   using input = matrix_view<const float>;
   using input_grad = matrix_view<float>;
   using output = matrix_view<float>;
-  struct weights {
-    typename Layout::weights in;
-    matrix_view<float> down;
-  };
-  using weights_grad = weights;
+  using weights = ffn_weights;
+  using weights_grad = ffn_weights;
   struct context { matrix_view<float> z; };
   struct scratch { matrix_view<float> a; };
   struct backward_scratch { matrix_view<float> a, dz, dx; };
 
-  dim count = 0;  ///< experts of this bank; 0: those of the layer
-  dim f = 0;      ///< hidden width; 0: that of the layer
   [[no_unique_address]] Form form{};
 
-  dim experts(shape s) const noexcept { return count ? count : s.experts; }
-  dim hidden(shape s) const noexcept { return f ? f : s.f; }
-
   void check(shape s) const {
-    if (hidden(s) <= 0) throw shape_error("ffn_expert: f is " + std::to_string(hidden(s)) + ", expected at least 1");
+    if (s.f <= 0) throw shape_error("ffn_expert: f is " + std::to_string(s.f) + ", expected at least 1");
   }
   void check(const weights& w, shape s) const {
-    Layout::check(w.in, experts(s), hidden(s), s.d);
-    expect(w.down, experts(s) * s.d, hidden(s), "ffn_expert: down", "E*d x f");
+    const dim n = s.experts * s.f;
+    if constexpr (fused) expect(w.gate_up, 2 * n, s.d, "ffn_expert: gate_up", "E*2f x d");
+    else expect(w.up, n, s.d, "ffn_expert: up", "E*f x d");
+    if constexpr (gated && !fused) expect(w.gate, n, s.d, "ffn_expert: gate", "E*f x d");
+    expect(w.down, s.experts * s.d, s.f, "ffn_expert: down", "E*d x f");
+    if constexpr (Biased) {
+      if constexpr (fused) expect(w.gate_up_bias, 2 * n, 1, "ffn_expert: gate_up_bias", "E*2f x 1");
+      else expect(w.up_bias, n, 1, "ffn_expert: up_bias", "E*f x 1");
+      if constexpr (gated && !fused) expect(w.gate_bias, n, 1, "ffn_expert: gate_bias", "E*f x 1");
+      expect(w.down_bias, s.experts * s.d, 1, "ffn_expert: down_bias", "E*d x 1");
+    }
   }
   weights make_weights(shape s, arena& mem) const noexcept {
-    return {Layout::make(experts(s), hidden(s), s.d, mem), mem.matrix<float>("down", experts(s) * s.d, hidden(s))};
+    const dim n = s.experts * s.f;
+    weights w;
+    if constexpr (fused) w.gate_up = mem.matrix<float>("gate_up", 2 * n, s.d);
+    else w.up = mem.matrix<float>("up", n, s.d);
+    if constexpr (gated && !fused) w.gate = mem.matrix<float>("gate", n, s.d);
+    w.down = mem.matrix<float>("down", s.experts * s.d, s.f);
+    if constexpr (Biased) {
+      if constexpr (fused) w.gate_up_bias = mem.matrix<float>("gate_up_bias", 2 * n, 1, initial::zeros);
+      else w.up_bias = mem.matrix<float>("up_bias", n, 1, initial::zeros);
+      if constexpr (gated && !fused) w.gate_bias = mem.matrix<float>("gate_bias", n, 1, initial::zeros);
+      w.down_bias = mem.matrix<float>("down_bias", s.experts * s.d, 1, initial::zeros);
+    }
+    return w;
   }
-  context make_context(shape s, dim rows, arena& mem) const noexcept {
-    return {mem.matrix<float>("z", rows, (Form::gated ? 2 : 1) * hidden(s))};
-  }
+  context make_context(shape s, dim rows, arena& mem) const noexcept { return {mem.column<float>("z", rows, width(s))}; }
   output make_output(shape s, dim rows, arena& mem) const noexcept { return mem.matrix<float>("ys", rows, s.d); }
-  scratch make_scratch(shape s, dim rows, arena& mem) const noexcept { return {mem.matrix<float>("a", rows, hidden(s))}; }
+  scratch make_scratch(shape s, dim rows, arena& mem) const noexcept { return {mem.matrix<float>("a", rows, s.f)}; }
   backward_scratch make_backward_scratch(shape s, dim rows, arena& mem) const noexcept {
-    return {mem.matrix<float>("a", rows, hidden(s)), mem.matrix<float>("dz", rows, (Form::gated ? 2 : 1) * hidden(s)),
-            mem.matrix<float>("dx", rows, s.d)};
+    return {mem.matrix<float>("a", rows, s.f), mem.matrix<float>("dz", rows, width(s)), mem.matrix<float>("dx", rows, s.d)};
   }
 
   template <class B>
   void forward(const call<B>& on, const weights& w, const input& x, const bank_rows& rows, output ys,
                context& ctx) const noexcept {
     scratch_frame frame(on.scratch);
-    const dim f_ = hidden(on.sizes);
+    const dim f = on.sizes.f, d = on.sizes.d;
     const scratch s = make_scratch(on.sizes, ys.rows, on.scratch);
-    grouped_up(on, rows, rows.gather(x), form, Layout::gate(w.in, f_), {}, Layout::up(w.in, f_), {}, ctx.z, s.a);
-    fill_rows(on, rows, ys, 0.f);
-    grouped_gemm_nt(on, rows, gathered<float>{s.a}, stack(w.down, on.sizes.d), ys);
+    grouped_up(on, rows, rows.gather(x), form, gate(w.gate, w.gate_up, f), gate(w.gate_bias, w.gate_up_bias, f),
+               up(w.up, w.gate_up, f), up(w.up_bias, w.gate_up_bias, f), ctx.z, s.a);
+    start_rows(on, rows, ys, stack<const float>(w.down_bias, d));
+    grouped_gemm_nt(on, rows, gathered<float>{s.a}, stack<const float>(w.down, d), ys);
   }
 
   template <class B>
   void backward(const call<B>& on, const weights& w, const input& x, const bank_rows& rows, const context& ctx,
                 gathered<float> dys, input_grad dx, weights_grad& dw, std::span<float> dweight) const noexcept {
     scratch_frame frame(on.scratch);
-    const dim f_ = hidden(on.sizes), d = on.sizes.d;
+    const dim f = on.sizes.f, d = on.sizes.d;
     const backward_scratch s = make_backward_scratch(on.sizes, ctx.z.rows, on.scratch);
     fill_rows(on, rows, s.a, 0.f);
-    grouped_gemm_nn(on, rows, dys, stack(w.down, d), s.a);
+    grouped_gemm_nn(on, rows, dys, stack<const float>(w.down, d), s.a);
+    if constexpr (Biased) add_bias_share(on, rows, dys, w.down_bias, dweight);
     grouped_up_backward(on, rows, form, dys.weight, ctx.z, s.a, s.dz, dweight);
-    if (dw.down) grouped_gemm_tn(on, rows, dys, {s.a}, stack(dw.down, d));
+    if (dw.down) grouped_gemm_tn(on, rows, dys, gathered<float>{s.a}, stack(dw.down, d));
+    if (dw.down_bias) sum_rows(on, rows, dys, stack(dw.down_bias, d));
 
-    const gathered<float> dgate{s.dz.columns(0, f_)}, dup{s.dz.columns(Form::gated ? f_ : 0, f_)};
-    if (!Layout::frozen(dw.in)) {
-      if constexpr (Form::gated) grouped_gemm_tn(on, rows, dgate, rows.gather(x), Layout::gate(dw.in, f_));
-      grouped_gemm_tn(on, rows, dup, rows.gather(x), Layout::up(dw.in, f_));
-    }
+    const gathered<float> dgate{s.dz.columns(0, f)}, dup{s.dz.columns(gated ? f : 0, f)};
+    add_gradient(on, rows, dup, x, up(dw.up, dw.gate_up, f), up(dw.up_bias, dw.gate_up_bias, f));
+    if constexpr (gated) add_gradient(on, rows, dgate, x, gate(dw.gate, dw.gate_up, f), gate(dw.gate_bias, dw.gate_up_bias, f));
     if (!dx) return;
     fill_rows(on, rows, s.dx, 0.f);
-    if constexpr (Form::gated) grouped_gemm_nn(on, rows, dgate, Layout::gate(w.in, f_), s.dx);
-    grouped_gemm_nn(on, rows, dup, Layout::up(w.in, f_), s.dx);
-    scatter_add_rows(on, rows, s.dx, dx);
+    if constexpr (gated) grouped_gemm_nn(on, rows, dgate, matrix_stack<const float>(gate(w.gate, w.gate_up, f)), s.dx);
+    grouped_gemm_nn(on, rows, dup, matrix_stack<const float>(up(w.up, w.gate_up, f)), s.dx);
+    scatter_add_rows(on, rows, gathered<float>{s.dx}, dx);
+  }
+
+ private:
+  static dim width(shape s) noexcept { return (gated ? 2 : 1) * s.f; }
+  static matrix_stack<float> gate(matrix_view<float> alone, matrix_view<float> both, dim f) noexcept {
+    if constexpr (fused) return Layout::gate(both, f);
+    else return stack(alone, f);
+  }
+  static matrix_stack<float> up(matrix_view<float> alone, matrix_view<float> both, dim f) noexcept {
+    if constexpr (fused) return Layout::up(both, f);
+    else return stack(alone, f);
+  }
+  template <class B>
+  static void add_gradient(const call<B>& on, const bank_rows& rows, gathered<float> dz, const input& x,
+                           matrix_stack<float> dw, matrix_stack<float> dbias) noexcept {
+    if (dw.first) grouped_gemm_tn(on, rows, dz, rows.gather(x), dw);
+    if (dbias.first) sum_rows(on, rows, dz, dbias);
+  }
+  /// dweight[r] += <dy, down_bias[e]>
+  template <class B>
+  static void add_bias_share(const call<B>& on, const bank_rows& rows, gathered<float> dys, matrix_view<float> bias,
+                             std::span<float> dweight) noexcept {
+    if (dweight.empty()) return;
+    const matrix_view<const float> one{bias.data, rows.experts(), dys.cols()};
+    dot_rows(on, rows, dys, one, dweight);
   }
 };
 
 /// SwiGLU: down(silu(gate x) * up x).
 using ffn_expert = basic_ffn_expert<>;
+/// The expert of gpt-oss: clamped and shifted gate, interleaved rows, biases.
+using gpt_oss_expert = basic_ffn_expert<gpt_oss_glu, interleaved, true>;
 
 }  // namespace moe
