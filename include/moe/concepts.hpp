@@ -239,9 +239,10 @@ void expert_backward(const call<B>& on, const X& x, const typename X::weights& w
     x.backward(on, w, in, rows, ctx, stored, dx, dw, dweight);
   }
 }
-template <class X, class B>
+template <class B, class X>
 void count_expert_backward(const X& x, shape s, dim max_rows, arena& mem) noexcept {
   scratch_frame frame(mem);
+  if constexpr (requires { x.template count_backward<B>(s, max_rows, mem); }) return x.template count_backward<B>(s, max_rows, mem);
   if constexpr (!backward_from_tokens<X, B>) {
     (void)x.make_output(s, max_rows, mem);
     count_scratch(x, mem, s, max_rows);

@@ -354,7 +354,7 @@ class layer_impl {
         (void)experts_.make_output(s, rows, mem);
         count_backward_scratch(experts_, mem, s, rows);
       } else {
-        count_expert_backward<X, B>(experts_, s, rows, mem);
+        count_expert_backward<B>(experts_, s, rows, mem);
       }
     }
     (void)mem.matrix<float>("dscores", s.tokens, s.experts);

@@ -6,6 +6,8 @@
 #include "moe/backend/scalar.hpp"
 #include "moe/combine/weighted_sum.hpp"
 #include "moe/expert/ffn.hpp"
+#include "moe/expert/set.hpp"
+#include "moe/expert/trivial.hpp"
 #include "moe/gate/linear.hpp"
 #include "moe/layer.hpp"
 #include "moe/router/top_k.hpp"

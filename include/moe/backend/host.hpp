@@ -173,6 +173,13 @@ void dot_rows(const call<B>& on, const bank_rows& rows, gathered<float> xs, matr
     s[static_cast<std::size_t>(r)] += dot(typename B::arch{}, xs.row(r), v.row(e), v.cols);
   });
 }
+/// s[r] += <x[r], z[r]> for every row of a bank, unweighted.
+template <HostBackend B>
+void dot_rows(const call<B>& on, const bank_rows& rows, gathered<float> xs, gathered<float> zs, std::span<float> s) noexcept {
+  for_each_row(on, rows, [&](dim, dim r) {
+    s[static_cast<std::size_t>(r)] += dot(typename B::arch{}, xs.row(r), zs.row(r), xs.cols());
+  });
+}
 /// m[r] = v[e] for every row of a bank, v[e] a column per expert or empty for 0.
 template <HostBackend B>
 void start_rows(const call<B>& on, const bank_rows& rows, matrix_view<float> m, matrix_stack<const float> v) noexcept {
@@ -254,7 +261,7 @@ void scatter_add_rows(const call<B>& on, const bank_rows& rows, gathered<float> 
 
 /// y[t] += weight * row r, for a row source: a matrix, or a type that adds row r without storing it.
 template <class Arch, class Rows>
-void add_row(Arch arch, const Rows& ys, dim r, float w, float* y, dim n) noexcept {
+MOE_HD void add_one_row(Arch arch, const Rows& ys, dim r, float w, float* y, dim n) noexcept {
   if constexpr (requires { ys.add_row(arch, r, w, y, n); }) ys.add_row(arch, r, w, y, n);
   else axpy(arch, w, ys.row(r), y, n);
 }
@@ -265,7 +272,7 @@ void combine_rows(const call<B>& on, const routing_plan& p, const Rows& ys, std:
   for_each_token(on, p.tokens(), [&](dim t) {
     for (idx i = p.token_offsets[static_cast<std::size_t>(t)]; i < p.token_offsets[static_cast<std::size_t>(t) + 1]; ++i)
       if (const idx r = p.position[static_cast<std::size_t>(i)]; r >= 0)
-        add_row(typename B::arch{}, ys, r, weight.empty() ? 1.f : weight[static_cast<std::size_t>(r)], y.row(t), y.cols);
+        add_one_row(typename B::arch{}, ys, r, weight.empty() ? 1.f : weight[static_cast<std::size_t>(r)], y.row(t), y.cols);
   });
 }
 

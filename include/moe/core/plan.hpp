@@ -21,6 +21,8 @@ struct bank_rows {
 
   dim experts() const noexcept { return static_cast<dim>(offsets.size()) - 1; }
   dim tokens() const noexcept { return static_cast<dim>(token_offsets.size()) - 1; }
+  /// Rows that per-row memory must hold.
+  dim room(shape s) const noexcept { return token.empty() ? s.tokens : static_cast<dim>(token.size()); }
   /// Host only: a device plan is never read by the host.
   dim first() const noexcept { return offsets.front(); }
   dim last() const noexcept { return offsets.back(); }
