@@ -47,7 +47,8 @@ struct format {
   int top() const { return (1 << exponent_bits) - 1; }
 
   double decode(std::uint32_t code) const {
-    const int fraction = static_cast<int>(code & ((1u << fraction_bits) - 1)), exponent = (code >> fraction_bits) & top();
+    const int fraction = static_cast<int>(code) & ((1 << fraction_bits) - 1);
+    const int exponent = static_cast<int>(code >> fraction_bits) & top();
     const double sign = code >> (exponent_bits + fraction_bits) ? -1 : 1;
     if (exponent == top()) return fraction ? std::numeric_limits<double>::quiet_NaN() : sign * HUGE_VAL;
     if (exponent == 0) return sign * std::ldexp(fraction, 1 - bias() - fraction_bits);

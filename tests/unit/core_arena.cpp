@@ -75,8 +75,9 @@ TEST_SUITE("core/arena: buffer") {
     CHECK(c.size() == 256);
   }
   TEST_CASE("more than there can be is std::bad_alloc, also where the size would wrap around") {
-    CHECK_THROWS_AS(buffer(std::numeric_limits<std::size_t>::max()), std::bad_alloc);
-    CHECK_THROWS_AS(buffer(std::numeric_limits<std::size_t>::max() - 64), std::bad_alloc);
+    const auto most = std::numeric_limits<std::size_t>::max();
+    CHECK_THROWS_AS(buffer{most}, std::bad_alloc);
+    CHECK_THROWS_AS(buffer{most - 64}, std::bad_alloc);
   }
 }
 
