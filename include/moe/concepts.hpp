@@ -19,6 +19,7 @@
 
 #include "moe/core/arena.hpp"
 #include "moe/core/call.hpp"
+#include "moe/core/error.hpp"
 #include "moe/core/plan.hpp"
 #include "moe/core/view.hpp"
 
@@ -213,6 +214,7 @@ void count_backward_scratch(const P& p, arena& mem, shape s, Rows... rows) noexc
 }
 template <class P>
 void check_shape(const P& p, shape s) {
+  check_countable(s);
   if constexpr (requires { p.check(s); }) p.check(s);
 }
 template <class P>

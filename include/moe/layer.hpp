@@ -2,6 +2,8 @@
 /// A layer: Gate, Router, Expert and Combine over a Backend, composed by the compiler, forward and backward.
 #pragma once
 
+#include <limits>
+
 #include "moe/concepts.hpp"
 #include "moe/core/error.hpp"
 
@@ -149,6 +151,7 @@ class layer_impl {
     weights_grad<R> router;
     weights_grad<X> experts;
     weights_grad<C> combine;
+    shape sizes{};  ///< of the layer that made them; all zero where no layer did
   };
   using weights = at_edge<weight_views>;
   using gradients = at_edge<gradient_views>;
@@ -177,6 +180,7 @@ class layer_impl {
     if (s.d <= 0) throw shape_error("moe::layer: d is " + std::to_string(s.d) + ", expected at least 1");
     if (s.experts <= 0) throw shape_error("moe::layer: experts is " + std::to_string(s.experts) + ", expected at least 1");
     if (s.tokens < 0) throw shape_error("moe::layer: tokens is " + std::to_string(s.tokens) + ", expected at least 0");
+    if (s.f < 0) throw shape_error("moe::layer: f is " + std::to_string(s.f) + ", expected at least 0");
     check_shape(gate_, s);
     check_shape(router_, s);
     check_shape(experts_, s);
@@ -242,7 +246,9 @@ class layer_impl {
 
   /// y[T,d] = layer(x), overwritten. Scratch is taken from `mem` and given back.
   void forward(const weights& w, const input& x, const at_edge<matrix_view<float>>& y, context& ctx, arena_type& mem) const {
-    check_call(w, x, y, ctx, mem, "moe::layer::forward: ", "y");
+    static constexpr call_names names{"moe::layer::forward: x", "moe::layer::forward: y", "moe::layer::forward: ctx",
+                                      "moe::layer::forward: the arena"};
+    check_call(w, x, y, ctx, mem, names);
     const auto& v = space::open(w);
     with_scores(v, space::open(x), ctx, space::open(mem), [&](const call<B>& on, matrix_view<float> scores) {
       router_.forward(on, v.router, scores, ctx.plan, ctx.router);
@@ -255,7 +261,9 @@ class layer_impl {
   void replay(const weights& w, const input& x, const typename R::plan& recorded, const at_edge<matrix_view<float>>& y,
               context& ctx, arena_type& mem) const {
     static_assert(ReplayableRouter<R, B>, "moe::layer: this router cannot weigh a given plan, so it cannot replay one [docs/policies.md]");
-    check_call(w, x, y, ctx, mem, "moe::layer::replay: ", "y");
+    static constexpr call_names names{"moe::layer::replay: x", "moe::layer::replay: y", "moe::layer::replay: ctx",
+                                      "moe::layer::replay: the arena"};
+    check_call(w, x, y, ctx, mem, names);
     check_recorded(recorded, ctx);
     if constexpr (ReplayableRouter<R, B>) {
       const auto& v = space::open(w);
@@ -272,9 +280,10 @@ class layer_impl {
                 const input_grad& dx, gradients& dw, arena_type& mem) const {
     static_assert(parts::trainable, "moe::layer: this layer cannot train: one of its parts has no backward [docs/policies.md]");
     if constexpr (parts::trainable) {
-      check_call(w, x, dy, ctx, mem, "moe::layer::backward: ", "dy");
-      check_input_like(space::open(dx), ctx.sizes, "moe::layer::backward: dx");
-      if (!ctx.training) throw shape_error("moe::layer::backward: ctx is an inference context, expected one of make_context");
+      static constexpr call_names names{"moe::layer::backward: x", "moe::layer::backward: dy", "moe::layer::backward: ctx",
+                                        "moe::layer::backward: the arena"};
+      check_call(w, x, dy, ctx, mem, names);
+      check_gradients(space::open(dx), space::open(dw), ctx);
       run_backward(space::open(w), space::open(x), ctx, space::open(dy), space::open(dx), space::open(dw), space::open(mem));
     }
   }
@@ -296,6 +305,11 @@ class layer_impl {
       throw shape_error("moe::layer: T is " + std::to_string(T) + ", expected 0 to " + std::to_string(sizes_.tokens) + " (tokens)");
     shape s = sizes_;
     s.tokens = T;
+    check_countable(s);
+    const dim rows = router_.max_rows(s), most = std::numeric_limits<idx>::max();
+    if (rows > most)
+      throw shape_error("moe::layer: T is " + std::to_string(T) + ", which may give " + std::to_string(rows) +
+                        " assignments, expected at most " + std::to_string(most));
     return s;
   }
 
@@ -307,7 +321,7 @@ class layer_impl {
   }
   gradient_views carve_gradients(moe::arena& mem) const noexcept {
     return {detail::make_gradients(gate_, sizes_, mem), detail::make_gradients(router_, sizes_, mem),
-            detail::make_gradients(experts_, sizes_, mem), detail::make_gradients(combine_, sizes_, mem)};
+            detail::make_gradients(experts_, sizes_, mem), detail::make_gradients(combine_, sizes_, mem), sizes_};
   }
   template <class F>
   static auto scoped(const char* name, moe::arena& mem, F carve) noexcept {
@@ -362,30 +376,44 @@ class layer_impl {
     count_backward_scratch(gate_, mem, s);
   }
 
+  struct call_names { const char *x, *y, *ctx, *arena; };
   template <class View>
-  void check_call(const weights& w, const input& x, const View& y, const context& ctx, arena_type& mem, const char* where,
-                  const char* y_name) const {
-    const std::string in(where);
+  void check_call(const weights& w, const input& x, const View& y, const context& ctx, arena_type& mem,
+                  const call_names& names) const {
     const shape& s = ctx.sizes;
-    if (s.d != sizes_.d || s.experts != sizes_.experts || s.f != sizes_.f)
-      throw shape_error(in + "ctx was made by a layer of another shape");
-    check_input_like(space::open(x), s, (in + "x").c_str());
+    if (!same_sizes(s)) throw shape_error(std::string(names.ctx) + " was made by a layer of another shape");
+    if constexpr (requires { ctx.plan.token_offsets.data(); })
+      if (ctx.plan.token_offsets.data() == nullptr) throw shape_error(std::string(names.ctx) + " has no memory");
+    check_input_like(space::open(x), s, names.x);
     const auto& out = space::open(y);
-    expect(matrix_view<const float>(out), s.tokens, out.cols, (in + y_name).c_str(), "T x d");
-    if constexpr (std::same_as<typename X::input, matrix_view<const float>>)
-      expect(matrix_view<const float>(out), s.tokens, s.d, (in + y_name).c_str(), "T x d");
+    constexpr bool as_wide_as_x = std::same_as<typename X::input, matrix_view<const float>>;
+    expect(matrix_view<const float>(out), s.tokens, as_wide_as_x ? s.d : out.cols, names.y, "T x d");
     const auto& v = space::open(w);
     check_weights(gate_, v.gate, s);
     check_weights(router_, v.router, s);
     check_weights(experts_, v.experts, s);
     check_weights(combine_, v.combine, s);
-    (void)opened(mem, scratch_bytes(s.tokens), (in + "the arena").c_str(), "scratch_bytes(T)");
+    if (opened(mem, scratch_bytes(s.tokens), names.arena, "scratch_bytes(T)").counts())
+      throw shape_error(std::string(names.arena) + " has no memory, it only counts");
+  }
+  void check_gradients(const detail::input_grad<G>& dx, const gradient_views& dw, const context& ctx) const {
+    if (!ctx.training) throw shape_error("moe::layer::backward: ctx is an inference context, expected one of make_context");
+    if (dw.sizes.experts != 0 && !same_sizes(dw.sizes))
+      throw shape_error("moe::layer::backward: dw was made by a layer of another shape");
+    check_input_like(dx, ctx.sizes, "moe::layer::backward: dx", true);
+  }
+  bool same_sizes(const shape& s) const noexcept {
+    return s.d == sizes_.d && s.experts == sizes_.experts && s.f == sizes_.f;
   }
   template <class In>
-  static void check_input_like(const In& in, const shape& s, const char* what) {
-    if constexpr (requires { in.check(s, what); }) in.check(s, what);
-    else if constexpr (requires { in.rows; in.cols; in.ld; }) expect(in, s.tokens, s.d, what, "T x d");
-    else if constexpr (requires { in.x; }) check_input_like(in.x, s, what);
+  static void check_input_like(const In& in, const shape& s, const char* what, bool may_be_frozen = false) {
+    if constexpr (requires { in.check(s, what); }) {
+      in.check(s, what);
+    } else if constexpr (requires { in.rows; in.cols; in.ld; }) {
+      if (!may_be_frozen || in.data != nullptr || in.rows != 0) expect(in, s.tokens, s.d, what, "T x d");
+    } else if constexpr (requires { in.x; }) {
+      check_input_like(in.x, s, what, may_be_frozen);
+    }
   }
   void check_recorded(const typename R::plan& p, const context& ctx) const {
     check(p);

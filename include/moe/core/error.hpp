@@ -41,6 +41,20 @@ void expect(matrix_view<T> m, dim rows, dim cols, const char* what, const char* 
   throw shape_error(what + came + ", expected " + std::to_string(rows) + " x " + std::to_string(cols) + " (" + symbols + ')');
 }
 
+namespace detail {
+
+/// Throws where a matrix of these sizes, tokens x experts x width or experts x d x width, has more bytes than can be counted.
+inline void check_countable(const shape& s) {
+  const auto real = [](dim n) { return static_cast<double>(n); };
+  const double width = 8 * (real(s.d) + 2 * real(s.f)), most = 0x1p61;
+  const double tallest = real(s.tokens) > real(s.d) ? real(s.tokens) : real(s.d);
+  if (tallest * real(s.experts) * width < most && real(s.tokens) < 0x1p31 && real(s.experts) < 0x1p31) return;
+  throw shape_error("moe: tokens = " + std::to_string(s.tokens) + ", d = " + std::to_string(s.d) + ", f = " +
+                    std::to_string(s.f) + ", experts = " + std::to_string(s.experts) + " are too large to be counted");
+}
+
+}  // namespace detail
+
 /// Throws unless `bytes` are left: "moe::layer::forward: scratch has 64 bytes left, needs 4096 (scratch_bytes(T))".
 inline void expect_bytes(std::size_t left, std::size_t needed, const char* what, const char* sizer) {
   if (left >= needed) return;
