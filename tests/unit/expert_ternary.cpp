@@ -1,0 +1,96 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <doctest/doctest.h>
+
+#include "moe/moe.hpp"
+#include "support/testing.hpp"
+
+namespace {
+
+using backend = moe::scalar<>;
+using dense_layer = moe::layer<moe::linear_gate, moe::top_k<2>, moe::ffn_expert, moe::weighted_sum, backend>;
+using ternary_layer = moe::layer<moe::linear_gate, moe::top_k<2>, moe::ternary_expert, moe::weighted_sum, backend>;
+
+static_assert(moe::Expert<moe::ternary_expert, backend>);
+static_assert(!moe::TrainableExpert<moe::ternary_expert, backend>, "inference only");
+
+int code(const moe::ternary_matrix& m, moe::dim r, moe::dim c) { return ((m.codes(r, c / 4).bits >> (2 * (c % 4))) & 3) - 1; }
+
+// x W^T as the header defines it, in double from the float matrix.
+std::vector<double> product(const std::vector<double>& x, moe::matrix_view<const float> w) {
+  double sum = 0, largest = 0;
+  for (moe::dim r = 0; r < w.rows; ++r)
+    for (moe::dim c = 0; c < w.cols; ++c) sum += std::fabs(w(r, c));
+  const double alpha = sum / static_cast<double>(w.rows * w.cols) + 1e-5;
+  for (double v : x) largest = std::max(largest, std::fabs(v));
+  const double beta = largest + 1e-5;
+  std::vector<double> y(static_cast<std::size_t>(w.rows));
+  for (moe::dim r = 0; r < w.rows; ++r) {
+    for (moe::dim c = 0; c < w.cols; ++c)
+      y[static_cast<std::size_t>(r)] += std::clamp(std::nearbyint(127 * x[static_cast<std::size_t>(c)] / beta), -128.0, 127.0) *
+                                        std::clamp(std::nearbyint(w(r, c) / alpha), -1.0, 1.0);
+    y[static_cast<std::size_t>(r)] *= alpha * beta / 127;
+  }
+  return y;
+}
+
+}  // namespace
+
+TEST_SUITE("expert/ternary") {
+  TEST_CASE("packing keeps the codes and the scale of every expert, at two bits a weight") {
+    const moe::shape s{.tokens = 1, .d = 4, .f = 2, .experts = 1};
+    std::vector<float> up{0.4f, -0.4f, 0.1f, 0.7f, 0, 0, 0, 0}, gate(8, 1.f), down(8, -2.f);
+    moe::ffn_weights w;
+    w.up = {up.data(), 2, 4};
+    w.gate = {gate.data(), 2, 4};
+    w.down = {down.data(), 4, 2};
+    moe::buffer memory(4096);
+    moe::arena mem(memory.bytes());
+    const auto packed = moe::ternary_expert{}.pack(w, s, mem);
+    CHECK(packed.up.scale[0] == doctest::Approx(0.2 + 1e-5));  // mean of 0.4 0.4 0.1 0.7 0 0 0 0
+    const int wanted[] = {1, -1, 0, 1, 0, 0, 0, 0};
+    for (moe::dim i = 0; i < 8; ++i) CHECK(code(packed.up, i / 4, i % 4) == wanted[i]);
+    CHECK(code(packed.down, 3, 1) == -1);
+    CHECK(packed.up.codes.rows * packed.up.codes.cols == 2);  // eight weights in two bytes
+  }
+  TEST_CASE("a layer of packed experts equals the quantised formulas in double") {
+    const moe::shape s{.tokens = 8, .d = 10, .f = 6, .experts = 4};  // neither a multiple of four
+    testing::model<dense_layer> dense(dense_layer(s), 8, 10, 1);
+    const ternary_layer net(s);
+    moe::buffer params(net.weight_bytes()), work(net.inference_context_bytes(8) + net.scratch_bytes(8));
+    moe::arena p(params.bytes()), mem(work.bytes());
+    ternary_layer::weights w = net.make_weights(p);
+    moe::buffer packed(net.weight_bytes());
+    moe::arena q(packed.bytes());
+    w.gate.w = dense.w.gate.w;
+    w.experts = net.experts().pack(dense.w.experts, s, q);
+    auto ctx = net.make_inference_context(8, mem);
+    net.forward(w, dense.in, dense.y_view(), ctx, mem);
+
+    double worst = 0;
+    for (moe::dim t = 0; t < 8; ++t) {
+      std::vector<double> y(10), x(dense.x_view().row(t), dense.x_view().row(t) + 10);
+      for (moe::dim e = 0; e < 4; ++e)
+        for (moe::idx r = ctx.plan.offsets[static_cast<std::size_t>(e)]; r < ctx.plan.offsets[static_cast<std::size_t>(e) + 1]; ++r) {
+          if (ctx.plan.token[static_cast<std::size_t>(r)] != t) continue;
+          auto g = product(x, dense.w.experts.gate.slice(e * 6, 6)), u = product(x, dense.w.experts.up.slice(e * 6, 6));
+          for (std::size_t j = 0; j < 6; ++j) u[j] *= g[j] / (1 + std::exp(-g[j]));
+          const auto out = product(u, dense.w.experts.down.slice(e * 10, 10));
+          for (std::size_t j = 0; j < 10; ++j) y[j] += ctx.plan.weight[static_cast<std::size_t>(r)] * out[j];
+        }
+      for (std::size_t j = 0; j < 10; ++j) worst = std::max(worst, std::fabs(y[j] - dense.y[static_cast<std::size_t>(t) * 10 + j]));
+    }
+    // A float and a double may round one activation code differently: a step of 1/127 of a small weight.
+    CHECK(worst < 2e-2);
+  }
+  TEST_CASE("zero weights and zero rows give zero, not NaN") {
+    const moe::shape s{.tokens = 2, .d = 4, .f = 4, .experts = 2};
+    const ternary_layer net(s);
+    moe::buffer params(net.weight_bytes()), work(net.inference_context_bytes(2) + net.scratch_bytes(2));
+    moe::arena p(params.bytes()), mem(work.bytes());
+    const auto w = net.make_weights(p);
+    auto ctx = net.make_inference_context(2, mem);
+    std::vector<float> x(8), y(8, 5.f);
+    net.forward(w, moe::matrix_view<float>(x.data(), 2, 4), {y.data(), 2, 4}, ctx, mem);
+    for (float v : y) CHECK(v == 0);
+  }
+}
