@@ -1,0 +1,3 @@
+// SPDX-License-Identifier: Apache-2.0
+// core, concepts, layer
+#include "moe/layer.hpp"
