@@ -74,7 +74,7 @@ class checkpoint {
 
   const tensor_view& tensor(std::string_view name) const {
     const auto found = content_.tensors.find(name);
-    if (found == content_.tensors.end()) fail("has no tensor " + detail::quoted(name));
+    if (found == content_.tensors.end()) fail("has no tensor " + detail::in_quotes(name));
     return found->second;
   }
 
@@ -107,22 +107,25 @@ class checkpoint {
   void expect_extent(std::string_view name, matrix_extent wanted) const {
     const tensor_view& t = tensor(name);
     if (detail::as_matrix(t.shape) != wanted)
-      fail(name, "is " + std::string(t.dtype) + ' ' + detail::text(t.shape) + ", expected " + std::to_string(wanted.rows) + " x " +
-                     std::to_string(wanted.cols));
+      fail(name, "is " + std::string(t.dtype) + ' ' + detail::shape_text(t.shape) + ", expected " +
+                     std::to_string(wanted.rows) + " x " + std::to_string(wanted.cols));
   }
 
   [[noreturn]] void fail(const std::string& what) const { throw format_error(source_ + ' ' + what); }
   [[noreturn]] void fail(std::string_view name, const std::string& what) const {
-    throw format_error(source_ + ": tensor " + detail::quoted(name) + ' ' + what);
+    throw format_error(source_ + ": tensor " + detail::in_quotes(name) + ' ' + what);
   }
 
  private:
   checkpoint(mapped_file file, std::span<std::byte> bytes, const std::string& source)
-      : file_(std::move(file)), bytes_(bytes.empty() ? file_.bytes() : bytes), source_(source),
+      : file_(std::move(file)),
+        bytes_(bytes.empty() ? file_.bytes() : bytes),
+        source_(source),
         content_(parse_safetensors(bytes_, source)) {
     if constexpr (std::endian::native == std::endian::big)
       for (const auto& [name, t] : content_.tensors)
-        detail::reverse_units({bytes_.data() + (t.bytes.data() - bytes_.data()), t.bytes.size()}, detail::find_dtype(t.dtype)->unit);
+        detail::reverse_units({bytes_.data() + (t.bytes.data() - bytes_.data()), t.bytes.size()},
+                              detail::find_dtype(t.dtype)->unit);
   }
 
   mapped_file file_;

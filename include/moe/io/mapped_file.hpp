@@ -74,7 +74,7 @@ struct descriptor {
 
 inline mapped_file::mapped_file(const std::string& path) {
   const detail::descriptor file(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
-  struct stat about {};
+  struct stat about{};
   if (file.id < 0 || ::fstat(file.id, &about) != 0) throw format_error(path + ": cannot be opened");
   if (!S_ISREG(about.st_mode)) throw format_error(path + ": is not a regular file");
   const auto size = static_cast<std::size_t>(about.st_size);

@@ -39,7 +39,7 @@ template <class T>
 std::span<const std::byte> plan_array(const checkpoint& from, const std::string& name) {
   const tensor_view& t = from.tensor(name);
   if (t.dtype != safetensors_dtype(dtype<T>::id) || t.shape.size() != 1)
-    from.fail(name, "is " + std::string(t.dtype) + ' ' + text(t.shape) + ", expected " +
+    from.fail(name, "is " + std::string(t.dtype) + ' ' + shape_text(t.shape) + ", expected " +
                         std::string(safetensors_dtype(dtype<T>::id)) + " [n]");
   return t.bytes;
 }
@@ -79,7 +79,8 @@ inline std::vector<recorded_plan> load_plans(const std::string& path) {
   const checkpoint from(path);
   const std::size_t count = from.tensors().size() / arrays;
   if (from.tensors().size() % arrays != 0)
-    from.fail("has " + std::to_string(from.tensors().size()) + " tensors, expected " + std::to_string(arrays) + " for each plan");
+    from.fail("has " + std::to_string(from.tensors().size()) + " tensors, expected " + std::to_string(arrays) +
+              " for each plan");
   std::vector<recorded_plan> plans;
   for (std::size_t i = 0; i < count; ++i) plans.push_back(detail::read_plan(from, std::to_string(i)));
   return plans;

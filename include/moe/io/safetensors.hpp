@@ -35,21 +35,8 @@ inline std::string full_name(const checkpoint_part& part, const slot& s) {
 inline void expect_room(const checkpoint_part& part, const char* caller) {
   std::size_t needed = 0;
   for (const slot& s : part.catalogue) needed = std::max(needed, s.offset + s.bytes);
-  expect_bytes(part.bytes.size(), needed, (std::string(caller) + ": part " + quoted(part.prefix)).c_str(), "its catalogue");
-}
-
-/// Calls f(type{}) with the type of an element.
-template <class F>
-void with_element(element e, F&& f) {
-  switch (e) {
-    case element::f32: return f(float{});
-    case element::bf16: return f(bf16{});
-    case element::f16: return f(f16{});
-    case element::i8: return f(std::int8_t{});
-    case element::i32: return f(std::int32_t{});
-    case element::i64: return f(std::int64_t{});
-    case element::ternary: return f(ternary{});
-  }
+  expect_bytes(part.bytes.size(), needed, (std::string(caller) + ": part " + in_quotes(part.prefix)).c_str(),
+               "its catalogue");
 }
 
 inline bool is_real(std::string_view dtype) noexcept { return dtype == "F32" || dtype == "BF16" || dtype == "F16"; }
@@ -58,19 +45,19 @@ inline bool is_real(std::string_view dtype) noexcept { return dtype == "F32" || 
 inline void expect_slot(const checkpoint& from, const std::string& name, const slot& s) {
   const std::string_view came = from.tensor(name).dtype, wanted = safetensors_dtype(s.type);
   if (came != wanted && !(is_real(came) && is_real(wanted)))
-    from.fail(name, "is " + std::string(came) + ", expected " + (is_real(wanted) ? "F32, BF16 or F16" : std::string(wanted)));
+    from.fail(name,
+              "is " + std::string(came) + ", expected " + (is_real(wanted) ? "F32, BF16 or F16" : std::string(wanted)));
   from.expect_extent(name, {s.rows, s.cols});
 }
 
 /// Fills a slot from a tensor that fits it.
 inline void read_slot(const checkpoint& from, const std::string& name, const slot& s, std::span<std::byte> bytes) {
-  with_element(s.type, [&]<class T>(T) {
-    std::byte* const first = bytes.data() + s.offset;
-    if constexpr (RealElement<T>)
-      from.read_into(matrix_view<T>(reinterpret_cast<T*>(first), s.rows, s.cols), name);
-    else
-      std::copy_n(from.tensor(name).bytes.data(), s.bytes, first);
-  });
+  std::byte* const first = bytes.data() + s.offset;
+  const auto read = [&]<class T>(T) { from.read_into(matrix_view<T>(reinterpret_cast<T*>(first), s.rows, s.cols), name); };
+  if (s.type == element::f32) return read(float{});
+  if (s.type == element::bf16) return read(bf16{});
+  if (s.type == element::f16) return read(f16{});
+  std::copy_n(from.tensor(name).bytes.data(), s.bytes, first);
 }
 
 }  // namespace detail
@@ -83,9 +70,11 @@ inline void save(const std::string& path, std::span<const checkpoint_part> parts
     detail::expect_room(part, "moe::save");
     for (const slot& s : part.catalogue) {
       const std::string name = detail::full_name(part, s);
-      const tensor_view t{safetensors_dtype(s.type), s.rows == 1 ? std::vector<dim>{s.cols} : std::vector<dim>{s.rows, s.cols},
+      const tensor_view t{safetensors_dtype(s.type),
+                          s.rows == 1 ? std::vector<dim>{s.cols} : std::vector<dim>{s.rows, s.cols},
                           part.bytes.subspan(s.offset, s.bytes)};
-      if (!tensors.emplace(name, t).second) throw format_error(path + ": two parts have a tensor " + detail::quoted(name));
+      if (!tensors.emplace(name, t).second)
+        throw format_error(path + ": two parts have a tensor " + detail::in_quotes(name));
     }
   }
   save_tensors(path, tensors, metadata);
@@ -103,7 +92,7 @@ inline void load(const checkpoint& from, std::span<const checkpoint_part> parts)
     detail::expect_room(part, "moe::load");
     for (const slot& s : part.catalogue) {
       const std::string name = detail::full_name(part, s);
-      if (!wanted.insert(name).second) from.fail("is asked for tensor " + detail::quoted(name) + " twice");
+      if (!wanted.insert(name).second) from.fail("is asked for tensor " + detail::in_quotes(name) + " twice");
       detail::expect_slot(from, name, s);
     }
   }

@@ -71,7 +71,8 @@ class header_cursor {
       n = n * 10 + digit;
     }
     const char next = peek();
-    if (at_ == start || next == '.' || next == 'e' || next == 'E') fail("expected a whole number that is not negative", start);
+    if (at_ == start || next == '.' || next == 'e' || next == 'E')
+      fail("expected a whole number that is not negative", start);
     if (text_[start] == '0' && at_ - start > 1) fail("a number starts with 0", start);
     return n;
   }
@@ -99,7 +100,8 @@ class header_cursor {
   static bool is_digit(char c) noexcept { return c >= '0' && c <= '9'; }
   char peek() const noexcept { return at_ < text_.size() ? text_[at_] : '\0'; }
   void skip_space() noexcept {
-    while (at_ < text_.size() && (text_[at_] == ' ' || text_[at_] == '\n' || text_[at_] == '\t' || text_[at_] == '\r')) ++at_;
+    while (at_ < text_.size() && (text_[at_] == ' ' || text_[at_] == '\n' || text_[at_] == '\t' || text_[at_] == '\r'))
+      ++at_;
   }
 
   /// Takes an escape up to its last character.
@@ -146,14 +148,16 @@ class header_cursor {
 /// The header's text, or a format_error about its length.
 inline std::string_view header_text(std::span<const std::byte> file, const std::string& source) {
   if (file.size() < 8)
-    throw format_error(source + ": is " + std::to_string(file.size()) + " bytes long, shorter than the header's length field");
+    throw format_error(source + ": is " + std::to_string(file.size()) +
+                       " bytes long, shorter than the header's length field");
   std::uint64_t length = 0;
   for (std::size_t i = 8; i-- > 0;) length = length << 8 | std::to_integer<std::uint64_t>(file[i]);
   if (length > most_header_bytes)
-    throw format_error(source + ": header length " + std::to_string(length) + " is above " + std::to_string(most_header_bytes));
+    throw format_error(source + ": header length " + std::to_string(length) + " is above " +
+                       std::to_string(most_header_bytes));
   if (length > file.size() - 8)
-    throw format_error(source + ": header length " + std::to_string(length) + " goes beyond the end of the file, which has " +
-                       std::to_string(file.size() - 8) + " bytes after it");
+    throw format_error(source + ": header length " + std::to_string(length) +
+                       " goes beyond the end of the file, which has " + std::to_string(file.size() - 8) + " bytes after it");
   const std::string_view text(reinterpret_cast<const char*>(file.data()) + 8, static_cast<std::size_t>(length));
   if (text.empty() || text.front() != '{') throw format_error(source + ": byte 8: the header does not start with '{'");
   if (const std::size_t end = utf8_end(text); end != text.size())
@@ -187,12 +191,14 @@ template <class F>
 tensor_entry read_entry(header_cursor& in, std::size_t start, F&& fail) {
   tensor_entry t;
   in.object("around a tensor", [&](const std::string& key, std::size_t at) {
-    const bool twice = key == "dtype" ? t.type != nullptr : key == "shape" ? t.has_shape : key == "data_offsets" && t.has_offsets;
+    const bool twice = key == "dtype"   ? t.type != nullptr
+                       : key == "shape" ? t.has_shape
+                                        : key == "data_offsets" && t.has_offsets;
     if (twice) fail("has " + key + " twice", at);
     if (key == "dtype") {
       const std::string name = in.string("a dtype");
       t.type = find_dtype(name);
-      if (t.type == nullptr) fail("has the unknown dtype " + quoted(name), at);
+      if (t.type == nullptr) fail("has the unknown dtype " + in_quotes(name), at);
     } else if (key == "shape") {
       t.shape = read_shape(in);
       t.has_shape = true;
@@ -204,7 +210,7 @@ tensor_entry read_entry(header_cursor& in, std::size_t start, F&& fail) {
       in.need(']', "after data_offsets");
       t.has_offsets = true;
     } else {
-      fail("has the unknown member " + quoted(key), at);
+      fail("has the unknown member " + in_quotes(key), at);
     }
   });
   if (t.type == nullptr) fail("has no dtype", start);
@@ -214,8 +220,9 @@ tensor_entry read_entry(header_cursor& in, std::size_t start, F&& fail) {
 }
 
 /// Takes one tensor, whose name began at `start`, and finds its bytes.
-inline tensor_view read_tensor(header_cursor& in, std::string_view name, std::size_t start, std::span<const std::byte> data) {
-  const auto fail = [&](const std::string& what, std::size_t at) { in.fail("tensor " + quoted(name) + ' ' + what, at); };
+inline tensor_view read_tensor(header_cursor& in, std::string_view name, std::size_t start,
+                               std::span<const std::byte> data) {
+  const auto fail = [&](const std::string& what, std::size_t at) { in.fail("tensor " + in_quotes(name) + ' ' + what, at); };
   tensor_entry t = read_entry(in, start, fail);
   const auto fail_offsets = [&](const std::string& what) {
     fail("has data_offsets [" + std::to_string(t.begin) + ", " + std::to_string(t.end) + "], " + what, start);
@@ -225,8 +232,8 @@ inline tensor_view read_tensor(header_cursor& in, std::string_view name, std::si
   if (end > data.size()) fail_offsets("beyond the " + std::to_string(data.size()) + " bytes of data");
   const std::size_t wanted = byte_count(*t.type, t.shape, [&](const std::string& what) { fail(what, start); });
   if (end - begin != wanted)
-    fail_offsets(std::to_string(end - begin) + " bytes, but " + std::string(t.type->name) + ' ' + text(t.shape) + " has " +
-                 std::to_string(wanted));
+    fail_offsets(std::to_string(end - begin) + " bytes, but " + std::string(t.type->name) + ' ' + shape_text(t.shape) +
+                 " has " + std::to_string(wanted));
   return {t.type->name, std::move(t.shape), data.subspan(begin, wanted)};
 }
 
@@ -234,17 +241,20 @@ inline tensor_view read_tensor(header_cursor& in, std::string_view name, std::si
 inline void expect_covered(const tensor_map& tensors, std::span<const std::byte> data, const std::string& source) {
   std::vector<const tensor_map::value_type*> order;
   for (const auto& t : tensors) order.push_back(&t);
-  const auto begin = [&](const tensor_map::value_type* t) { return static_cast<std::size_t>(t->second.bytes.data() - data.data()); };
+  const auto begin = [&](const tensor_map::value_type* t) {
+    return static_cast<std::size_t>(t->second.bytes.data() - data.data());
+  };
   std::sort(order.begin(), order.end(), [&](const auto* a, const auto* b) {
     return begin(a) != begin(b) ? begin(a) < begin(b) : a->second.bytes.size() < b->second.bytes.size();
   });
   const auto gap = [&](std::size_t from, std::size_t to) {
-    throw format_error(source + ": bytes " + std::to_string(from) + " to " + std::to_string(to) + " of the data belong to no tensor");
+    throw format_error(source + ": bytes " + std::to_string(from) + " to " + std::to_string(to) +
+                       " of the data belong to no tensor");
   };
   std::size_t end = 0;
   for (const auto* t : order) {
     if (begin(t) < end)
-      throw format_error(source + ": tensor " + quoted(t->first) + " begins at byte " + std::to_string(begin(t)) +
+      throw format_error(source + ": tensor " + in_quotes(t->first) + " begins at byte " + std::to_string(begin(t)) +
                          " of the data, inside the tensor that ends at " + std::to_string(end));
     if (begin(t) > end) gap(end, begin(t));
     end += t->second.bytes.size();
@@ -268,12 +278,12 @@ inline safetensors parse_safetensors(std::span<const std::byte> file, const std:
       if (std::exchange(has_metadata, true)) in.fail("__metadata__ appears twice", at);
       in.object("around __metadata__", [&](const std::string& key, std::size_t key_at) {
         if (!out.metadata.emplace(key, in.string("a value of __metadata__")).second)
-          in.fail("__metadata__ has " + detail::quoted(key) + " twice", key_at);
+          in.fail("__metadata__ has " + detail::in_quotes(key) + " twice", key_at);
       });
       return;
     }
-    if (name.find('\0') != std::string::npos) in.fail("tensor " + detail::quoted(name) + " has NUL in its name", at);
-    if (out.tensors.contains(name)) in.fail("tensor " + detail::quoted(name) + " appears twice", at);
+    if (name.find('\0') != std::string::npos) in.fail("tensor " + detail::in_quotes(name) + " has NUL in its name", at);
+    if (out.tensors.contains(name)) in.fail("tensor " + detail::in_quotes(name) + " appears twice", at);
     out.tensors.emplace(name, detail::read_tensor(in, name, at, data));
   });
   in.need_end();

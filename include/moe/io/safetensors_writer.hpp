@@ -39,16 +39,18 @@ inline void append_list(std::string& out, std::span<const dim> numbers) {
 
 /// Throws format_error unless the tensor may be written under this name.
 inline void expect_writable(std::string_view name, const tensor_view& t, const std::string& target) {
-  const auto fail = [&](const std::string& what) { throw format_error(target + ": tensor " + quoted(name) + ' ' + what); };
+  const auto fail = [&](const std::string& what) {
+    throw format_error(target + ": tensor " + in_quotes(name) + ' ' + what);
+  };
   if (name == "__metadata__") fail("has the name of the metadata");
   if (name.find('\0') != name.npos) fail("has NUL in its name");
   if (utf8_end(name) != name.size()) fail("has a name that is not UTF-8");
   if (t.shape.size() > most_dimensions) fail("has more than " + std::to_string(most_dimensions) + " dimensions");
   const file_dtype* const type = find_dtype(t.dtype);
-  if (type == nullptr) fail("has the unknown dtype " + quoted(t.dtype));
+  if (type == nullptr) fail("has the unknown dtype " + in_quotes(t.dtype));
   if (const std::size_t wanted = byte_count(*type, t.shape, fail); t.bytes.size() != wanted)
-    fail("has " + std::to_string(t.bytes.size()) + " bytes, but " + std::string(type->name) + ' ' + text(t.shape) + " has " +
-         std::to_string(wanted));
+    fail("has " + std::to_string(t.bytes.size()) + " bytes, but " + std::string(type->name) + ' ' + shape_text(t.shape) +
+         " has " + std::to_string(wanted));
 }
 
 /// Widest element type first, then by name.
@@ -113,7 +115,7 @@ inline void write_safetensors(std::ostream& out, const tensor_map& tensors, cons
   for (const auto& [name, t] : tensors) detail::expect_writable(name, t, target);
   for (const auto& [key, value] : metadata)
     if (detail::utf8_end(key) != key.size() || detail::utf8_end(value) != value.size())
-      throw format_error(target + ": __metadata__ " + detail::quoted(key) + " is not UTF-8");
+      throw format_error(target + ": __metadata__ " + detail::in_quotes(key) + " is not UTF-8");
   const auto order = detail::file_order(tensors);
   const std::string header = detail::header_of(order, metadata);
   if (header.size() - 8 > detail::most_header_bytes)

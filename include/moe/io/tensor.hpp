@@ -28,13 +28,20 @@ using metadata_map = std::map<std::string, std::string, std::less<>>;
 /// How the format spells an element type. Packed ternary weights are plain bytes to it.
 constexpr std::string_view safetensors_dtype(element e) noexcept {
   switch (e) {
-    case element::f32: return "F32";
-    case element::bf16: return "BF16";
-    case element::f16: return "F16";
-    case element::i8: return "I8";
-    case element::i32: return "I32";
-    case element::i64: return "I64";
-    case element::ternary: return "U8";
+    case element::f32:
+      return "F32";
+    case element::bf16:
+      return "BF16";
+    case element::f16:
+      return "F16";
+    case element::i8:
+      return "I8";
+    case element::i32:
+      return "I32";
+    case element::i64:
+      return "I64";
+    case element::ternary:
+      return "U8";
   }
   return "";
 }
@@ -63,10 +70,10 @@ struct file_dtype {
 /// In the order of the reference implementation, which stores the last of these first: widest first, so that every
 /// tensor is aligned.
 inline constexpr file_dtype file_dtypes[] = {
-    {"BOOL", 8, 1},    {"F4", 4, 1},          {"F6_E2M3", 6, 1},     {"F6_E3M2", 6, 1}, {"U8", 8, 1},   {"I8", 8, 1},
-    {"F8_E5M2", 8, 1}, {"F8_E4M3", 8, 1},     {"F8_E8M0", 8, 1},     {"F8_E4M3FNUZ", 8, 1}, {"F8_E5M2FNUZ", 8, 1},
-    {"I16", 16, 2},    {"U16", 16, 2},        {"F16", 16, 2},        {"BF16", 16, 2},   {"I32", 32, 4}, {"U32", 32, 4},
-    {"F32", 32, 4},    {"C64", 64, 4},        {"F64", 64, 8},        {"I64", 64, 8},    {"U64", 64, 8},
+    {"BOOL", 8, 1},    {"F4", 4, 1},      {"F6_E2M3", 6, 1}, {"F6_E3M2", 6, 1},     {"U8", 8, 1},          {"I8", 8, 1},
+    {"F8_E5M2", 8, 1}, {"F8_E4M3", 8, 1}, {"F8_E8M0", 8, 1}, {"F8_E4M3FNUZ", 8, 1}, {"F8_E5M2FNUZ", 8, 1}, {"I16", 16, 2},
+    {"U16", 16, 2},    {"F16", 16, 2},    {"BF16", 16, 2},   {"I32", 32, 4},        {"U32", 32, 4},        {"F32", 32, 4},
+    {"C64", 64, 4},    {"F64", 64, 8},    {"I64", 64, 8},    {"U64", 64, 8},
 };
 
 /// Null for a name that the format does not know.
@@ -77,13 +84,13 @@ constexpr const file_dtype* find_dtype(std::string_view name) noexcept {
 }
 
 /// A name from a file, fit for a message: in quotes, printable, cut after 80 bytes.
-inline std::string quoted(std::string_view name) {
+inline std::string in_quotes(std::string_view name) {
   std::string out = "\"";
   for (const char c : name.substr(0, 80)) out += static_cast<unsigned char>(c) < 0x20 || c == 0x7f ? '?' : c;
   return out + (name.size() > 80 ? "...\"" : "\"");
 }
 
-inline std::string text(const std::vector<dim>& shape) {
+inline std::string shape_text(const std::vector<dim>& shape) {
   std::string out = "[";
   for (const dim n : shape) out += (out.size() > 1 ? ", " : "") + std::to_string(n);
   return out + ']';
@@ -95,13 +102,13 @@ std::size_t byte_count(const file_dtype& type, const std::vector<dim>& shape, F&
   constexpr std::size_t most = std::numeric_limits<std::size_t>::max();
   std::size_t n = 1;
   for (const dim extent : shape) {
-    if (extent < 0) fail("has a negative size in its shape " + text(shape));
+    if (extent < 0) fail("has a negative size in its shape " + shape_text(shape));
     const auto e = static_cast<std::size_t>(extent);
-    if (e != 0 && n > most / e) fail("has the shape " + text(shape) + ", whose product overflows");
+    if (e != 0 && n > most / e) fail("has the shape " + shape_text(shape) + ", whose product overflows");
     n *= e;
   }
-  if (n > most / type.bits) fail("has the shape " + text(shape) + ", whose size in bits overflows");
-  if (n * type.bits % 8 != 0) fail("has the shape " + text(shape) + ", which ends inside a byte");
+  if (n > most / type.bits) fail("has the shape " + shape_text(shape) + ", whose size in bits overflows");
+  if (n * type.bits % 8 != 0) fail("has the shape " + shape_text(shape) + ", which ends inside a byte");
   return n * type.bits / 8;
 }
 
@@ -110,26 +117,29 @@ inline void reverse_units(std::span<std::byte> bytes, std::size_t unit) noexcept
   for (std::size_t i = 0; i + unit <= bytes.size(); i += unit) std::reverse(&bytes[i], &bytes[i] + unit);
 }
 
+/// Bytes that follow a first byte of UTF-8, or -1 where it cannot be a first one.
+constexpr int utf8_more(unsigned lead) noexcept {
+  if (lead < 0x80) return 0;
+  if (lead < 0xc2) return -1;
+  return lead < 0xe0 ? 1 : lead < 0xf0 ? 2 : lead < 0xf5 ? 3 : -1;
+}
+
 /// Where `s` stops being UTF-8 (RFC 3629: no overlong forms, no surrogates, nothing above U+10FFFF), or its size.
 inline std::size_t utf8_end(std::string_view s) noexcept {
-  std::size_t i = 0;
-  while (i < s.size()) {
-    const auto byte = [&](std::size_t j) { return static_cast<unsigned char>(s[j]); };
+  const auto byte = [&](std::size_t i) { return static_cast<unsigned>(static_cast<unsigned char>(s[i])); };
+  for (std::size_t i = 0; i < s.size();) {
     const unsigned lead = byte(i);
-    const std::size_t more = lead < 0x80 ? 0 : lead >= 0xc2 && lead < 0xe0 ? 1 : lead >= 0xe0 && lead < 0xf0 ? 2
-                             : lead >= 0xf0 && lead < 0xf5 ? 3 : s.size();
-    if (more >= s.size() - i) return i;
-    for (std::size_t j = 1; j <= more; ++j)
-      if ((byte(i + j) & 0xc0u) != 0x80u) return i;
-    if (more > 1) {
-      const unsigned second = byte(i + 1);
-      if ((lead == 0xe0 && second < 0xa0) || (lead == 0xed && second > 0x9f) || (lead == 0xf0 && second < 0x90) ||
-          (lead == 0xf4 && second > 0x8f))
-        return i;
+    const int more = utf8_more(lead);
+    if (more < 0 || static_cast<std::size_t>(more) >= s.size() - i) return i;
+    const std::size_t next = i + 1 + static_cast<std::size_t>(more);
+    for (std::size_t j = i + 1; j < next; ++j) {
+      const unsigned least = j > i + 1 ? 0x80 : lead == 0xe0 ? 0xa0 : lead == 0xf0 ? 0x90 : 0x80;
+      const unsigned most = j > i + 1 ? 0xbf : lead == 0xed ? 0x9f : lead == 0xf4 ? 0x8f : 0xbf;
+      if (byte(j) < least || byte(j) > most) return i;
     }
-    i += more + 1;
+    i = next;
   }
-  return i;
+  return s.size();
 }
 
 }  // namespace detail
