@@ -20,6 +20,8 @@ have_cmake() {
   [ -n "$version" ] && [ $((${version%.*} * 1000 + ${version#*.})) -ge 3025 ]
 }
 
+have_python_module() { python3 -c "import $1" >/dev/null 2>&1; }
+
 have_generator() { have_command ninja || have_command make; }
 
 have_files() { ls $1 >/dev/null 2>&1; }
