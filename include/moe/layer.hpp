@@ -289,11 +289,6 @@ class layer_impl {
   }
 
  private:
-  static std::size_t padded(moe::arena& count) noexcept {
-    count.rewind(count.peak());
-    count.align();
-    return count.peak();
-  }
   static moe::arena& opened(arena_type& mem, std::size_t needed, const char* what, const char* sizer) {
     moe::arena& m = space::open(mem);
     m.align();
@@ -393,6 +388,7 @@ class layer_impl {
     check_weights(router_, v.router, s);
     check_weights(experts_, v.experts, s);
     check_weights(combine_, v.combine, s);
+    scratch_frame frame(space::open(mem));
     if (opened(mem, scratch_bytes(s.tokens), names.arena, "scratch_bytes(T)").counts())
       throw shape_error(std::string(names.arena) + " has no memory, it only counts");
   }
@@ -428,6 +424,7 @@ class layer_impl {
   template <class F>
   void with_scores(const weight_views& w, const typename G::input& x, context& ctx, moe::arena& mem, F then) const {
     scratch_frame frame(mem);
+    mem.align();
     const call<B> on{backend_, mem, ctx.sizes, ctx.training, ctx.random};
     const auto scores = mem.matrix<float>("scores", ctx.sizes.tokens, ctx.sizes.experts);
     gate_.forward(on, w.gate, x, scores, ctx.gate);
@@ -445,6 +442,7 @@ class layer_impl {
   void run_backward(const weight_views& w, const typename G::input& x, const context& ctx, matrix_view<const float> dy,
                     detail::input_grad<G> dx, gradient_views& dw, moe::arena& mem) const {
     scratch_frame frame(mem);
+    mem.align();
     const call<B> on{backend_, mem, ctx.sizes, ctx.training, ctx.random};
     const dim rows = router_.max_rows(ctx.sizes);
     const std::span<float> dweight = mem.vector<float>("dweight", rows);

@@ -113,7 +113,10 @@ class arena {
   bool counts() const noexcept { return base_ == nullptr; }
   std::size_t used() const noexcept { return used_; }
   std::size_t peak() const noexcept { return peak_; }
-  std::size_t left() const noexcept { return base_ ? size_ - used_ : static_cast<std::size_t>(-1); }
+  std::size_t left() const noexcept {
+    if (base_ == nullptr) return static_cast<std::size_t>(-1);
+    return used_ < size_ ? size_ - used_ : 0;
+  }
   std::size_t mark() const noexcept { return used_; }
   void rewind(std::size_t m) noexcept { used_ = m; }
   /// Pads to the alignment of every element type, so that what follows has the same size wherever it lies.
@@ -146,6 +149,13 @@ class arena {
   std::vector<slot>* list_ = nullptr;
   std::string scope_;
 };
+
+/// What a counting arena counted, padded so that whatever follows in the same memory has its size too.
+inline std::size_t padded(arena& count) noexcept {
+  count.rewind(count.peak());
+  count.align();
+  return count.peak();
+}
 
 /// Gives back on leaving what a call took from its scratch.
 class scratch_frame {
