@@ -37,8 +37,8 @@ class Writes(unittest.TestCase):
 
     def test_includes_outside_conditionals_are_collected_and_those_inside_stay(self):
         text = build({"moe.hpp": '#include <vector>\n#include "moe/a.hpp"\n#include "moe/version.hpp"\nint m;\n',
-                      "a.hpp": "#include <array>\n#include <vector>\nint a;\n#if defined(_OPENMP)\n#include <omp.h>\n#endif\n"
-                      })["moe/moe.hpp"]
+                      "a.hpp": "#include <array>\n#include <vector>\nint a;\n"
+                               "#if defined(_OPENMP)\n#include <omp.h>\n#endif\n"})["moe/moe.hpp"]
         self.assertIn("#include <array>\n#include <vector>\n\n", text)
         self.assertEqual(text.count("<vector>"), 1)
         self.assertIn("int a;\n#if defined(_OPENMP)\n#include <omp.h>\n#endif\n", text)
@@ -79,7 +79,8 @@ class Refuses(unittest.TestCase):
 
     def test_cycles(self):
         self.refuses("moe/a.hpp -> moe/b.hpp -> moe/a.hpp",
-                     {"moe.hpp": '#include "moe/a.hpp"\n', "a.hpp": '#include "moe/b.hpp"\n', "b.hpp": '#include "moe/a.hpp"\n'})
+                     {"moe.hpp": '#include "moe/a.hpp"\n', "a.hpp": '#include "moe/b.hpp"\n',
+                      "b.hpp": '#include "moe/a.hpp"\n'})
 
     def test_headers_that_no_output_reaches(self):
         self.refuses("in no output: moe/lost.hpp", {"moe.hpp": '#include "moe/version.hpp"\n', "lost.hpp": "int x;\n"})

@@ -29,7 +29,7 @@ def check_dependencies(where, dependencies):
     names = []
     for entry in dependencies:
         entry = {"name": entry} if isinstance(entry, str) else entry
-        check(set(entry) <= {"name", "host", "features", "platform", "default-features"}, f"{where}: unknown keys in {entry}")
+        check(set(entry) <= {"name", "host", "features", "platform"}, f"{where}: unknown keys in {entry}")
         names.append(entry.get("name", ""))
         check(NAME.fullmatch(names[-1]), f"{where}: '{names[-1]}' is not the name of a port")
     check(names == sorted(set(names)), f"{where}: {names} are not in order, or not unique")

@@ -7,8 +7,8 @@ shift
 wanted="the folder of headers and the single header are both included"
 for order in "include single_include" "single_include include"; do
   # shellcheck disable=SC2086 # two words
-  said=$(printf "#include \"$source/%s/moe/moe.hpp\"\n" $order | "$@" -Wfatal-errors -fsyntax-only -I"$source/include" -x c++ - 2>&1 |
-    grep -m 1 error)
+  said=$(printf "#include \"$source/%s/moe/moe.hpp\"\n" $order |
+    "$@" -Wfatal-errors -fsyntax-only -I"$source/include" -x c++ - 2>&1 | grep -m 1 error)
   case $said in
     *"$wanted"*) ;;
     *) echo "$order: the first error is '$said', expected '$wanted'" && exit 1 ;;
