@@ -54,6 +54,13 @@ struct composition {
   }();
 };
 
+/// `mem`, padded, with `needed` bytes left.
+inline arena& opened(arena& mem, std::size_t needed, const char* what, const char* sizer) {
+  mem.align();
+  expect_bytes(mem.left(), needed, what, sizer);
+  return mem;
+}
+
 template <class G, class R, class X, class C, class B>
 class layer_impl;
 
@@ -290,14 +297,12 @@ class layer_impl {
 
  private:
   static moe::arena& opened(arena_type& mem, std::size_t needed, const char* what, const char* sizer) {
-    moe::arena& m = space::open(mem);
-    m.align();
-    expect_bytes(m.left(), needed, what, sizer);
-    return m;
+    return detail::opened(space::open(mem), needed, what, sizer);
   }
   shape at(dim T) const {
-    if (T < 0 || (sizes_.tokens > 0 && T > sizes_.tokens))
-      throw shape_error("moe::layer: T is " + std::to_string(T) + ", expected 0 to " + std::to_string(sizes_.tokens) + " (tokens)");
+    if (T < 0) throw shape_error("moe::layer: T is " + std::to_string(T) + ", expected at least 0");
+    if (sizes_.tokens > 0 && T > sizes_.tokens)
+      throw shape_error("moe::layer: T is " + std::to_string(T) + ", expected at most " + std::to_string(sizes_.tokens) + " (tokens)");
     shape s = sizes_;
     s.tokens = T;
     check_countable(s);
