@@ -13,12 +13,13 @@ struct attention_input {
 
   MOE_HD dim position(dim t) const noexcept { return k.rows - q.rows + t; }
   void check(const shape& s, const char* what) const {
+    const auto fits = [](matrix_view<const float> m, dim rows, dim cols) { return m.rows == rows && m.cols == cols && m.ld >= cols; };
+    if (fits(q, s.tokens, s.d) && fits(k, k.rows, s.d) && fits(v, k.rows, v.cols) && k.rows >= q.rows) return;
     const std::string name(what);
     expect(q, s.tokens, s.d, (name + ".q").c_str(), "T x d");
     expect(k, k.rows, s.d, (name + ".k").c_str(), "N x d");
     expect(v, k.rows, v.cols, (name + ".v").c_str(), "N x dv");
-    if (k.rows < q.rows)
-      throw shape_error(name + ".k has " + std::to_string(k.rows) + " rows, expected at least " + std::to_string(q.rows) + " (T)");
+    throw shape_error(name + ".k has " + std::to_string(k.rows) + " rows, expected at least " + std::to_string(q.rows) + " (T)");
   }
 };
 struct attention_gradient {

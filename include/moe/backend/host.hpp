@@ -105,6 +105,12 @@ void copy(const call<B>& on, matrix_view<const T> from, matrix_view<T> to) noexc
   });
 }
 
+/// to += from
+template <HostBackend B>
+void add(const call<B>& on, matrix_view<const float> from, matrix_view<float> to) noexcept {
+  for_each_token(on, to.rows, [&](dim t) { axpy(typename B::arch{}, 1.f, from.row(t), to.row(t), to.cols); });
+}
+
 /// f(e, r) for every row r of a bank, e counted from the bank's first expert. `f` is called from many threads.
 template <HostBackend B, class F>
 void for_each_row(const call<B>& on, const bank_rows& rows, F f) noexcept {
@@ -259,12 +265,6 @@ void scatter_add_rows(const call<B>& on, const bank_rows& rows, gathered<float> 
   });
 }
 
-/// y[t] += weight * row r, for a row source: a matrix, or a type that adds row r without storing it.
-template <class Arch, class Rows>
-MOE_HD void add_one_row(Arch arch, const Rows& ys, dim r, float w, float* y, dim n) noexcept {
-  if constexpr (requires { ys.add_row(arch, r, w, y, n); }) ys.add_row(arch, r, w, y, n);
-  else axpy(arch, w, ys.row(r), y, n);
-}
 /// y[t] += the sum over t's rows of weight[r] ys[r], in the order of its choices.
 template <HostBackend B, class Rows>
 void combine_rows(const call<B>& on, const routing_plan& p, const Rows& ys, std::span<const float> weight,

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-/// The usual combine.
+/// The usual combine, with the weights or without.
 #pragma once
 
 #include "moe/concepts.hpp"
@@ -9,7 +9,8 @@ namespace moe {
 /// y[t] = sum over t's rows of weight[r] ys[r], in the order of its choices. A token without rows gives 0.
 ///
 /// Keeps no row: backward lets the experts gather dy and weigh it.
-struct weighted_sum {
+template <bool Weighed>
+struct basic_sum {
   static constexpr bool weighted_rows = true;
   using weights = nothing;
   using context = nothing;
@@ -18,13 +19,17 @@ struct weighted_sum {
   void forward(const call<B>& on, const weights&, const In&, const routing_plan& p, const Rows& ys, matrix_view<float> y,
                context&) const noexcept {
     fill(on, y, 0.f);
-    combine_rows(on, p, ys, p.weight, y);
+    combine_rows(on, p, ys, Weighed ? std::span<const float>(p.weight) : std::span<const float>(), y);
   }
   template <class B, class In, class InGrad, class Rows>
   void backward(const call<B>&, const weights&, const In&, const routing_plan& p, const Rows&, const context&,
                 matrix_view<const float> dy, gathered<float>& dys, InGrad&, weights&, std::span<float>) const noexcept {
-    dys = {dy, p.token.data(), p.weight.data()};
+    dys = {dy, p.token.data(), Weighed ? p.weight.data() : nullptr};
   }
 };
+
+using weighted_sum = basic_sum<true>;
+/// For experts that have weighed their input already (expert/weigh_input.hpp).
+using unweighted_sum = basic_sum<false>;
 
 }  // namespace moe
