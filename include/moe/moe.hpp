@@ -23,5 +23,6 @@
 #include "moe/layer.hpp"
 #include "moe/recipe/moba.hpp"
 #include "moe/router/top_k.hpp"
+#include "moe/static_layer.hpp"
 #include "moe/sum.hpp"
 #include "moe/version.hpp"

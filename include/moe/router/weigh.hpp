@@ -24,6 +24,8 @@ struct plan_pointers {
   explicit plan_pointers(const routing_plan& p) noexcept
       : offsets(p.offsets.data()), token_offsets(p.token_offsets.data()), position(p.position.data()),
         weight(p.weight.data()), experts(static_cast<idx>(p.experts())) {}
+  MOE_HD plan_pointers(const idx* o, const idx* to, const idx* p, float* w, idx n) noexcept
+      : offsets(o), token_offsets(to), position(p), weight(w), experts(n) {}
 
   MOE_HD idx expert_of_row(idx r) const noexcept {
     idx low = 0, high = experts;  // offsets[low] <= r < offsets[high]
