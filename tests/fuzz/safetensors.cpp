@@ -3,6 +3,6 @@
 #include "../support/fuzz_safetensors.hpp"
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
-  moe::testing::try_safetensors(std::as_bytes(std::span(data, size)));
+  testing::try_safetensors(std::as_bytes(std::span(data, size)));
   return 0;
 }

@@ -7,7 +7,7 @@
 #include <iterator>
 #include <string>
 
-namespace moe::testing {
+namespace testing {
 
 /// A path of its own in the system's folder for temporary files; what lies there is removed at the end.
 class temporary_file {
@@ -51,4 +51,4 @@ std::string message(auto&& call) {
   return "no such error";
 }
 
-}  // namespace moe::testing
+}  // namespace testing

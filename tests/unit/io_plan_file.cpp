@@ -9,11 +9,14 @@
 
 #include "moe/core/recorded_plan.hpp"
 #include "moe/io/plan_file.hpp"
+#include "moe/io/safetensors.hpp"
+#include "moe/moe.hpp"
 #include "support/temporary_file.hpp"
+#include "support/testing.hpp"
 
 using namespace moe;
-using moe::testing::message;
-using moe::testing::temporary_file;
+using testing::message;
+using testing::temporary_file;
 
 static_assert(std::is_nothrow_move_constructible_v<recorded_plan> && !std::is_copy_constructible_v<recorded_plan>);
 
@@ -121,6 +124,22 @@ TEST_SUITE("io/plan_file") {
     const recorded_plan p = load_plan(file.path());
     CHECK(p.plan().tokens() == 0);
     CHECK(p.plan().experts() == 1);
+  }
+
+  TEST_CASE("a layer loaded from one file and replayed along the plan of another gives the same bits") {
+    using layer = moe::layer<linear_gate, top_k<2>, ffn_expert, weighted_sum, scalar<>>;
+    const layer net({.tokens = 9, .d = 6, .f = 5, .experts = 4});
+    testing::model first(net, 9, 6, 1), second(net, 9, 6, 2);
+    first.forward();
+    const temporary_file weights("weights"), plan("routing");
+    save(weights.path(), {{"block", net.catalogue(), first.params.bytes()}});
+    save_plan(plan.path(), first.ctx.plan);
+
+    load(weights.path(), {{"block", net.catalogue(), second.params.bytes()}});
+    const recorded_plan routing = load_plan(plan.path());
+    net.replay(second.w, first.in, routing.plan(), second.y_view(), second.ctx, second.work);
+    CHECK(second.y == first.y);
+    CHECK(testing::assignments(second.ctx.plan) == testing::assignments(first.ctx.plan));
   }
 
   TEST_CASE("a broken plan is not written") {

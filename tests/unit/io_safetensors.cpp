@@ -13,11 +13,11 @@
 #include "support/temporary_file.hpp"
 
 using namespace moe;
-using moe::testing::content;
-using moe::testing::message;
-using moe::testing::same;
-using moe::testing::temporary_file;
-using moe::testing::written;
+using testing::content;
+using testing::message;
+using testing::same;
+using testing::temporary_file;
+using testing::written;
 
 static_assert(std::is_nothrow_move_constructible_v<mapped_file> && !std::is_copy_constructible_v<mapped_file>);
 static_assert(std::is_move_constructible_v<checkpoint> && !std::is_copy_constructible_v<checkpoint>);
@@ -107,7 +107,7 @@ struct one_matrix {
 TEST_SUITE("io/mapped_file") {
   TEST_CASE("a mapping shows the file, and writing to it leaves the file as it was") {
     const temporary_file file("mapped");
-    moe::testing::write(file.path(), "abc");
+    testing::write(file.path(), "abc");
     const mapped_file mapped(file.path());
     REQUIRE(mapped.bytes().size() == 3);
     CHECK(mapped.bytes()[2] == std::byte{'c'});
@@ -118,7 +118,7 @@ TEST_SUITE("io/mapped_file") {
 
   TEST_CASE("a mapping moves with its bytes") {
     const temporary_file file("moved");
-    moe::testing::write(file.path(), "abc");
+    testing::write(file.path(), "abc");
     mapped_file first(file.path());
     const std::byte* const at = first.bytes().data();
     mapped_file second(std::move(first));
@@ -131,7 +131,7 @@ TEST_SUITE("io/mapped_file") {
 
   TEST_CASE("an empty file has no bytes, and what is no file is an error that names it") {
     const temporary_file file("empty");
-    moe::testing::write(file.path(), "");
+    testing::write(file.path(), "");
     CHECK(mapped_file(file.path()).bytes().empty());
     CHECK(message<format_error>([] { mapped_file("no/such/file"); }) == "no/such/file: cannot be opened");
     const std::string folder = MOE_TEST_DATA_DIR;
@@ -310,7 +310,7 @@ TEST_SUITE("io/safetensors_writer") {
   TEST_CASE("what the format cannot hold is refused, and the file that was there stays") {
     const std::vector<std::byte> four(4);
     const temporary_file file("refused");
-    moe::testing::write(file.path(), "old");
+    testing::write(file.path(), "old");
     const auto refused = [&](const std::string& name, std::string_view dtype, std::vector<dim> shape) {
       return message<format_error>([&] { save_tensors(file.path(), {{name, {dtype, std::move(shape), four}}}); })
           .substr(file.path().size());
@@ -475,7 +475,7 @@ TEST_SUITE("io/safetensors") {
     const temporary_file file("parts");
     CHECK(message<format_error>([&] {
             save(file.path(), {{"l", layer.list, layer.params.bytes()}, {"l", layer.list, layer.params.bytes()}});
-          }) == file.path() + ": two parts have a tensor \"l.experts.up\"");
+          }) == file.path() + ": two slots are named \"l.experts.up\"");
     const std::string bytes = std::to_string(layer.params.size());
     const auto cut = layer.params.bytes().first(layer.params.size() - 1);
     CHECK(message<shape_error>([&] { save(file.path(), {{"l", layer.list, cut}}); }) ==

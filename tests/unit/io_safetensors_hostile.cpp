@@ -272,7 +272,7 @@ TEST_SUITE("io/safetensors_reader") {
       CAPTURE(entry.path().filename().string());
       std::ifstream in(entry.path(), std::ios::binary);
       const std::string content((std::istreambuf_iterator<char>(in)), {});
-      CHECK(moe::testing::try_safetensors(as_bytes(content)) == entry.path().filename().string().starts_with("valid_"));
+      CHECK(testing::try_safetensors(as_bytes(content)) == entry.path().filename().string().starts_with("valid_"));
       ++files;
     }
     CHECK(files >= 24);

@@ -131,7 +131,7 @@ class checkpoint {
   mapped_file file_;
   std::span<std::byte> bytes_;
   std::string source_;
-  safetensors content_;
+  safetensors_content content_;
 };
 
 }  // namespace moe

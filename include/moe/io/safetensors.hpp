@@ -12,16 +12,14 @@ namespace moe {
 
 /// A flat buffer and what lies in it: the weights of one layer, or an optimizer's moments of the same layout.
 ///
-///   std::vector<moe::slot> list;
-///   moe::arena recorder(list);
-///   layer.make_weights(recorder);
-///   moe::save("model.safetensors", {{"block0", list, params.bytes()}});
+///   moe::save("model.safetensors", {{"block0", layer.catalogue(), params.bytes()}});
+///   moe::load("model.safetensors", {{"block0", layer.catalogue(), params.bytes()}});
 ///
 /// A slot is saved under "prefix.name", or under its name where the prefix is empty; one of a single row is a vector, of
 /// shape [cols], any other has the shape [rows, cols].
 struct checkpoint_part {
   std::string prefix;
-  std::span<const slot> catalogue;
+  std::vector<slot> catalogue;
   std::span<std::byte> bytes;
 };
 
@@ -73,8 +71,7 @@ inline void save(const std::string& path, std::span<const checkpoint_part> parts
       const tensor_view t{safetensors_dtype(s.type),
                           s.rows == 1 ? std::vector<dim>{s.cols} : std::vector<dim>{s.rows, s.cols},
                           part.bytes.subspan(s.offset, s.bytes)};
-      if (!tensors.emplace(name, t).second)
-        throw format_error(path + ": two parts have a tensor " + detail::in_quotes(name));
+      if (!tensors.emplace(name, t).second) throw format_error(path + ": two slots are named " + detail::in_quotes(name));
     }
   }
   save_tensors(path, tensors, metadata);

@@ -11,7 +11,7 @@
 namespace moe {
 
 /// What a file holds. Names and shapes are owned, the bytes of a tensor are those of the file.
-struct safetensors {
+struct safetensors_content {
   tensor_map tensors;
   metadata_map metadata;
 };
@@ -265,13 +265,13 @@ inline void expect_covered(const tensor_map& tensors, std::span<const std::byte>
 }  // namespace detail
 
 /// Reads a safetensors file: a 64-bit length, that many bytes of JSON, and the data. Nothing is copied but names and
-/// shapes. Stricter than the reference implementation in that a name or member may appear once only, no member is
-/// unknown, and names are without NUL. Throws format_error, beginning with `source`, saying what is wrong and where.
-inline safetensors parse_safetensors(std::span<const std::byte> file, const std::string& source) {
+/// shapes. Stricter than the reference implementation in that a name appears once, no member is unknown, a name has no
+/// NUL and a shape at most 64 dimensions. Throws format_error, beginning with `source`, saying what is wrong and where.
+inline safetensors_content parse_safetensors(std::span<const std::byte> file, const std::string& source) {
   const std::string_view header = detail::header_text(file, source);
   const std::span<const std::byte> data = file.subspan(8 + header.size());
   detail::header_cursor in(header, 8, source);
-  safetensors out;
+  safetensors_content out;
   bool has_metadata = false;
   in.object("around the header", [&](const std::string& name, std::size_t at) {
     if (name == "__metadata__") {
