@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the single headers: one file for each of OUTPUTS, at the path it has in include/.
+"""Writes the single headers, at the paths they have in include/: moe/moe.hpp with everything that needs the standard
+library alone, and moe/backend/cpu.hpp with the rest, which includes the first.
 
     single_include/amalgamate.py            writes them
     single_include/amalgamate.py --check    fails when one is stale
 
-A later output holds only what the earlier ones lack, and includes those. What the tree has to keep to, so that moving
-text cannot change its meaning, is an error where it does not:
+What the tree has to keep to, so that moving text cannot change its meaning, is an error where it does not:
   - a header of the library is included as "moe/...", at column 0, outside every conditional, before any other code;
   - any other header in angle brackets; outside conditionals these are collected at the top of the output, inside
     they stay where they are;
-  - #pragma once, no include guards, no cycles, and every header is part of an output.
+  - #pragma once, no include guards, no cycles, and the umbrella moe/moe.hpp reaches every header but those of APART.
 """
 import hashlib
 import pathlib
@@ -18,8 +18,9 @@ import posixpath
 import re
 import sys
 
-OUTPUTS = ["moe/moe.hpp", "moe/backend/cpu.hpp"]
-OTHER_COMPILERS = ("moe/backend/cuda/",)  # needs nvcc: used from include/ only
+FIRST, CPU = "moe/moe.hpp", "moe/backend/cpu.hpp"
+APART = ("moe/io/", "moe/train/", "moe/backend/")  # left out of the umbrella for what they cost to compile
+ACCELERATED = ("moe/backend/cpu", "moe/backend/cuda")  # the only ones with third-party headers; CUDA has no single header
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 DIRECTIVE = re.compile(r"\s*#\s*(\w+)\s*(.*?)\s*$")
@@ -74,27 +75,23 @@ def read_tree(include):
     return {p: Header(p, f.read_text(encoding="utf-8")) for p, f in zip(paths, files)}
 
 
-def in_order(root, tree, done=None, chain=()):
-    """The headers that root needs, each after those it includes, root last."""
+def in_order(roots, tree, done=None, chain=()):
+    """The headers that the roots need, each after those it includes."""
     done = {} if done is None else done
-    if root in chain:
-        raise TreeError("headers include each other: " + " -> ".join(chain + (root,)))
-    if root not in tree:
-        raise TreeError(f"{chain[-1] if chain else 'OUTPUTS'}: there is no {root}")
-    if root not in done:
-        for path in tree[root].own:
-            in_order(path, tree, done, chain + (root,))
-        done[root] = True
+    for path in roots:
+        if path in chain:
+            raise TreeError("headers include each other: " + " -> ".join(chain + (path,)))
+        if path not in tree:
+            raise TreeError(f"{chain[-1] if chain else 'amalgamate.py'}: there is no {path}")
+        if path not in done:
+            in_order(tree[path].own, tree, done, chain + (path,))
+            done[path] = True
     return list(done)
 
 
 def squeeze(lines):
     """Without blank lines at either end, and with no two in a row."""
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip("\n")
-
-
-def guard(output):
-    return "MOE_SINGLE_INCLUDE" if output == OUTPUTS[0] else re.sub(r"\W", "_", output).upper()
 
 
 def banner(paths, include):
@@ -108,30 +105,36 @@ def banner(paths, include):
             f"// {digest.hexdigest()}"]
 
 
-def amalgamate(include, outputs=None):
+def write(output, paths, tree, include, before):
+    """One output: the text of `paths` behind its guard, after those includes that were outside conditionals."""
+    guard = "MOE_SINGLE_INCLUDE" if output == FIRST else "MOE_SINGLE_INCLUDE_CPU"
+    system = sorted({name for path in paths for name in tree[path].system}, key=lambda name: (name.lower(), name))
+    text = banner(paths, include) + [f"#ifndef {guard}", "", *before, *(f"#include {name}" for name in system)]
+    for path in paths:
+        text += ["", f"// --- {path} ---", squeeze(tree[path].body)]
+    return squeeze(text + ["", f"#define {guard}", "#endif"]) + "\n"
+
+
+def amalgamate(include):
     """The text of every output, by path."""
-    outputs = outputs or OUTPUTS
     tree = read_tree(include)
-    owner, result = {}, {}
-    for output in outputs:
-        order = in_order(output, tree)
-        before = [o for o in outputs if o in {owner.get(p) for p in order}]
-        own = [p for p in order if p not in owner]
-        owner.update(dict.fromkeys(own, output))
-        system = sorted({s for p in own for s in tree[p].system}, key=lambda s: ("." in s or "/" in s, s))
-        text = banner(own, include) + [f"#ifndef {guard(output)}", ""]
-        if not before:
-            text += ["#if defined(MOE_HD)", '#error "moe: the folder of headers and the single header are both included"',
-                     "#endif", ""]
-        text += [f'#include "{posixpath.relpath(b, posixpath.dirname(output))}"' for b in before]
-        text += [f"#include {s}" for s in system]
-        for path in own:
-            text += ["", f"// --- {path} ---", squeeze(tree[path].body)]
-        result[output] = squeeze(text + ["", f"#define {guard(output)}", "#endif"]) + "\n"
-    lost = [p for p in tree if p not in owner and not p.startswith(OTHER_COMPILERS)]
+    umbrella = in_order([FIRST], tree)
+    lost = [p for p in tree if p not in umbrella and not p.startswith(APART)]
     if lost:
-        raise TreeError(f"in no output: {', '.join(lost)}; include them from {outputs[0]} or name them in OUTPUTS")
-    return result
+        raise TreeError(f"{FIRST} does not reach {', '.join(lost)}")
+    first = in_order([FIRST] + [p for p in tree if not p.startswith(ACCELERATED)], tree)
+    for path in first:
+        foreign = [name for name in tree[path].system if not re.fullmatch(r"<[a-z_]+>", name)]
+        if foreign or path.startswith(ACCELERATED):
+            raise TreeError(f"{path} is part of {FIRST}, which needs the standard library alone: {foreign}")
+    cpu = [p for p in in_order([CPU], tree) if p not in first]
+    lost = [p for p in tree if p.startswith(CPU[:-4]) and p not in cpu]
+    if lost:
+        raise TreeError(f"{CPU} does not reach {', '.join(lost)}")
+    mixed = "moe: the folder of headers and the single header are both included"
+    alone = ["#if defined(MOE_HD)", f'#error "{mixed}"', "#endif", ""]
+    other = [f'#include "{posixpath.relpath(FIRST, posixpath.dirname(CPU))}"', ""]
+    return {FIRST: write(FIRST, first, tree, include, alone), CPU: write(CPU, cpu, tree, include, other)}
 
 
 def main():

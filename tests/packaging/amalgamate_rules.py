@@ -13,8 +13,9 @@ import amalgamate  # noqa: E402
 VERSION = '#pragma once\n#define MOE_VERSION_STRING "1.2.3"\n'
 
 
-def build(files, outputs=("moe/moe.hpp",)):
-    """The outputs for a tree of {path below moe/: text without #pragma once}."""
+def build(files):
+    """The outputs for a tree of {path below moe/: text after #pragma once}."""
+    files = {"moe.hpp": '#include "moe/version.hpp"\n', "backend/cpu.hpp": '#include "moe/version.hpp"\n'} | files
     with tempfile.TemporaryDirectory() as folder:
         include = pathlib.Path(folder)
         for path, text in files.items():
@@ -22,7 +23,7 @@ def build(files, outputs=("moe/moe.hpp",)):
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(f"{amalgamate.SPDX}\n#pragma once\n{text}")
         (include / "moe/version.hpp").write_text(VERSION)
-        return amalgamate.amalgamate(include, list(outputs))
+        return amalgamate.amalgamate(include)
 
 
 class Writes(unittest.TestCase):
@@ -43,18 +44,24 @@ class Writes(unittest.TestCase):
         self.assertEqual(text.count("<vector>"), 1)
         self.assertIn("int a;\n#if defined(_OPENMP)\n#include <omp.h>\n#endif\n", text)
 
-    def test_a_later_output_includes_the_earlier_one_and_holds_the_rest(self):
-        files = {"moe.hpp": '#include "moe/a.hpp"\n#include "moe/version.hpp"\n', "a.hpp": "int a;\n",
-                 "backend/cpu.hpp": '#include "moe/a.hpp"\nint c = a;\n'}
-        texts = build(files, ["moe/moe.hpp", "moe/backend/cpu.hpp"])
-        self.assertIn('#include "../moe.hpp"', texts["moe/backend/cpu.hpp"])
-        self.assertNotIn("int a;", texts["moe/backend/cpu.hpp"])
+    def test_the_cpu_output_includes_the_first_and_holds_the_rest(self):
+        texts = build({"moe.hpp": '#include "moe/a.hpp"\n#include "moe/version.hpp"\n', "a.hpp": "int a;\n",
+                       "backend/cpu.hpp": '#include "moe/a.hpp"\n#include "moe/backend/cpu/b.hpp"\nint c = a;\n',
+                       "backend/cpu/b.hpp": "#include <Eigen/Core>\nint b;\n"})
+        text = texts["moe/backend/cpu.hpp"]
+        self.assertIn('#include "../moe.hpp"\n\n#include <Eigen/Core>\n', text)
+        self.assertIn("int b;", text)
+        self.assertNotIn("int a;", text)
+        self.assertNotIn("int b;", texts["moe/moe.hpp"])
+
+    def test_the_first_output_holds_what_the_umbrella_leaves_out_for_its_cost(self):
+        self.assertIn("int x;", build({"io/file.hpp": "int x;\n"})["moe/moe.hpp"])
 
     def test_the_hash_changes_with_the_text_and_nothing_else(self):
-        files = {"moe.hpp": '#include "moe/version.hpp"\n'}
-        self.assertEqual(build(files), build(files))
-        hashes = [build({"moe.hpp": files["moe.hpp"] + end})["moe/moe.hpp"].split("\n")[3] for end in ("", "\n")]
-        self.assertNotEqual(*hashes)
+        self.assertEqual(build({}), build({}))
+        umbrella = '#include "moe/a.hpp"\n#include "moe/version.hpp"\n'
+        texts = [build({"moe.hpp": umbrella, "a.hpp": blank}) for blank in ("", "\n")]
+        self.assertNotEqual(*(text["moe/moe.hpp"].split("\n")[3] for text in texts))
 
 
 class Refuses(unittest.TestCase):
@@ -82,8 +89,14 @@ class Refuses(unittest.TestCase):
                      {"moe.hpp": '#include "moe/a.hpp"\n', "a.hpp": '#include "moe/b.hpp"\n',
                       "b.hpp": '#include "moe/a.hpp"\n'})
 
-    def test_headers_that_no_output_reaches(self):
-        self.refuses("in no output: moe/lost.hpp", {"moe.hpp": '#include "moe/version.hpp"\n', "lost.hpp": "int x;\n"})
+    def test_headers_that_the_umbrella_or_the_cpu_backend_forgets(self):
+        self.refuses("moe/moe.hpp does not reach moe/router/lost.hpp", {"router/lost.hpp": "int x;\n"})
+        self.refuses("moe/backend/cpu.hpp does not reach moe/backend/cpu/lost.hpp", {"backend/cpu/lost.hpp": "int x;\n"})
+
+    def test_third_party_headers_outside_the_accelerated_backends(self):
+        self.refuses("moe/a.hpp is part of .*Eigen/Core", {"moe.hpp": '#include "moe/a.hpp"\n#include "moe/version.hpp"\n',
+                                                           "a.hpp": "#include <Eigen/Core>\n"})
+        self.refuses("moe/backend/cpu.hpp is part of", {"io/file.hpp": '#include "moe/backend/cpu.hpp"\n'})
 
     def test_headers_that_do_not_exist(self):
         self.refuses("moe/moe.hpp: there is no moe/a.hpp", {"moe.hpp": '#include "moe/a.hpp"\n'})

@@ -1,3 +1,4 @@
 // SPDX-License-Identifier: Apache-2.0
-// Linked with a program that includes the same: a function defined in a header must be inline.
+// Linked with a program that includes the same: what a header defines must be inline.
+#include "moe/backend/cpu.hpp"
 #include "moe/moe.hpp"
