@@ -136,6 +136,14 @@ inline choices softmax_of_best(const vec& scores, dim k) {
 inline router_rule top_k(dim k) {
   return each_token([k](const vec& scores) { return softmax_of_best(scores, k); });
 }
+/// The k best, each with weight 1.
+inline router_rule select_only(dim k) {
+  return each_token([k](const vec& scores) {
+    choices c;
+    for (const dim e : best(scores, k)) c.push_back({e, 1});
+    return c;
+  });
+}
 
 /// sum of weight_j ys_j
 inline vec weighted_sum(const vec& x, const choices& c, const std::vector<vec>& ys) {
@@ -198,10 +206,12 @@ struct layer {
 };
 
 /// Linear gate, softmax over the k best, gated feed-forward experts, weighted sum: forward as above, backward by formula.
+/// At a kink the activation's given slope counts.
 struct ffn_layer {
   dim k;
   matrix gate_w, up, gate, down;  ///< [E,d] [E*f,d] [E*f,d] [E*d,f]
   activation act = silu;
+  bool weighs = true;  ///< false: every choice weighs 1, and the gate has no gradient
 
   /// Takes its weights from a layer of the library with the same parts.
   ffn_layer(dim k_, const std::vector<moe::slot>& catalogue, std::span<const float> flat)
@@ -209,7 +219,7 @@ struct ffn_layer {
         gate(tensor(catalogue, flat, "experts.gate")), down(tensor(catalogue, flat, "experts.down")) {}
 
   matrix forward(const matrix& x) const {
-    return layer{linear_gate(gate_w), top_k(k), feed_forward(up, gate, down, act)}.forward(x);
+    return layer{linear_gate(gate_w), router(), feed_forward(up, gate, down, act)}.forward(x);
   }
 
   struct gradients {
@@ -217,11 +227,12 @@ struct ffn_layer {
   };
   gradients backward(const matrix& x, const matrix& dy) const {
     gradients g{{x.rows, x.cols}, {gate_w.rows, gate_w.cols}, {up.rows, up.cols}, {gate.rows, gate.cols}, {down.rows, down.cols}};
-    const std::vector<choices> plan = top_k(k)(linear_gate(gate_w)(x));
+    const std::vector<choices> plan = router()(linear_gate(gate_w)(x));
     for (dim t = 0; t < x.rows; ++t) {
       const choices& c = plan[static_cast<std::size_t>(t)];
       vec dweight;
       for (const choice& j : c) dweight.push_back(expert_backward(g, x, dy, t, j));
+      if (!weighs) continue;
       double mean = 0;  // of the softmax: ds_j = w_j (dw_j - sum w_i dw_i)
       for (std::size_t j = 0; j < c.size(); ++j) mean += c[j].weight * dweight[j];
       for (std::size_t j = 0; j < c.size(); ++j) {
@@ -236,6 +247,8 @@ struct ffn_layer {
   }
 
  private:
+  router_rule router() const { return weighs ? top_k(k) : select_only(k); }
+
   /// Adds what token t's choice j brings to dx and the expert's weights; returns <dy_t, ys_j>.
   double expert_backward(gradients& g, const matrix& x, const matrix& dy, dim t, choice j) const {
     const dim f = down.cols, d = x.cols, e = j.expert;

@@ -1,0 +1,269 @@
+// SPDX-License-Identifier: Apache-2.0
+// What holds for a layer whatever its numbers, on the scalar backend. Bits are compared wherever an element has one writer
+// and one order of additions: in y and dx of any batch, order or number of threads, and in gradients of weights for any
+// number of threads. A gradient of a weight sums over tokens, so another order of tokens or another cut of the batch
+// changes its rounding; with whole numbers below 2^24 nothing rounds and those bits are equal too.
+#include <doctest/doctest.h>
+
+#include <array>
+#include <cmath>
+#include <numeric>
+
+#include "moe/backend/executor/thread_pool.hpp"
+#include "moe/moe.hpp"
+#include "support/executors.hpp"
+#include "support/reference.hpp"
+#include "support/testing.hpp"
+
+namespace {
+
+using moe::dim;
+using moe::idx;
+
+template <int K, class B = moe::scalar<moe::serial>>
+using ffn = moe::layer<moe::linear_gate, moe::top_k<K>, moe::ffn_expert, moe::weighted_sum, B>;
+/// Nothing but sums, products and comparisons: with small whole numbers exact in float.
+template <class B = moe::scalar<moe::serial>>
+using exact = moe::layer<moe::linear_gate, moe::top_k<2, moe::select_only>, moe::basic_ffn_expert<moe::glu<moe::relu>>,
+                         moe::weighted_sum, B>;
+
+struct results {
+  std::vector<float> y, dx, dw;
+  friend bool operator==(const results&, const results&) = default;
+};
+
+template <class L>
+results run(testing::model<L>& m) {
+  m.forward();
+  m.backward();
+  return {m.y, m.dx, {m.gradients().begin(), m.gradients().end()}};
+}
+template <class L>
+results run(const L& net, dim T, std::uint64_t seed) {
+  testing::model<L> m(net, T, net.sizes().d, seed);
+  return run(m);
+}
+/// Whole numbers everywhere: |score| <= 4 d, |y| <= 2 * 2 f (4 d)^2, sums over T tokens likewise below 2^24.
+template <class L>
+void make_whole(testing::model<L>& m, std::uint64_t seed) {
+  m.x = testing::integers(static_cast<dim>(m.x.size()), seed, 2);
+  m.dy = testing::integers(static_cast<dim>(m.dy.size()), seed + 1, 2);
+  m.in = m.x_view();
+  m.din = {m.dx.data(), m.tokens, m.d};
+  const auto w = testing::integers(static_cast<dim>(m.weights().size()), seed + 2, 2);
+  std::copy(w.begin(), w.end(), m.weights().begin());
+}
+template <class B>
+results run_whole(const B& backend, moe::shape s, std::uint64_t seed) {
+  testing::model<exact<B>> m(exact<B>(s, backend), s.tokens, s.d, seed);
+  make_whole(m, seed);
+  return run(m);
+}
+
+/// A pseudo-random choice of shape, odd ones as likely as even ones.
+moe::shape some_shape(std::uint64_t seed, dim k) {
+  const moe::rng random(seed);
+  const auto up_to = [&](std::uint64_t counter, int n) { return static_cast<dim>(random(counter) % static_cast<std::uint64_t>(n)); };
+  return {.tokens = up_to(0, 90), .d = 1 + up_to(1, 40), .f = 1 + up_to(2, 90), .experts = k + up_to(3, 12)};
+}
+
+std::vector<dim> some_order(dim n, std::uint64_t seed) {
+  const moe::rng random(seed);
+  std::vector<dim> order(static_cast<std::size_t>(n));
+  std::iota(order.begin(), order.end(), 0);
+  for (std::size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[random(i) % i]);
+  return order;
+}
+/// Row i of the result is row order[i] of v.
+std::vector<float> rows_in(const std::vector<dim>& order, std::span<const float> v, dim cols) {
+  std::vector<float> out;
+  for (const dim r : order) out.insert(out.end(), v.begin() + r * cols, v.begin() + (r + 1) * cols);
+  return out;
+}
+void expect_near(std::span<const float> got, std::span<const float> want, double tolerance) {
+  CHECK(reference::error(got, {want.begin(), want.end()}) < tolerance);
+}
+/// `blocks` blocks of equal length, in a new order.
+void reorder(moe::matrix_view<float> m, const std::vector<dim>& order) {
+  const dim rows = m.rows / static_cast<dim>(order.size());
+  const auto moved = rows_in(order, {m.data, static_cast<std::size_t>(m.rows * m.cols)}, rows * m.cols);
+  std::copy(moved.begin(), moved.end(), m.data);
+}
+
+template <class Run>
+void expect_same_bits_from_every_executor(Run results_of) {
+  const results alone = results_of(moe::scalar<moe::serial>{});
+  CHECK(results_of(moe::scalar<moe::serial>{}) == alone);  // run to run
+  for (int threads = 1; threads <= 4; ++threads) {
+    CAPTURE(threads);
+    const moe::thread_pool pool(threads);
+    CHECK(results_of(moe::scalar<moe::pool_executor>(moe::pool_executor(pool))) == alone);
+#if defined(_OPENMP)
+    const int before = omp_get_max_threads();
+    omp_set_num_threads(threads);
+    CHECK(results_of(moe::scalar<moe::openmp>{}) == alone);
+    omp_set_num_threads(before);
+#endif
+  }
+  for (std::uint64_t seed = 0; seed < 5; ++seed)
+    CHECK(results_of(moe::scalar<testing::shuffling>(testing::shuffling{seed})) == alone);
+}
+
+}  // namespace
+
+TEST_SUITE("layer") {
+  TEST_CASE("every plan keeps its invariants, over random shapes") {
+    const auto check_plan = [](auto layer_of, std::uint64_t seed, dim k) {
+      const moe::shape s = some_shape(seed, k);
+      CAPTURE(seed);
+      testing::model m(layer_of(s), s.tokens, s.d, seed);
+      m.forward();
+      CHECK(moe::fault(m.ctx.plan) == nullptr);
+      CHECK(m.ctx.plan.rows() == s.tokens * k);
+    };
+    for (std::uint64_t seed = 0; seed < 20; ++seed) {
+      check_plan([](moe::shape s) { return ffn<1>(s); }, seed, 1);
+      check_plan([](moe::shape s) { return ffn<2>(s); }, seed, 2);
+    }
+  }
+  TEST_CASE("a permutation of tokens permutes y and dx, bit for bit, and leaves the gradients of weights to rounding") {
+    for (std::uint64_t seed = 0; seed < 8; ++seed) {
+      const moe::shape s = some_shape(seed, 2);
+      CAPTURE(seed);
+      testing::model<ffn<2>> plain(ffn<2>(s), s.tokens, s.d, seed), permuted(ffn<2>(s), s.tokens, s.d, seed);
+      const auto order = some_order(s.tokens, seed);
+      const auto x = rows_in(order, plain.x, s.d), dy = rows_in(order, plain.dy, s.d);
+      std::copy(x.begin(), x.end(), permuted.x.begin());
+      std::copy(dy.begin(), dy.end(), permuted.dy.begin());
+      const results a = run(plain), b = run(permuted);
+      CHECK(b.y == rows_in(order, a.y, s.d));
+      CHECK(b.dx == rows_in(order, a.dx, s.d));
+      expect_near(b.dw, a.dw, 1e-5);
+    }
+  }
+  TEST_CASE("renaming the experts changes no bit of y and dx, and renames their gradients") {
+    const moe::shape s{.tokens = 40, .d = 13, .f = 21, .experts = 6};
+    testing::model<ffn<2>> plain(ffn<2>(s), s.tokens, s.d, 1), renamed(ffn<2>(s), s.tokens, s.d, 1);
+    const auto order = some_order(s.experts, 5);
+    for (const auto m : {renamed.w.gate.w, renamed.w.experts.up, renamed.w.experts.gate, renamed.w.experts.down}) reorder(m, order);
+    const results a = run(plain), b = run(renamed);
+    CHECK(b.y == a.y);
+    CHECK(b.dx == a.dx);
+    for (const auto m : {plain.dw.gate.w, plain.dw.experts.up, plain.dw.experts.gate, plain.dw.experts.down}) reorder(m, order);
+    CHECK(b.dw == std::vector<float>(plain.gradients().begin(), plain.gradients().end()));
+  }
+  TEST_CASE("two equal experts equal one") {
+    for (std::uint64_t seed = 0; seed < 5; ++seed) {
+      moe::shape s = some_shape(seed + 100, 2);
+      s.experts = 1;
+      testing::model<ffn<1>> one(ffn<1>(s), s.tokens, s.d, seed);
+      s.experts = 2;
+      testing::model<ffn<2>> two(ffn<2>(s), s.tokens, s.d, seed);
+      const auto twice = [](moe::matrix_view<float> from, moe::matrix_view<float> to) {
+        for (dim r = 0; r < to.rows; ++r) std::copy_n(from.row(r % from.rows), to.cols, to.row(r));
+      };
+      twice(one.w.experts.up, two.w.experts.up);
+      twice(one.w.experts.gate, two.w.experts.gate);
+      twice(one.w.experts.down, two.w.experts.down);
+      const results a = run(one), b = run(two);
+      expect_near(b.y, a.y, 1e-6);  // the two weights add to 1 but for one rounding
+      expect_near(b.dx, a.dx, 1e-5);
+    }
+  }
+  TEST_CASE("an expert that no token chooses changes nothing") {
+    const moe::shape s{.tokens = 30, .d = 9, .f = 11, .experts = 4};
+    testing::model<ffn<2>> m(ffn<2>(s), s.tokens, s.d, 3);
+    for (dim t = 0; t < s.tokens; ++t) m.x[static_cast<std::size_t>(t * s.d)] = 1;
+    for (dim c = 0; c < s.d; ++c) m.w.gate.w(2, c) = c == 0 ? -1e4f : 0.f;  // expert 2 scores -10000
+    const results a = run(m);
+    for (dim r = 2 * s.f; r < 3 * s.f; ++r)
+      for (dim c = 0; c < s.d; ++c) m.w.experts.up(r, c) = 1e6f;
+    std::fill(m.dx.begin(), m.dx.end(), 0.f);
+    std::fill(m.gradients().begin(), m.gradients().end(), 0.f);
+    CHECK(run(m) == a);
+  }
+  TEST_CASE("doubling dy doubles every gradient, bit for bit") {
+    const moe::shape s{.tokens = 37, .d = 11, .f = 19, .experts = 5};
+    testing::model<ffn<2>> m(ffn<2>(s), s.tokens, s.d, 4);
+    results once = run(ffn<2>(s), s.tokens, 4);
+    for (float& v : m.dy) v *= 2;
+    for (auto* v : {&once.dx, &once.dw})
+      for (float& g : *v) g *= 2;
+    CHECK(run(m) == once);
+  }
+
+  TEST_CASE("all executors give equal bits, forward and backward, run to run") {
+    for (const moe::shape s : {moe::shape{.tokens = 70, .d = 33, .f = 70, .experts = 5},
+                               moe::shape{.tokens = 300, .d = 9, .f = 130, .experts = 3},
+                               moe::shape{.tokens = 3, .d = 130, .f = 5, .experts = 8}}) {
+      CAPTURE(s.tokens);
+      expect_same_bits_from_every_executor([&]<class B>(const B& backend) { return run(ffn<2, B>(s, backend), s.tokens, 1); });
+    }
+  }
+  TEST_CASE("with whole numbers all executors give the exact result") {
+    const moe::shape s{.tokens = 90, .d = 17, .f = 23, .experts = 5};
+    expect_same_bits_from_every_executor([&](const auto& backend) { return run_whole(backend, s, 7); });
+  }
+  TEST_CASE("with whole numbers y equals the double-precision reference bit for bit, and so do the gradients") {
+    const moe::shape s{.tokens = 60, .d = 13, .f = 9, .experts = 5};
+    testing::model<exact<>> m(exact<>(s), s.tokens, s.d, 8);
+    make_whole(m, 8);
+    const results got = run(m);
+    const auto list = m.net.catalogue();
+    reference::ffn_layer want(2, list, m.weights());
+    want.act = {[](double z) { return z > 0 ? z : 0; }, [](double z) { return z > 0 ? 1. : 0.; }};
+    want.weighs = false;
+    const reference::matrix x(s.tokens, s.d, m.x), dy(s.tokens, s.d, m.dy);
+    const auto g = want.backward(x, dy);
+    CHECK(reference::error(got.y, want.forward(x).values) == 0);
+    CHECK(reference::error(got.dx, g.x.values) == 0);
+    const auto off = [&](const moe::slot& slot, const reference::matrix& wanted) {
+      return reference::error(m.gradients().subspan(slot.offset / 4, slot.bytes / 4), wanted.values);
+    };
+    CHECK(off(list[0], g.gate_w) == 0);
+    CHECK(off(list[1], g.up) == 0);
+    CHECK(off(list[2], g.gate) == 0);
+    CHECK(off(list[3], g.down) == 0);
+  }
+
+  TEST_CASE("y and dx of a batch are those of its parts, bit for bit, on the scalar backend") {
+    const moe::shape s{.tokens = 150, .d = 21, .f = 37, .experts = 4};
+    testing::model<ffn<2>> whole(ffn<2>(s), s.tokens, s.d, 5);
+    const results all = run(whole);
+    for (const dim cut : {dim{1}, dim{64}, dim{75}, dim{149}}) {
+      CAPTURE(cut);
+      std::vector<float> y(all.y.size()), dx(all.dx.size());
+      for (const auto& [first, n] : {std::pair{dim{0}, cut}, std::pair{cut, s.tokens - cut}}) {
+        testing::model<ffn<2>> part(ffn<2>(s), n, s.d, 5);
+        std::copy(whole.weights().begin(), whole.weights().end(), part.weights().begin());
+        std::copy_n(whole.x.begin() + first * s.d, n * s.d, part.x.begin());
+        std::copy_n(whole.dy.begin() + first * s.d, n * s.d, part.dy.begin());
+        const results r = run(part);
+        std::copy(r.y.begin(), r.y.end(), y.begin() + first * s.d);
+        std::copy(r.dx.begin(), r.dx.end(), dx.begin() + first * s.d);
+      }
+      CHECK(y == all.y);
+      CHECK(dx == all.dx);
+    }
+  }
+  TEST_CASE("gradients of weights add over the parts of a batch, exactly with whole numbers and to rounding otherwise") {
+    const moe::shape s{.tokens = 100, .d = 15, .f = 20, .experts = 4};
+    const auto in_parts = [&](auto& whole, auto& half, const results& all, double tolerance) {
+      for (const dim first : {0, 50}) {
+        std::copy(whole.weights().begin(), whole.weights().end(), half.weights().begin());
+        std::copy_n(whole.x.begin() + first * s.d, 50 * s.d, half.x.begin());
+        std::copy_n(whole.dy.begin() + first * s.d, 50 * s.d, half.dy.begin());
+        half.forward();
+        half.backward();
+      }
+      const std::vector<float> added(half.gradients().begin(), half.gradients().end());
+      if (tolerance > 0) expect_near(added, all.dw, tolerance);
+      else CHECK(added == all.dw);
+    };
+    testing::model<exact<>> whole(exact<>(s), 100, s.d, 6), half(exact<>(s), 50, s.d, 6);
+    make_whole(whole, 6);
+    in_parts(whole, half, run(whole), 0);
+    testing::model<ffn<2>> real(ffn<2>(s), 100, s.d, 6), half_real(ffn<2>(s), 50, s.d, 6);
+    in_parts(real, half_real, run(real), 1e-5);
+  }
+}
