@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-/// Everything but the accelerated backends: core, layer, all policies, the scalar backend. No third-party headers.
+/// Everything but the accelerated backends: core, layer, all policies, training, the scalar backend. No third-party headers.
 #pragma once
 
 #include "moe/attention/block_gate.hpp"
@@ -25,4 +25,8 @@
 #include "moe/router/top_k.hpp"
 #include "moe/static_layer.hpp"
 #include "moe/sum.hpp"
+#include "moe/train/clip.hpp"
+#include "moe/train/initialise.hpp"
+#include "moe/train/optimizer.hpp"
+#include "moe/train/schedule.hpp"
 #include "moe/version.hpp"
