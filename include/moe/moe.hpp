@@ -11,6 +11,7 @@
 #include "moe/combine/mix_before_trunk.hpp"
 #include "moe/combine/residual.hpp"
 #include "moe/combine/weighted_sum.hpp"
+#include "moe/core/recorded_plan.hpp"
 #include "moe/expert/activation.hpp"
 #include "moe/expert/ffn.hpp"
 #include "moe/expert/film.hpp"
