@@ -76,8 +76,8 @@ T from_bits(std::uint32_t code) {
 }
 
 template <class T>
-double rounded(double v) {
-  return double{static_cast<float>(T(static_cast<float>(v)))};
+double rounded(float v) {
+  return double{static_cast<float>(T(v))};
 }
 
 /// Codes whose value is not what the format says, and codes that do not survive float and back.
@@ -237,6 +237,8 @@ TEST_SUITE("core/dtype") {
     CHECK(bf16(std::numeric_limits<float>::max()).bits == 0x7f80);
     CHECK(bf16(-HUGE_VALF).bits == 0xff80);
     CHECK(bf16(0x1p-149f).bits == 0x0000);
+    CHECK(bf16(std::bit_cast<float>(0xff800001u)).bits == 0xffc0);  // NaN by a bit that is cut off
+    CHECK(f16(std::bit_cast<float>(0xff800001u)).bits == 0xfe00);
   }
   TEST_CASE("conversions are constant expressions and equality compares bits") {
     static_assert(static_cast<float>(bf16(1.5f)) == 1.5f);
