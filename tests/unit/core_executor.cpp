@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "moe/backend/executor/thread_pool.hpp"
+#include "moe/backend/scalar.hpp"
 #include "moe/core/executor.hpp"
 #include "moe/core/rng.hpp"
 
@@ -41,6 +42,7 @@ static_assert(Executor<thread_pool> && Executor<pool_executor>);
 static_assert(std::is_trivially_copyable_v<pool_executor> && sizeof(pool_executor) == sizeof(void*));
 static_assert(!std::is_constructible_v<pool_executor, thread_pool>, "a temporary pool would be gone");
 static_assert(!std::is_copy_constructible_v<thread_pool>);
+static_assert(std::is_default_constructible_v<scalar<>> && !std::is_default_constructible_v<scalar<pool_executor>>);
 
 /// Every index once, in ranges that are not empty and not above the grain.
 template <Executor X>
@@ -230,6 +232,14 @@ TEST_SUITE("backend/executor/thread_pool") {
       if (run % 3 > 1) pause(1);
     }
     CHECK(sum == 20 * 45);
+  }
+  TEST_CASE("a backend holds it by value") {
+    const thread_pool pool(2);
+    const scalar<pool_executor> backend{pool}, copy = backend;
+    CHECK(copy.executor().concurrency() == 2);
+    std::atomic<dim> sum = 0;
+    copy.executor().for_each(10, 1, [&](dim first, dim) { sum += first; });
+    CHECK(sum == 45);
   }
   TEST_CASE("tasks may be functions, constant function objects and objects that cannot be copied") {
     const thread_pool pool(2);

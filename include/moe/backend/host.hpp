@@ -4,6 +4,7 @@
 /// equal bit for bit for any executor. What a tile computes is a kernel, overloaded on the architecture's tag.
 #pragma once
 
+#include <concepts>
 #include <limits>
 #include <span>
 
@@ -20,9 +21,11 @@ template <class Arch, class Ex>
 struct host_backend {
   using space = host;
   using arch = Arch;
-  [[no_unique_address]] Ex threads{};
+  [[no_unique_address]] Ex threads;
 
-  host_backend() = default;
+  constexpr host_backend() noexcept
+    requires std::default_initializable<Ex>
+      : threads() {}
   host_backend(Ex ex) noexcept : threads(ex) {}
   const Ex& executor() const noexcept { return threads; }
 };
