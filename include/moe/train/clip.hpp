@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 /// Clipping by the global norm. Nothing is scaled here: the factor goes into the update, where it costs no pass of its own.
 ///
-///   const double norm = moe::global_norm(executor, {attention_gradients, expert_gradients});
-///   const bool done = optimizer.step(executor, {.rate = rate, .step = t, .scale = moe::clip_factor(norm, 1.f)}, w, dw, moments);
+///   const double norm = moe::global_norm(executor, {dw, embedding_gradients});
+///   const float factor = moe::clip_factor(norm, 1.f);
+///   const bool done = optimizer.step(executor, {.rate = rate, .step = t, .scale = factor}, w, dw, moments);
 ///
 /// A NaN or an infinity anywhere makes norm and factor NaN or infinite, and the optimizer then returns false and leaves
 /// weights and moments as they were. Finite gradients never overflow the norm.

@@ -44,8 +44,8 @@ inline void expect_fillable(const slot& s, std::size_t memory) {
   if (s.type != element::f32 && s.type != element::bf16 && s.type != element::f16)
     throw shape_error("initialise: " + s.name + " is " + name(s.type) + ", expected f32, bf16 or f16");
   if (s.offset > memory || s.bytes > memory - s.offset)
-    throw shape_error("initialise: " + s.name + " ends at byte " + std::to_string(s.offset + s.bytes) + ", expected at most " +
-                      std::to_string(memory) + " (the memory)");
+    throw shape_error("initialise: " + s.name + " ends at byte " + std::to_string(s.offset + s.bytes) +
+                      ", expected at most " + std::to_string(memory) + " (the memory)");
 }
 
 }  // namespace detail

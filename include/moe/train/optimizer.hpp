@@ -77,7 +77,8 @@ struct adamw {
   bool step(const X& executor, update u, std::span<float> w, std::span<const float> dw, state s) const {
     check(u, w, dw, s);
     if (!std::isfinite(u.scale)) return false;
-    const double t = static_cast<double>(u.step) + 1, mean = 1 - std::pow(double{beta1}, t), square = 1 - std::pow(double{beta2}, t);
+    const double t = static_cast<double>(u.step) + 1;
+    const double mean = 1 - std::pow(double{beta1}, t), square = 1 - std::pow(double{beta2}, t);
     const auto rate = static_cast<float>(u.rate / mean), root = static_cast<float>(1 / std::sqrt(square));
     const float shrink = u.rate * decay;
     executor.for_each(static_cast<dim>(w.size()), detail::update_block, [&](dim first, dim last) {
