@@ -178,8 +178,13 @@ concept TrainableCombine =
       { c.backward(on, w, x, plan, ys, ctx, dy, dys, dx, dw, dweight) } noexcept -> std::same_as<void>;
     };
 
-/// y += w * row r, for a row source: a matrix, or a type that adds row r without having stored it.
-template <class Arch, class Rows>
+/// Rows that a weighted sum can add: a matrix, or a type that adds row r without having stored it.
+template <class Rows, class Arch>
+concept RowSource = requires(const Rows ys, dim r) { { ys.row(r) } -> std::convertible_to<const float*>; } ||
+                    requires(const Rows ys, Arch arch, dim r, float w, float* y, dim n) { ys.add_row(arch, r, w, y, n); };
+
+/// y += w * row r
+template <class Arch, RowSource<Arch> Rows>
 MOE_HD void add_one_row(Arch arch, const Rows& ys, dim r, float w, float* y, dim n) noexcept {
   if constexpr (requires { ys.add_row(arch, r, w, y, n); }) ys.add_row(arch, r, w, y, n);
   else axpy(arch, w, ys.row(r), y, n);

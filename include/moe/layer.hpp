@@ -27,14 +27,18 @@ struct edge<host> {
 
 namespace detail {
 
-// One question a line, each answered by a bool, so that a wrong part yields one message.
+// One question a line, asked only where those before it are answered by yes, so that a wrong part yields one message.
 template <class G, class R, class X, class C, class B>
 struct composition {
   static constexpr bool backend = Backend<B>;
   static constexpr bool gate = !backend || Gate<G, B>;
-  static constexpr bool router = !backend || Router<R, B>;
-  static constexpr bool expert = !backend || Expert<X, B>;
-  static constexpr bool parts = backend && gate && router && expert;
+  static constexpr bool router = !(backend && gate) || Router<R, B>;
+  static constexpr bool banks = [] {
+    if constexpr (requires { X::banks_read_the_same; }) return X::banks_read_the_same;
+    else return true;
+  }();
+  static constexpr bool expert = !(backend && gate && router && banks) || Expert<X, B>;
+  static constexpr bool parts = backend && gate && router && banks && expert;
   static constexpr bool input = [] {
     if constexpr (parts) return reads_input_of<typename X::input, typename G::input>;
     else return true;
@@ -44,6 +48,7 @@ struct composition {
     else return true;
   }();
   static constexpr bool ok = parts && input && combine;
+  static constexpr bool replayable = ReplayableRouter<R, B>;
   static constexpr bool trainable = [] {
     if constexpr (ok)
       return TrainableGate<G, B> && TrainableRouter<R, B> && TrainableExpert<X, B> &&
@@ -64,30 +69,49 @@ inline arena& opened(arena& mem, std::size_t needed, const char* what, const cha
 template <class G, class R, class X, class C, class B>
 class layer_impl;
 
-// Stands in for a layer that cannot exist: accepts every use, so the assertion below is the only error.
+// Stands in for a layer that cannot exist: accepts what a program does with one, so that the assertion is the only error.
 struct ill_composed {
   struct any {
-    template <class... A>
-    any(A&&...) noexcept {}
-    any gate() const noexcept { return {}; }
+    any() = default;
+    template <class First, class... Rest>
+    any(First&&, Rest&&...) noexcept {}
   };
-  using weights = any;
-  using gradients = any;
-  using context = any;
+  struct tensors {  // of the library's own policies
+    matrix_view<float> w, bias, up, gate, gate_up, down, gamma, beta, v;
+  };
+  struct weights {
+    tensors gate, router, experts, combine;
+  };
+  using gradients = weights;
   using input = any;
+  using input_grad = any;
+  using arena_type = moe::arena;
+  struct context {
+    shape sizes;
+    bool training = false;
+    moe::rng random{};
+    routing_plan plan;
+    tensors gate, router, experts, combine, rows;
+  };
   template <class... A>
   explicit ill_composed(A&&...) noexcept {}
-  template <class... A> any make_weights(A&&...) const noexcept { return {}; }
-  template <class... A> any make_gradients(A&&...) const noexcept { return {}; }
-  template <class... A> any make_context(A&&...) const noexcept { return {}; }
-  template <class... A> any make_inference_context(A&&...) const noexcept { return {}; }
-  template <class... A> void forward(A&&...) const noexcept {}
-  template <class... A> void replay(A&&...) const noexcept {}
-  template <class... A> void backward(A&&...) const noexcept {}
-  template <class... A> std::size_t context_bytes(A&&...) const noexcept { return 0; }
-  template <class... A> std::size_t inference_context_bytes(A&&...) const noexcept { return 0; }
-  template <class... A> std::size_t scratch_bytes(A&&...) const noexcept { return 0; }
+  shape sizes() const noexcept { return {}; }
+  any backend() const noexcept { return {}; }
+  any gate() const noexcept { return {}; }
+  any router() const noexcept { return {}; }
+  any experts() const noexcept { return {}; }
+  any combine() const noexcept { return {}; }
+  weights make_weights(any) const noexcept { return {}; }
+  gradients make_gradients(any) const noexcept { return {}; }
+  context make_context(dim, any) const noexcept { return {}; }
+  context make_inference_context(dim, any) const noexcept { return {}; }
+  void forward(any, any, any, any, any) const noexcept {}
+  void replay(any, any, any, any, any, any) const noexcept {}
+  void backward(any, any, any, any, any, any, any) const noexcept {}
   std::size_t weight_bytes() const noexcept { return 0; }
+  std::size_t context_bytes(dim) const noexcept { return 0; }
+  std::size_t inference_context_bytes(dim) const noexcept { return 0; }
+  std::size_t scratch_bytes(dim) const noexcept { return 0; }
   std::vector<slot> catalogue() const { return {}; }
 };
 
@@ -116,6 +140,7 @@ class layer : public detail::layer_base<G, R, X, C, B> {
   static_assert(parts::backend, "moe::layer: argument 5 is not a Backend; static_assert(moe::Backend<B>) says why [docs/backends.md]");
   static_assert(parts::gate, "moe::layer: argument 1 is not a Gate on this backend; static_assert(moe::Gate<G, B>) says why [docs/policies.md]");
   static_assert(parts::router, "moe::layer: argument 2 is not a Router on this backend; static_assert(moe::Router<R, B>) says why [docs/policies.md]");
+  static_assert(parts::banks, "moe::layer: argument 3 is a set of experts that read different inputs [docs/policies.md]");
   static_assert(parts::expert, "moe::layer: argument 3 is not an Expert on this backend; static_assert(moe::Expert<X, B>) says why [docs/policies.md]");
   static_assert(parts::input, "moe::layer: arguments 1 and 3, gate and expert, read different inputs [docs/policies.md]");
   static_assert(parts::combine, "moe::layer: argument 4 cannot combine this router's plan with this expert's output [docs/policies.md]");
@@ -267,12 +292,12 @@ class layer_impl {
   /// handed to `backward` as after forward. Host plans only.
   void replay(const weights& w, const input& x, const typename R::plan& recorded, const at_edge<matrix_view<float>>& y,
               context& ctx, arena_type& mem) const {
-    static_assert(ReplayableRouter<R, B>, "moe::layer: this router cannot weigh a given plan, so it cannot replay one [docs/policies.md]");
+    static_assert(parts::replayable, "moe::layer: this router cannot weigh a given plan, so it cannot replay one [docs/policies.md]");
     static constexpr call_names names{"moe::layer::replay: x", "moe::layer::replay: y", "moe::layer::replay: ctx",
                                       "moe::layer::replay: the arena"};
     check_call(w, x, y, ctx, mem, names);
     check_recorded(recorded, ctx);
-    if constexpr (ReplayableRouter<R, B>) {
+    if constexpr (parts::replayable) {
       const auto& v = space::open(w);
       copy_plan(recorded, ctx.plan);
       with_scores(v, space::open(x), ctx, space::open(mem), [&](const call<B>& on, matrix_view<float> scores) {

@@ -46,7 +46,7 @@ struct mix_before_trunk {
     return dmixed;
   }
 
-  template <class B, class In, class Rows>
+  template <class B, class In, RowSource<typename B::arch> Rows>
     requires Expert<Trunk, B>
   void forward(const call<B>& on, const weights& w, const In&, const routing_plan& p, const Rows& ys, matrix_view<float> y,
                context& ctx) const noexcept {

@@ -31,12 +31,14 @@ struct residual {
   { return inner.make_backward_scratch(s, mem); }
 
   template <class B, class Rows>
+    requires Combine<C, matrix_view<const float>, routing_plan, Rows, B>
   void forward(const call<B>& on, const weights& w, const matrix_view<const float>& x, const routing_plan& p, Rows& ys,
                matrix_view<float> y, context& ctx) const noexcept {
     inner.forward(on, w, x, p, ys, y, ctx);
     add(on, x, y);
   }
   template <class B, class Rows, class RowGradient>
+    requires TrainableCombine<C, matrix_view<const float>, matrix_view<float>, routing_plan, Rows, B>
   void backward(const call<B>& on, const weights& w, const matrix_view<const float>& x, const routing_plan& p, const Rows& ys,
                 const context& ctx, matrix_view<const float> dy, RowGradient& dys, matrix_view<float>& dx, weights_grad& dw,
                 std::span<float> dweight) const noexcept {

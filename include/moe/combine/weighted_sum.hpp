@@ -15,7 +15,7 @@ struct basic_sum {
   using weights = nothing;
   using context = nothing;
 
-  template <class B, class In, class Rows>
+  template <class B, class In, RowSource<typename B::arch> Rows>
   void forward(const call<B>& on, const weights&, const In&, const routing_plan& p, const Rows& ys, matrix_view<float> y,
                context&) const noexcept {
     fill(on, y, 0.f);

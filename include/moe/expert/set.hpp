@@ -30,6 +30,7 @@ struct set_rows {
   dim rows = 0;                         ///< room
 
   template <class Arch>
+    requires(RowSource<Rows, Arch> && ...)
   MOE_HD void add_row(Arch arch, dim r, float w, float* y, dim n) const noexcept {
     add_from<0>(arch, r, w, y, n);
   }
@@ -56,10 +57,9 @@ template <class... X>
 class expert_set {
   using first = std::tuple_element_t<0, std::tuple<X...>>;
   static constexpr std::size_t size = sizeof...(X);
-  static_assert((std::same_as<typename first::input, typename X::input> && ...),
-                "moe::expert_set: every bank must read the same input [docs/policies.md]");
 
  public:
+  static constexpr bool banks_read_the_same = (std::same_as<typename first::input, typename X::input> && ...);
   using input = typename first::input;
   using input_grad = detail::input_grad<first>;
   using output = set_rows<typename X::output...>;
