@@ -13,7 +13,8 @@ namespace moe {
 /// Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, SC 2011.
 class rng {
  public:
-  MOE_HD explicit constexpr rng(std::uint64_t seed = 0, std::uint64_t stream = 0) noexcept : seed_(seed), stream_(stream) {}
+  rng() = default;
+  MOE_HD explicit constexpr rng(std::uint64_t seed, std::uint64_t stream = 0) noexcept : seed_(seed), stream_(stream) {}
 
   /// An independent generator, for a part that needs its own numbers.
   MOE_HD constexpr rng split(std::uint64_t salt) const noexcept { return rng((*this)(salt), stream_ + 1); }
@@ -50,7 +51,7 @@ class rng {
   MOE_HD static constexpr std::uint32_t low(std::uint64_t v) noexcept { return static_cast<std::uint32_t>(v); }
   MOE_HD static constexpr std::uint32_t high(std::uint64_t v) noexcept { return static_cast<std::uint32_t>(v >> 32); }
 
-  std::uint64_t seed_, stream_;
+  std::uint64_t seed_ = 0, stream_ = 0;
 };
 
 }  // namespace moe
