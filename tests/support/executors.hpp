@@ -27,7 +27,8 @@ struct shuffling {
       ranges.emplace_back(first, last);
       first = last;
     }
-    for (std::size_t i = ranges.size(); i > 1; --i) std::swap(ranges[i - 1], ranges[random(static_cast<std::uint64_t>(n) + i) % i]);
+    const auto drawn = static_cast<std::uint64_t>(n);
+    for (std::size_t i = ranges.size(); i > 1; --i) std::swap(ranges[i - 1], ranges[random(drawn + i) % i]);
     for (const auto& [first, last] : ranges) f(first, last);
   }
 };
