@@ -96,12 +96,21 @@ struct model {
 struct assignments {
   std::vector<idx> offsets, token, token_offsets, position;
 
+  assignments() = default;
   explicit assignments(const moe::routing_plan& p)
       : offsets(p.offsets.begin(), p.offsets.end()), token(p.token.begin(), p.token.begin() + p.rows()),
         token_offsets(p.token_offsets.begin(), p.token_offsets.end()),
         position(p.position.begin(), p.position.begin() + p.token_offsets.back()) {}
   friend bool operator==(const assignments&, const assignments&) = default;
 };
+
+/// Those of a layer's context, or of the routed part of a sum's; none where nothing is routed.
+template <class Context>
+assignments assignments_of(const Context& ctx) {
+  if constexpr (requires { ctx.plan.token_offsets; }) return assignments(ctx.plan);
+  else if constexpr (requires { ctx.routed; }) return assignments_of(ctx.routed);
+  else return {};
+}
 
 struct gradient_report {
   double worst = 0;   ///< largest error of a probe
@@ -129,7 +138,7 @@ gradient_report gradcheck(const L& layer, dim T, dim d, std::uint64_t seed, Auxi
   model<L> m(layer, T, d, seed);
   m.forward();
   m.backward();
-  const assignments plan(m.ctx.plan);
+  const assignments plan = assignments_of(m.ctx);
   gradient_report report;
 
   std::vector<float> ahead(m.y.size());
@@ -139,14 +148,14 @@ gradient_report gradcheck(const L& layer, dim T, dim d, std::uint64_t seed, Auxi
     v = kept + h;
     const double up = v;
     m.forward();
-    bool same = assignments(m.ctx.plan) == plan;
+    bool same = assignments_of(m.ctx) == plan;
     double loss = auxiliary(m.ctx);
     ahead = m.y;
     v = kept - h;
     const double step = up - v;
     m.forward();
     v = kept;
-    same = same && assignments(m.ctx.plan) == plan;
+    same = same && assignments_of(m.ctx) == plan;
     loss -= auxiliary(m.ctx);
     for (std::size_t i = 0; i < ahead.size(); ++i) loss += (double{ahead[i]} - double{m.y[i]}) * m.dy[i];
     numeric = loss / step;
