@@ -3,6 +3,7 @@
 #pragma once
 
 #include <span>
+#include <vector>
 
 #include "moe/core/arena.hpp"
 #include "moe/core/error.hpp"
@@ -69,8 +70,33 @@ inline dim dropped(const routing_plan& p) noexcept {
   return n;
 }
 
+namespace detail {
+
+/// Positions are within the rows. Few choices of a token are compared in pairs; only a plan with many of them allocates.
+inline bool names_a_row_twice(const routing_plan& p) {
+  std::vector<bool> named;
+  for (std::size_t t = 0; t + 1 < p.token_offsets.size(); ++t) {
+    const auto mine = p.position.subspan(static_cast<std::size_t>(p.token_offsets[t]),
+                                         static_cast<std::size_t>(p.token_offsets[t + 1] - p.token_offsets[t]));
+    if (mine.size() > 64 && named.empty()) named.resize(static_cast<std::size_t>(p.rows()));
+    for (std::size_t i = 0; i < mine.size(); ++i) {
+      if (mine[i] < 0) continue;
+      if (mine.size() <= 64) {
+        for (std::size_t j = 0; j < i; ++j)
+          if (mine[i] == mine[j]) return true;
+      } else {
+        if (named[static_cast<std::size_t>(mine[i])]) return true;
+        named[static_cast<std::size_t>(mine[i])] = true;
+      }
+    }
+  }
+  return false;
+}
+
+}  // namespace detail
+
 /// The first broken invariant of a plan, or null. Safe on any content: a plan may come from a file.
-inline const char* fault(const routing_plan& p) noexcept {
+inline const char* fault(const routing_plan& p) {
   const auto at = [](dim i) { return static_cast<std::size_t>(i); };
   if (p.offsets.size() < 2 || p.token_offsets.empty()) return "offsets or token_offsets are missing";
   if (p.offsets.front() != 0 || p.token_offsets.front() != 0) return "offsets do not start at 0";
@@ -96,12 +122,7 @@ inline const char* fault(const routing_plan& p) noexcept {
       if (r >= 0 && p.token[at(r)] != t) return "position and token disagree";
       kept += r >= 0;
     }
-  // Each of the `rows` rows names its token, an expert has a token once, so equal counts make position a bijection once
-  // no row is named twice; a token naming one row twice is what is left to exclude.
-  for (dim t = 0; t < tokens; ++t)
-    for (idx i = p.token_offsets[at(t)]; i < p.token_offsets[at(t + 1)]; ++i)
-      for (idx j = p.token_offsets[at(t)]; j < i; ++j)
-        if (p.position[at(i)] >= 0 && p.position[at(i)] == p.position[at(j)]) return "a token names one row twice";
+  if (detail::names_a_row_twice(p)) return "a token names one row twice";
   return kept == rows ? nullptr : "a row belongs to no assignment";
 }
 
