@@ -114,8 +114,9 @@ inline std::vector<dim> best(const vec& keys, dim k) {
   std::vector<dim> order;
   for (std::size_t e = 0; e < keys.size(); ++e)
     if (keys[e] > -std::numeric_limits<double>::infinity()) order.push_back(static_cast<dim>(e));
-  std::stable_sort(order.begin(), order.end(), [&](dim a, dim b) {
-    return keys[static_cast<std::size_t>(a)] > keys[static_cast<std::size_t>(b)];
+  std::sort(order.begin(), order.end(), [&](dim a, dim b) {
+    const double x = keys[static_cast<std::size_t>(a)], y = keys[static_cast<std::size_t>(b)];
+    return x != y ? x > y : a < b;
   });
   if (static_cast<dim>(order.size()) > k) order.resize(static_cast<std::size_t>(k));
   return order;
