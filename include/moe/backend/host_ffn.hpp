@@ -2,19 +2,10 @@
 /// Primitives of feed-forward experts on the host: products with the activation applied while the tile is in cache.
 #pragma once
 
-#include "moe/backend/host.hpp"
+#include "moe/backend/host_gemm.hpp"
+#include "moe/backend/host_rows.hpp"
 
 namespace moe {
-
-namespace detail {
-
-inline void start(matrix_view<float> z, matrix_stack<const float> bias, dim e, dim j) noexcept {
-  const matrix_view<const float> b = bias[e];
-  for (dim r = 0; r < z.rows; ++r)
-    for (dim c = 0; c < z.cols; ++c) z(r, c) = bias.first ? b(j + c, 0) : 0.f;
-}
-
-}  // namespace detail
 
 /// z = x W^T + b and a = form(z) for every row of a bank, a tile at a time. Gated forms take two stacks: z[A,2f] holds gate
 /// then up. z may be empty (inference): then it lives in the tile alone. Biases, a column per expert, may be empty.
@@ -24,20 +15,21 @@ void grouped_up(const call<B>& on, const bank_rows& rows, gathered<float> x, con
                 matrix_stack<const float> up_bias, matrix_view<float> z, matrix_view<float> a) noexcept {
   typename B::arch arch{};
   const dim f = a.cols;
-  detail::for_each_tile(on, rows.offsets, f, [&](dim e, dim r, dim m, dim j, dim n) {
+  detail::for_each_tile(on, rows.offsets, f, up.first.cols, 16, [&](const detail::tile& t) {
     float local[2][detail::row_block * detail::panel];
-    const auto tile = [&](int which) {
-      return z ? z.slice(r, m).columns(which * f + j, n) : matrix_view<float>{local[which], m, n};
+    const dim j = t.column, n = t.columns;
+    const auto rows_of = [&](int which) {
+      return z ? z.slice(t.row, t.rows).columns(which * f + j, n) : matrix_view<float>{local[which], t.rows, n};
     };
-    const matrix_view<float> first = tile(0), second = Form::gated ? tile(1) : first;
+    const matrix_view<float> first = rows_of(0), second = Form::gated ? rows_of(1) : first;
     if constexpr (Form::gated) {
-      detail::start(first, gate_bias, e, j);
-      gemm_nt(arch, x.from(r), gate[e].slice(j, n), first);
+      detail::start(first, gate_bias, t.expert, j);
+      gemm_nt(arch, x.from(t.row), gate[t.expert].slice(j, n), first);
     }
-    detail::start(second, up_bias, e, j);
-    gemm_nt(arch, x.from(r), up[e].slice(j, n), second);
-    for (dim i = 0; i < m; ++i)
-      for_each_lane(arch, n, [&, g = first.row(i), u = second.row(i), to = a.row(r + i) + j](dim c, auto lane) {
+    detail::start(second, up_bias, t.expert, j);
+    gemm_nt(arch, x.from(t.row), up[t.expert].slice(j, n), second);
+    for (dim i = 0; i < t.rows; ++i)
+      for_each_lane(arch, n, [&, g = first.row(i), u = second.row(i), to = a.row(t.row + i) + j](dim c, auto lane) {
         if constexpr (Form::gated) lane.store(to + c, form(lane.load(g + c), lane.load(u + c)));
         else lane.store(to + c, form(lane.load(u + c)));
       });

@@ -53,7 +53,6 @@ struct mix_before_trunk {
     scratch_frame frame(on.scratch);
     const auto own = on.with(narrow(on.sizes));
     const auto mixed = ctx.mixed ? ctx.mixed : on.scratch.template matrix<float>("mixed", on.sizes.tokens, on.sizes.d);
-    fill(on, mixed, 0.f);
     combine_rows(on, p, ys, p.weight, mixed);
     trunk.forward(own, w, mixed, dense_rows(own), y, ctx.trunk);
   }

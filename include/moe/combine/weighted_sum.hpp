@@ -18,7 +18,6 @@ struct basic_sum {
   template <class B, class In, RowSource<typename B::arch> Rows>
   void forward(const call<B>& on, const weights&, const In&, const routing_plan& p, const Rows& ys, matrix_view<float> y,
                context&) const noexcept {
-    fill(on, y, 0.f);
     combine_rows(on, p, ys, Weighed ? std::span<const float>(p.weight) : std::span<const float>(), y);
   }
   template <class B, class In, class InGrad, class Rows>

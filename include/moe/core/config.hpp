@@ -13,6 +13,13 @@
 #define MOE_HD
 #endif
 
+/// Before a loop of a few constant steps over an array of sums: writes the steps out, so that the sums stay in registers.
+#if defined(__GNUC__)
+#define MOE_UNROLL _Pragma("GCC unroll 16")
+#else
+#define MOE_UNROLL
+#endif
+
 /// Checks an internal precondition in debug builds. Errors of a caller are exceptions instead (core/error.hpp).
 #ifndef MOE_ASSERT
 #include <cassert>
@@ -27,6 +34,13 @@ inline void spin_pause() noexcept {
   __builtin_ia32_pause();
 #elif defined(__aarch64__)
   __asm__ volatile("yield");
+#endif
+}
+
+/// Asks for the memory at p ahead of its use. Any address will do.
+inline void prefetch([[maybe_unused]] const void* p) noexcept {
+#if defined(__GNUC__)
+  __builtin_prefetch(p);
 #endif
 }
 

@@ -88,8 +88,7 @@ struct basic_ffn_expert {
     const scratch s = make_scratch(on.sizes, ys.rows, on.scratch);
     grouped_up(on, rows, rows.gather(x), form, gate(w.gate, w.gate_up, f), gate(w.gate_bias, w.gate_up_bias, f),
                up(w.up, w.gate_up, f), up(w.up_bias, w.gate_up_bias, f), ctx.z, s.a);
-    start_rows(on, rows, ys, stack<const float>(w.down_bias, d));
-    grouped_gemm_nt(on, rows, gathered<float>{s.a}, stack<const float>(w.down, d), ys);
+    grouped_gemm_nt(on, rows, gathered<float>{s.a}, stack<const float>(w.down, d), stack<const float>(w.down_bias, d), ys);
   }
 
   template <class B>

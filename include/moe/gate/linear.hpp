@@ -22,8 +22,7 @@ struct linear_gate {
 
   template <class B>
   void forward(const call<B>& on, const weights& p, const input& x, matrix_view<float> scores, context&) const noexcept {
-    fill(on, scores, 0.f);
-    gemm_nt(on, x, p.w, scores);
+    gemm_nt(on, x, p.w, {}, scores);
   }
   template <class B>
   void backward(const call<B>& on, const weights& p, const input& x, const context&, matrix_view<const float> dscores,

@@ -1,0 +1,18 @@
+// SPDX-License-Identifier: Apache-2.0
+/// The CPU backend: float32 kernels on xsimd, at the level the compiler's flags choose.
+#pragma once
+
+#include "moe/backend/cpu/gemm_xsimd.hpp"
+#include "moe/backend/cpu/rows_xsimd.hpp"
+#include "moe/backend/cpu/simd.hpp"
+#include "moe/backend/host.hpp"
+#include "moe/backend/host_ffn.hpp"
+
+namespace moe {
+
+/// `cpu<>` runs at the level of the build on the threads of OpenMP, where the program is compiled with it; a thread_pool or
+/// an executor of one's own is the second argument.
+template <class Arch = arch::native, class Ex = default_executor>
+using cpu = host_backend<Arch, Ex>;
+
+}  // namespace moe

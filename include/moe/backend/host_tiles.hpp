@@ -1,0 +1,82 @@
+// SPDX-License-Identifier: Apache-2.0
+/// How products over the rows of a plan are cut into tiles. The cut follows from shapes and plan alone.
+#pragma once
+
+#include <span>
+
+#include "moe/backend/host_backend.hpp"
+
+namespace moe::detail {
+
+inline constexpr dim panel = 64;      // most columns of a tile: that many weight rows stay in the second cache
+inline constexpr dim row_block = 72;  // most rows of a tile: a whole number of every kernel's blocks
+
+inline dim at_most(dim n, dim bound) noexcept { return n < bound ? n : bound; }
+inline dim blocks(dim n, dim size) noexcept { return (n + size - 1) / size; }
+
+/// Rows of an expert, and the columns of a panel.
+struct tile {
+  dim expert, row, rows, column, columns;
+};
+
+/// Each expert's rows in chunks of nearly equal height, times panels of columns. Within a chunk the panel stays in cache, so
+/// in small batches each weight is read once, by one thread, and an expert with many rows feeds all of them.
+class tile_grid {
+ public:
+  /// Over results of `width` columns, each a sum of `depth` products. Panels are halved down to `narrowest`, then chunks cut,
+  /// while that gives threads more to share and a tile is still worth handing out.
+  tile_grid(std::span<const idx> offsets, dim width, dim depth, dim narrowest) noexcept : offsets_(offsets), width_(width) {
+    constexpr dim enough = 64, worthwhile = 1 << 15;
+    const dim products = (dim{offsets.back()} - offsets.front()) * width * depth;
+    const auto finer = [&] { return tiles() < enough && products > 2 * worthwhile * tiles(); };
+    count();
+    for (; panel_ > narrowest && finer(); count()) panel_ /= 2;
+    if (finer()) {
+      chunk_ = row_block;
+      count();
+    }
+    serial_ = products < 2 * worthwhile;
+  }
+
+  dim tiles() const noexcept { return chunks_ * blocks(width_, panel_); }
+  /// Tiles that one thread takes at a time.
+  dim grain() const noexcept { return serial_ && tiles() > 0 ? tiles() : 1; }
+
+  /// f(tile) for the i-th tile, at most row_block rows at a time.
+  template <class F>
+  void visit(dim i, F f) const noexcept {
+    const dim panels = blocks(width_, panel_), column = i % panels * panel_;
+    dim chunk = i / panels, e = 0;
+    for (dim n; chunk >= (n = chunks_of(e)); ++e) chunk -= n;
+    const dim height = blocks(rows(e), chunks_of(e)), first = at(e) + chunk * height, last = at_most(first + height, at(e + 1));
+    for (dim r = first; r < last; r += row_block)
+      f(tile{e, r, at_most(last - r, row_block), column, at_most(width_ - column, panel_)});
+  }
+
+ private:
+  dim at(dim e) const noexcept { return offsets_[static_cast<std::size_t>(e)]; }
+  dim rows(dim e) const noexcept { return at(e + 1) - at(e); }
+  dim chunks_of(dim e) const noexcept {
+    const dim n = rows(e);
+    return n <= chunk_ ? n > 0 : blocks(n, chunk_);
+  }
+  void count() noexcept {
+    chunks_ = 0;
+    for (dim e = 0; e + 1 < static_cast<dim>(offsets_.size()); ++e) chunks_ += chunks_of(e);
+  }
+
+  std::span<const idx> offsets_;
+  dim width_, panel_ = panel, chunk_ = 7 * row_block, chunks_ = 0;
+  bool serial_ = false;
+};
+
+/// f(tile) for all tiles of a result of `width` columns.
+template <HostBackend B, class F>
+void for_each_tile(const call<B>& on, std::span<const idx> offsets, dim width, dim depth, dim narrowest, F f) noexcept {
+  const tile_grid grid(offsets, width, depth, narrowest);
+  on.executor().for_each(grid.tiles(), grid.grain(), [&](dim i, dim last) {
+    for (; i < last; ++i) grid.visit(i, f);
+  });
+}
+
+}  // namespace moe::detail
