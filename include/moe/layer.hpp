@@ -57,6 +57,17 @@ struct composition {
              TrainableCombine<C, typename X::input, input_grad<X>, typename R::plan, typename X::output, B>;
     else return false;
   }();
+
+  // In a function, so that Clang goes on with the class: one that is invalid causes errors of its own wherever it is used.
+  static void complain() noexcept {
+    static_assert(backend, "moe::layer: argument 5 is not a Backend; static_assert(moe::Backend<B>) says why [docs/backends.md]");
+    static_assert(gate, "moe::layer: argument 1 is not a Gate on this backend; static_assert(moe::Gate<G, B>) says why [docs/policies.md]");
+    static_assert(router, "moe::layer: argument 2 is not a Router on this backend; static_assert(moe::Router<R, B>) says why [docs/policies.md]");
+    static_assert(banks, "moe::layer: argument 3 is a set of experts that read different inputs [docs/policies.md]");
+    static_assert(expert, "moe::layer: argument 3 is not an Expert on this backend; static_assert(moe::Expert<X, B>) says why [docs/policies.md]");
+    static_assert(input, "moe::layer: arguments 1 and 3, gate and expert, read different inputs [docs/policies.md]");
+    static_assert(combine, "moe::layer: argument 4 cannot combine this router's plan with this expert's output [docs/policies.md]");
+  }
 };
 
 /// `mem`, padded, with `needed` bytes left.
@@ -136,19 +147,11 @@ P pick(const First& first, const Rest&... rest) {
 /// Errors of composition are one message here; for the reason behind it, assert the concept it names.
 template <class G, class R, class X, class C, class B>
 class layer : public detail::layer_base<G, R, X, C, B> {
-  using parts = detail::composition<G, R, X, C, B>;
-  static_assert(parts::backend, "moe::layer: argument 5 is not a Backend; static_assert(moe::Backend<B>) says why [docs/backends.md]");
-  static_assert(parts::gate, "moe::layer: argument 1 is not a Gate on this backend; static_assert(moe::Gate<G, B>) says why [docs/policies.md]");
-  static_assert(parts::router, "moe::layer: argument 2 is not a Router on this backend; static_assert(moe::Router<R, B>) says why [docs/policies.md]");
-  static_assert(parts::banks, "moe::layer: argument 3 is a set of experts that read different inputs [docs/policies.md]");
-  static_assert(parts::expert, "moe::layer: argument 3 is not an Expert on this backend; static_assert(moe::Expert<X, B>) says why [docs/policies.md]");
-  static_assert(parts::input, "moe::layer: arguments 1 and 3, gate and expert, read different inputs [docs/policies.md]");
-  static_assert(parts::combine, "moe::layer: argument 4 cannot combine this router's plan with this expert's output [docs/policies.md]");
-
  public:
-  using detail::layer_base<G, R, X, C, B>::layer_base;
   template <class... Parts>
-  explicit layer(shape s, const Parts&... given) : detail::layer_base<G, R, X, C, B>(s, given...) {}
+  explicit layer(shape s, const Parts&... given) : detail::layer_base<G, R, X, C, B>(s, given...) {
+    detail::composition<G, R, X, C, B>::complain();
+  }
 };
 
 namespace detail {
