@@ -94,8 +94,8 @@ struct ill_composed {
     tensors gate, router, experts, combine;
   };
   using gradients = weights;
-  using input = any;
-  using input_grad = any;
+  using input = matrix_view<const float>;
+  using input_grad = matrix_view<float>;
   using arena_type = moe::arena;
   struct context {
     shape sizes;
@@ -106,7 +106,7 @@ struct ill_composed {
   };
   template <class... A>
   explicit ill_composed(A&&...) noexcept {}
-  shape sizes() const noexcept { return {}; }
+  const shape& sizes() const noexcept { return sizes_; }
   any backend() const noexcept { return {}; }
   any gate() const noexcept { return {}; }
   any router() const noexcept { return {}; }
@@ -124,6 +124,9 @@ struct ill_composed {
   std::size_t inference_context_bytes(dim) const noexcept { return 0; }
   std::size_t scratch_bytes(dim) const noexcept { return 0; }
   std::vector<slot> catalogue() const { return {}; }
+
+ private:
+  shape sizes_;
 };
 
 template <class G, class R, class X, class C, class B>

@@ -18,6 +18,7 @@ class basic_dense {
   using at_edge = typename space::template view<V>;
 
  public:
+  using backend_type = B;
   using arena_type = typename space::arena;
   using input = at_edge<typename X::input>;
   using input_grad = at_edge<detail::input_grad<X>>;
@@ -44,6 +45,7 @@ class basic_dense {
     detail::check_shape(expert_, sizes_);
   }
   const shape& sizes() const noexcept { return sizes_; }
+  const B& backend() const noexcept { return backend_; }
 
   std::size_t weight_bytes() const noexcept {
     moe::arena count;
@@ -278,7 +280,7 @@ class sum {
     expect_bytes(mem.left(), scratch_bytes(y.rows), "moe::sum::forward: the arena", "scratch_bytes(T)");
     const auto ys = make_scratch(y.rows, mem);
     shared_.forward(w.shared, x, ys, ctx.shared, mem);
-    add(call<typename L::backend_type>{routed_.backend(), mem, sizes()}, ys, y);
+    add(call<typename D::backend_type>{shared_.backend(), mem, sizes()}, ys, y);
   }
   void backward(const weights& w, const input& x, const context& ctx, const matrix_view<const float>& dy, const input_grad& dx,
                 gradients& dw, arena_type& mem) const {
