@@ -137,6 +137,42 @@ class basic_dense {
     }
   }
 
+  // What kernels are made of is public: nvcc wants to name it.
+  template <class Arch>
+  MOE_HD static float open(matrix_view<const float> gate, const float* x) noexcept {
+    if constexpr (Gated) return 1.f / (1.f + std::exp(-dot(Arch{}, gate.row(0), x, gate.cols)));
+    else return 1.f;
+  }
+  template <class Arch>
+  struct take {
+    typename X::output ys;
+    matrix_view<const float> gate, x;
+    matrix_view<float> y;
+    MOE_HD void operator()(dim t) const noexcept {
+      for (dim j = 0; j < y.cols; ++j) y(t, j) = 0;
+      add_one_row(Arch{}, ys, t, open<Arch>(gate, x.row(t)), y.row(t), y.cols);
+    }
+  };
+  template <class Arch>
+  struct open_gate {
+    matrix_view<const float> gate, x;
+    matrix_view<float> s;
+    MOE_HD void operator()(dim t) const noexcept {
+      s(0, t) = open<Arch>(gate, x.row(t));
+      s(1, t) = 0;
+    }
+  };
+  /// From the gate's gradient to its logit's: dz = ds s (1 - s); dx += dz g.
+  template <class Arch>
+  struct close_gate {
+    matrix_view<const float> gate;
+    matrix_view<float> s, dx;
+    MOE_HD void operator()(dim t) const noexcept {
+      s(1, t) *= s(0, t) * (1.f - s(0, t));
+      if (dx) axpy(Arch{}, s(1, t), gate.row(0), dx.row(t), dx.cols);
+    }
+  };
+
  private:
   shape at(dim T) const {
     if (T < 0 || (sizes_.tokens > 0 && T > sizes_.tokens))
@@ -172,41 +208,6 @@ class basic_dense {
     if (detail::opened(space::open(mem), scratch_bytes(ctx.sizes.tokens), "moe::dense: the arena", "scratch_bytes(T)").counts())
       throw shape_error("moe::dense: the arena counts, expected one with memory");
   }
-
-  template <class Arch>
-  MOE_HD static float open(matrix_view<const float> gate, const float* x) noexcept {
-    if constexpr (Gated) return 1.f / (1.f + std::exp(-dot(Arch{}, gate.row(0), x, gate.cols)));
-    else return 1.f;
-  }
-  template <class Arch>
-  struct take {
-    typename X::output ys;
-    matrix_view<const float> gate, x;
-    matrix_view<float> y;
-    MOE_HD void operator()(dim t) const noexcept {
-      for (dim j = 0; j < y.cols; ++j) y(t, j) = 0;
-      add_one_row(Arch{}, ys, t, open<Arch>(gate, x.row(t)), y.row(t), y.cols);
-    }
-  };
-  template <class Arch>
-  struct open_gate {
-    matrix_view<const float> gate, x;
-    matrix_view<float> s;
-    MOE_HD void operator()(dim t) const noexcept {
-      s(0, t) = open<Arch>(gate, x.row(t));
-      s(1, t) = 0;
-    }
-  };
-  /// From the gate's gradient to its logit's: dz = ds s (1 - s); dx += dz g.
-  template <class Arch>
-  struct close_gate {
-    matrix_view<const float> gate;
-    matrix_view<float> s, dx;
-    MOE_HD void operator()(dim t) const noexcept {
-      s(1, t) *= s(0, t) * (1.f - s(0, t));
-      if (dx) axpy(Arch{}, s(1, t), gate.row(0), dx.row(t), dx.cols);
-    }
-  };
 
   shape sizes_;
   [[no_unique_address]] X expert_;

@@ -39,7 +39,7 @@ struct block_mean_gate {
   void backward(const call<B>&, const weights&, const input&, const context&, matrix_view<const float>, input_grad,
                 weights&) const noexcept {}
 
- private:
+  // What kernels are made of is public: nvcc wants to name it.
   struct average {
     matrix_view<const float> k;
     matrix_view<float> mean;
@@ -58,10 +58,9 @@ struct block_mean_gate {
     matrix_view<float> scores;
     dim block;
     MOE_HD void operator()(dim t) const noexcept {
-      constexpr float infinity = std::numeric_limits<float>::infinity();
       const dim own = x.position(t) / block;
-      if (own < scores.cols) scores(t, own) = infinity;
-      for (dim b = own + 1; b < scores.cols; ++b) scores(t, b) = -infinity;
+      if (own < scores.cols) scores(t, own) = detail::infinity;
+      for (dim b = own + 1; b < scores.cols; ++b) scores(t, b) = -detail::infinity;
     }
   };
 };

@@ -42,7 +42,7 @@ struct kv_block_expert {
     for_each_token(on, rows.experts(), block_gradient<typename B::arch>{x, ctx.rows, dys, rows.offsets.data(), rows.token.data(), block, dx.k, dx.v});
   }
 
- private:
+  // What kernels are made of is public: nvcc wants to name it.
   struct span {
     dim first, last;
   };
@@ -62,7 +62,7 @@ struct kv_block_expert {
       const dim t = token[r], n = ys.o.cols;
       const span keys = visible(x, b, block, t);
       float* o = ys.o.row(r);
-      float largest = -std::numeric_limits<float>::infinity(), sum = 0;
+      float largest = -detail::infinity, sum = 0;
       for (dim j = 0; j < n; ++j) o[j] = 0;
       for (dim i = keys.first; i < keys.last; ++i) {
         const float s = scale(x) * dot(Arch{}, x.q.row(t), x.k.row(i), x.q.cols);
@@ -77,7 +77,7 @@ struct kv_block_expert {
         axpy(Arch{}, p, x.v.row(i), o, n);
       }
       for (dim j = 0; j < n && sum > 0; ++j) o[j] /= sum;
-      ys.lse(r, 0) = sum > 0 ? largest + std::log(sum) : -std::numeric_limits<float>::infinity();
+      ys.lse(r, 0) = sum > 0 ? largest + std::log(sum) : -detail::infinity;
     }
   };
   /// p and ds of key i for row r.

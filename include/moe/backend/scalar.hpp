@@ -90,11 +90,11 @@ inline void gemm_tn(scalar, gathered<float> a, gathered<float> b, dim depth, mat
   detail::outer_tile(depth, [&](dim k, dim i) { return a.row(k)[i]; }, [&](dim k) { return b.row(k); }, c);
 }
 /// y[j] += w x[j]
-inline void axpy(scalar, float w, const float* x, float* y, dim n) noexcept {
+MOE_HD inline void axpy(scalar, float w, const float* x, float* y, dim n) noexcept {
   for (dim j = 0; j < n; ++j) y[j] += w * x[j];
 }
 /// sum of x[j] y[j]
-inline float dot(scalar, const float* x, const float* y, dim n) noexcept {
+MOE_HD inline float dot(scalar, const float* x, const float* y, dim n) noexcept {
   float sum[detail::lanes] = {};
   dim j = 0;
   for (; j + detail::lanes <= n; j += detail::lanes)

@@ -28,12 +28,12 @@ struct lse_merge {
     for_each_token(on, p.tokens(), split<typename B::arch>{p.token_offsets.data(), p.position.data(), ys, dy, dys});
   }
 
- private:
+  // What kernels are made of is public: nvcc wants to name it.
   MOE_HD static float total(const idx* position, idx first, idx last, const attention_rows& ys) noexcept {
-    float largest = -std::numeric_limits<float>::infinity(), sum = 0;
+    float largest = -detail::infinity, sum = 0;
     for (idx i = first; i < last; ++i)
       if (const idx r = position[i]; r >= 0 && ys.lse(r, 0) > largest) largest = ys.lse(r, 0);
-    if (!(largest > -std::numeric_limits<float>::infinity())) return 0;  // every w_r is exp(-inf) = 0
+    if (!(largest > -detail::infinity)) return 0;  // every w_r is exp(-inf) = 0
     for (idx i = first; i < last; ++i)
       if (const idx r = position[i]; r >= 0) sum += std::exp(ys.lse(r, 0) - largest);
     return largest + std::log(sum);

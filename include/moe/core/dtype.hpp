@@ -15,8 +15,8 @@ struct bf16 {
   std::uint16_t bits = 0;
 
   bf16() = default;
-  MOE_HD explicit constexpr bf16(float v) noexcept : bits(round(std::bit_cast<std::uint32_t>(v))) {}
-  MOE_HD explicit constexpr operator float() const noexcept { return std::bit_cast<float>(std::uint32_t{bits} << 16); }
+  MOE_HD explicit constexpr bf16(float v) noexcept : bits(round(__builtin_bit_cast(std::uint32_t, v))) {}
+  MOE_HD explicit constexpr operator float() const noexcept { return __builtin_bit_cast(float, std::uint32_t{bits} << 16); }
   friend constexpr bool operator==(bf16, bf16) = default;  // compares bits
 
  private:
@@ -31,11 +31,11 @@ struct f16 {
   std::uint16_t bits = 0;
 
   f16() = default;
-  MOE_HD explicit constexpr f16(float v) noexcept : bits(round(std::bit_cast<std::uint32_t>(v))) {}
+  MOE_HD explicit constexpr f16(float v) noexcept : bits(round(__builtin_bit_cast(std::uint32_t, v))) {}
   MOE_HD explicit constexpr operator float() const noexcept {
     const std::uint32_t sign = (bits & 0x8000u) << 16, exponent = (bits >> 10) & 0x1fu, fraction = bits & 0x3ffu;
-    if (exponent == 0x1fu) return std::bit_cast<float>(sign | 0x7f800000u | (fraction << 13));
-    if (exponent != 0) return std::bit_cast<float>(sign | ((exponent + 112u) << 23) | (fraction << 13));
+    if (exponent == 0x1fu) return __builtin_bit_cast(float, sign | 0x7f800000u | (fraction << 13));
+    if (exponent != 0) return __builtin_bit_cast(float, sign | ((exponent + 112u) << 23) | (fraction << 13));
     const float magnitude = static_cast<float>(fraction) * 0x1p-24f;  // zero and subnormal, exact
     return sign != 0 ? -magnitude : magnitude;
   }

@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 
 namespace moe {
 
@@ -11,6 +12,11 @@ namespace moe {
 using dim = std::ptrdiff_t;
 /// Names a token, an expert or a row inside a plan.
 using idx = std::int32_t;
+
+namespace detail {
+/// As a constant, since device code may not call what numeric_limits offers.
+inline constexpr float infinity = std::numeric_limits<float>::infinity();
+}  // namespace detail
 
 /// Sizes of a layer. `tokens` is the bound or, inside a call, the number at hand.
 struct shape {

@@ -56,7 +56,7 @@ struct film_expert {
     scatter_add_rows(on, rows, gathered<float>{tmp}, dx);
   }
 
- private:
+  // What kernels are made of is public: nvcc wants to name it.
   struct modulate {
     matrix_view<const float> gamma, beta;
     gathered<float> x;

@@ -21,10 +21,34 @@ struct bank {
   shape narrow(shape s) const noexcept { return {s.tokens, s.d, f > 0 ? f : s.f, count}; }
 };
 
+namespace detail {
+
+/// A tuple that device code reads too.
+template <class...>
+struct row_pack {};
+template <class First, class... Rest>
+struct row_pack<First, Rest...> {
+  First first{};
+  [[no_unique_address]] row_pack<Rest...> rest{};
+
+  template <std::size_t I>
+  MOE_HD constexpr const auto& get() const noexcept {
+    if constexpr (I == 0) return first;
+    else return rest.template get<I - 1>();
+  }
+  template <std::size_t I>
+  constexpr auto& get() noexcept {
+    if constexpr (I == 0) return first;
+    else return rest.template get<I - 1>();
+  }
+};
+
+}  // namespace detail
+
 /// Row sources of several banks as one: row r belongs to the bank whose experts own it.
 template <class... Rows>
 struct set_rows {
-  std::tuple<Rows...> banks{};
+  detail::row_pack<Rows...> banks{};
   const idx* offsets = nullptr;         ///< of the plan
   dim last[sizeof...(Rows)] = {};       ///< one past the last expert of each bank
   dim rows = 0;                         ///< room
@@ -39,9 +63,9 @@ struct set_rows {
   template <std::size_t I, class Arch>
   MOE_HD void add_from(Arch arch, dim r, float w, float* y, dim n) const noexcept {
     if constexpr (I + 1 == sizeof...(Rows)) {
-      add_one_row(arch, std::get<I>(banks), r, w, y, n);
+      add_one_row(arch, banks.template get<I>(), r, w, y, n);
     } else {
-      if (r < offsets[last[I]]) add_one_row(arch, std::get<I>(banks), r, w, y, n);
+      if (r < offsets[last[I]]) add_one_row(arch, banks.template get<I>(), r, w, y, n);
       else add_from<I + 1>(arch, r, w, y, n);
     }
   }
@@ -59,6 +83,7 @@ class expert_set {
   static constexpr std::size_t size = sizeof...(X);
 
  public:
+  static constexpr bool weighs_input = (detail::weighs_input<X> || ...);
   static constexpr bool banks_read_the_same = (std::same_as<typename first::input, typename X::input> && ...);
   using input = typename first::input;
   using input_grad = detail::input_grad<first>;
@@ -74,6 +99,7 @@ class expert_set {
   void check(shape s) const {
     dim held = 0;
     each([&](auto, const auto& b) {
+      if (b.f < 0) throw shape_error("expert_set: a bank's f is " + std::to_string(b.f) + ", expected at least 0");
       if (b.count < 0) throw shape_error("expert_set: a bank's count is " + std::to_string(b.count) + ", expected at least 0");
       if (b.count > 0) detail::check_shape(b.expert, b.narrow(s));
       held += b.count;
@@ -99,21 +125,15 @@ class expert_set {
     return w;
   }
   context make_context(shape s, dim rows, arena& mem) const noexcept {
-    std::size_t widest = 0;
-    each([&](auto, const auto& b) {
-      arena count;
-      count.begin_records(nullptr, arena::record_grain);
-      (void)detail::make_context(b.expert, b.narrow(s), rows, count);
-      const std::size_t bytes = count.end_records();
-      if (bytes > widest) widest = bytes;
-    });
+    if (mem.carves_records()) return overlay(s, rows, mem);  // a set within a set
+    arena count;
+    count.begin_records(nullptr, arena::record_grain);
+    (void)overlay(s, rows, count);
+    const std::size_t widest = count.end_records();
     auto* records = reinterpret_cast<std::byte*>(mem.matrix<std::int8_t>("records", rows, static_cast<dim>(widest)).data);
-    context c;
-    each([&](auto i, const auto& b) {
-      if (widest > 0) mem.begin_records(records, widest);
-      std::get<i>(c) = detail::make_context(b.expert, b.narrow(s), rows, mem);
-      mem.end_records();
-    });
+    if (widest > 0) mem.begin_records(records, widest);
+    const context c = overlay(s, rows, mem);
+    mem.end_records();
     return c;
   }
   /// Banks that store rows share one matrix: their rows are disjoint.
@@ -124,7 +144,8 @@ class expert_set {
     dim at = 0;
     each([&](auto i, const auto& b) {
       ys.last[i] = at += b.count;
-      auto& own = std::get<i>(ys.banks);
+      if (b.count == 0) return;
+      auto& own = ys.banks.template get<i>();
       if constexpr (std::same_as<std::remove_reference_t<decltype(own)>, matrix_view<float>>) {
         if (shared.rows == 0) shared = b.expert.make_output(b.narrow(s), rows, mem);
         own = shared;
@@ -135,12 +156,16 @@ class expert_set {
     return ys;
   }
   nothing make_scratch(shape s, dim rows, arena& mem) const noexcept {
-    each([&](auto, const auto& b) { detail::count_scratch(b.expert, mem, b.narrow(s), rows); });
+    each([&](auto, const auto& b) {
+      if (b.count > 0) detail::count_scratch(b.expert, mem, b.narrow(s), rows);
+    });
     return {};
   }
   template <class B>
   void count_backward(shape s, dim rows, arena& mem) const noexcept {
-    each([&](auto, const auto& b) { detail::count_expert_backward<B>(b.expert, b.narrow(s), rows, mem); });
+    each([&](auto, const auto& b) {
+      if (b.count > 0) detail::count_expert_backward<B>(b.expert, b.narrow(s), rows, mem);
+    });
   }
 
   template <class B>
@@ -149,7 +174,7 @@ class expert_set {
                context& ctx) const noexcept {
     ys.offsets = rows.offsets.data();
     each_bank(on, rows, [&](auto i, const auto& b, const call<B>& own, const bank_rows& part) {
-      b.expert.forward(own, std::get<i>(w), x, part, std::get<i>(ys.banks), std::get<i>(ctx));
+      b.expert.forward(own, std::get<i>(w), x, part, ys.banks.template get<i>(), std::get<i>(ctx));
     });
   }
   template <class B>
@@ -165,6 +190,20 @@ class expert_set {
   static constexpr const char* names[] = {"0", "1", "2", "3", "4", "5", "6", "7", "8", "9", "10", "11", "12", "13", "14", "15"};
   static_assert(size <= std::size(names), "moe::expert_set: at most 16 banks");
 
+  /// The columns of all banks, one bank over the other.
+  context overlay(shape s, dim rows, arena& mem) const noexcept {
+    const std::size_t start = mem.field();
+    std::size_t end = start;
+    context c;
+    each([&](auto i, const auto& b) {
+      if (b.count == 0) return;
+      mem.move_field(start);
+      std::get<i>(c) = detail::make_context(b.expert, b.narrow(s), rows, mem);
+      if (mem.field() > end) end = mem.field();
+    });
+    mem.move_field(end);
+    return c;
+  }
   template <class F>
   void each(F f) const {
     [&]<std::size_t... I>(std::index_sequence<I...>) {

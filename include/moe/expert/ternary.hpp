@@ -71,12 +71,50 @@ struct ternary_expert {
     scratch_frame frame(on.scratch);
     const scratch s = make_scratch(on.sizes, rows.room(on.sizes), on.scratch);
     for_each_row(on, rows, quantise{rows.gather(x), s.x, s.beta, 0});
-    for_each_row(on, rows, product{w.gate, s.x, s.beta, 0, s.gate});
-    for_each_row(on, rows, product{w.up, s.x, s.beta, 0, s.up});
+    for_each_row(on, rows, product{w.gate, w.gate.scale.data(), s.x, s.beta, 0, s.gate});
+    for_each_row(on, rows, product{w.up, w.up.scale.data(), s.x, s.beta, 0, s.up});
     map_rows(on, rows, s.up, activate{s.gate, s.up});
     for_each_row(on, rows, quantise{gathered<float>{s.up}, s.a, s.beta, 1});
-    for_each_row(on, rows, product{w.down, s.a, s.beta, 1, ys});
+    for_each_row(on, rows, product{w.down, w.down.scale.data(), s.a, s.beta, 1, ys});
   }
+
+  // What kernels are made of is public: nvcc wants to name it.
+  struct quantise {
+    gathered<float> x;
+    matrix_view<std::int8_t> to;
+    matrix_view<float> beta;
+    dim which;
+    MOE_HD void operator()(dim, dim r) const noexcept {
+      const float* v = x.row(r);
+      float largest = 0;
+      for (dim j = 0; j < to.cols; ++j) largest = std::fabs(v[j]) > largest ? std::fabs(v[j]) : largest;
+      const float b = largest + epsilon;
+      for (dim j = 0; j < to.cols; ++j)
+        to(r, j) = static_cast<std::int8_t>(clip(round_to_even(127.f * v[j] / b), -128.f, 127.f));
+      beta(r, which) = b;
+    }
+  };
+  struct product {
+    ternary_matrix w;
+    const float* scale;
+    matrix_view<const std::int8_t> x;
+    matrix_view<const float> beta;
+    dim which;
+    matrix_view<float> y;
+    MOE_HD void operator()(dim e, dim r) const noexcept {
+      const float unit = scale[e] * beta(r, which) / 127.f;
+      for (dim j = 0; j < y.cols; ++j) {
+        const ternary* codes = w.codes.row(e * y.cols + j);
+        std::int32_t sum = 0;
+        for (dim c = 0; c < w.cols; ++c) sum += x(r, c) * (((codes[c / 4].bits >> (2 * (c % 4))) & 3) - 1);
+        y(r, j) = unit * static_cast<float>(sum);
+      }
+    }
+  };
+  struct activate {
+    matrix_view<const float> gate, up;
+    MOE_HD float operator()(dim, dim r, dim j) const noexcept { return glu<silu>{}(gate(r, j), up(r, j)); }
+  };
 
  private:
   static constexpr float epsilon = 1e-5f;
@@ -106,42 +144,6 @@ struct ternary_expert {
         }
     }
   }
-
-  struct quantise {
-    gathered<float> x;
-    matrix_view<std::int8_t> to;
-    matrix_view<float> beta;
-    dim which;
-    MOE_HD void operator()(dim, dim r) const noexcept {
-      const float* v = x.row(r);
-      float largest = 0;
-      for (dim j = 0; j < to.cols; ++j) largest = std::fabs(v[j]) > largest ? std::fabs(v[j]) : largest;
-      const float b = largest + epsilon;
-      for (dim j = 0; j < to.cols; ++j)
-        to(r, j) = static_cast<std::int8_t>(clip(round_to_even(127.f * v[j] / b), -128.f, 127.f));
-      beta(r, which) = b;
-    }
-  };
-  struct product {
-    ternary_matrix w;
-    matrix_view<const std::int8_t> x;
-    matrix_view<const float> beta;
-    dim which;
-    matrix_view<float> y;
-    MOE_HD void operator()(dim e, dim r) const noexcept {
-      const float scale = w.scale.data()[e] * beta(r, which) / 127.f;
-      for (dim j = 0; j < y.cols; ++j) {
-        const ternary* codes = w.codes.row(e * y.cols + j);
-        std::int32_t sum = 0;
-        for (dim c = 0; c < w.cols; ++c) sum += x(r, c) * (((codes[c / 4].bits >> (2 * (c % 4))) & 3) - 1);
-        y(r, j) = scale * static_cast<float>(sum);
-      }
-    }
-  };
-  struct activate {
-    matrix_view<const float> gate, up;
-    MOE_HD float operator()(dim, dim r, dim j) const noexcept { return glu<silu>{}(gate(r, j), up(r, j)); }
-  };
 };
 
 }  // namespace moe

@@ -134,7 +134,7 @@ struct constant_expert {
     return {mem.matrix<float>("share", rows, 2), mem.matrix<idx>("expert", rows, 1), mem.matrix<float>("factor", 4, rows)};
   }
 
- private:
+  // What kernels are made of is public: nvcc wants to name it.
   template <class Arch>
   struct shares {
     matrix_view<const float> mix;
