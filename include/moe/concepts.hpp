@@ -147,6 +147,17 @@ concept backward_from_rows =
 template <class X, class B>
 concept TrainableExpert = Expert<X, B> && (detail::backward_from_tokens<X, B> || detail::backward_from_rows<X, B>);
 
+namespace detail {
+
+/// An expert that reads the plan's weights itself, and so has a share in dweight whatever the combine does with them.
+template <class X>
+inline constexpr bool weighs_input = false;
+template <class X>
+  requires requires { { X::weighs_input } -> std::convertible_to<bool>; }
+inline constexpr bool weighs_input<X> = X::weighs_input;
+
+}  // namespace detail
+
 /// y[T,d] = combine(plan, ys), for one kind of input, plan and rows.
 template <class C, class In, class Plan, class Rows, class B>
 concept Combine = Backend<B> && detail::carves_weights<C> && detail::carves_context<C> &&
@@ -234,22 +245,23 @@ void check_weights(const P& p, const typename P::weights& w, shape s) {
   if constexpr (requires { p.check(w, s); }) p.check(w, s);
 }
 
-/// Backward of an expert below a weighted sum. One that wants stored rows gets them: its output is computed again,
-/// dweight[r] += <dy, ys_r>, and dys_r = weight_r dy.
+/// Backward of an expert below a sum of rows. One that wants stored rows gets them: its output is computed again,
+/// dweight[r] += <dy, ys_r>, and dys_r = weight_r dy. Below a sum without weights <dy, ys_r> is nobody's gradient.
 template <class X, class B>
 void expert_backward(const call<B>& on, const X& x, const typename X::weights& w, const typename X::input& in,
                      const bank_rows& rows, const typename X::context& ctx, gathered<float> dys, input_grad<X>& dx,
                      weights_grad<X>& dw, std::span<float> dweight) noexcept {
+  const std::span<float> share = dys.weight ? dweight : std::span<float>{};
   if constexpr (backward_from_tokens<X, B>) {
-    x.backward(on, w, in, rows, ctx, dys, dx, dw, dweight);
+    x.backward(on, w, in, rows, ctx, dys, dx, dw, weighs_input<X> ? dweight : share);
   } else {
     scratch_frame frame(on.scratch);
-    const dim max_rows = static_cast<dim>(dweight.size());
+    const dim max_rows = rows.room(on.sizes);
     auto ys = x.make_output(on.sizes, max_rows, on.scratch);
     auto again = ctx;
-    x.forward(on, w, in, rows, ys, again);
+    if (!share.empty()) x.forward(on, w, in, rows, ys, again);
     auto stored = x.make_output(on.sizes, max_rows, on.scratch);
-    split_row_gradient(on, rows, dys, ys, stored, dweight);
+    split_row_gradient(on, rows, dys, ys, stored, share);
     x.backward(on, w, in, rows, ctx, stored, dx, dw, dweight);
   }
 }
@@ -263,6 +275,13 @@ void count_expert_backward(const X& x, shape s, dim max_rows, arena& mem) noexce
     (void)x.make_output(s, max_rows, mem);
   }
   count_backward_scratch(x, mem, s, max_rows);
+}
+
+/// What the combine hands on, its row gradient, lives as long as the experts' own scratch: it stays taken.
+template <class B, class C>
+void count_combine_backward(const C& c, shape s, arena& mem) noexcept {
+  if constexpr (requires { c.template count_backward<B>(s, mem); }) c.template count_backward<B>(s, mem);
+  else if constexpr (requires { c.make_backward_scratch(s, mem); }) (void)c.make_backward_scratch(s, mem);
 }
 
 /// What an expert reads of the gate's input, and where its gradient goes: the input itself, or its member x.

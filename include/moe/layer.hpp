@@ -284,9 +284,7 @@ class layer_impl {
 
   /// y[T,d] = layer(x), overwritten. Scratch is taken from `mem` and given back.
   void forward(const weights& w, const input& x, const at_edge<matrix_view<float>>& y, context& ctx, arena_type& mem) const {
-    static constexpr call_names names{"moe::layer::forward: x", "moe::layer::forward: y", "moe::layer::forward: ctx",
-                                      "moe::layer::forward: the arena"};
-    check_call(w, x, y, ctx, mem, names);
+    check_forward(w, x, y, ctx, mem);
     const auto& v = space::open(w);
     with_scores(v, space::open(x), ctx, space::open(mem), [&](const call<B>& on, matrix_view<float> scores) {
       router_.forward(on, v.router, scores, ctx.plan, ctx.router);
@@ -318,12 +316,24 @@ class layer_impl {
                 const input_grad& dx, gradients& dw, arena_type& mem) const {
     static_assert(parts::trainable, "moe::layer: this layer cannot train: one of its parts has no backward [docs/policies.md]");
     if constexpr (parts::trainable) {
-      static constexpr call_names names{"moe::layer::backward: x", "moe::layer::backward: dy", "moe::layer::backward: ctx",
-                                        "moe::layer::backward: the arena"};
-      check_call(w, x, dy, ctx, mem, names);
-      check_gradients(space::open(dx), space::open(dw), ctx);
+      check_backward(w, x, ctx, dy, dx, dw, mem);
       run_backward(space::open(w), space::open(x), ctx, space::open(dy), space::open(dx), space::open(dw), space::open(mem));
     }
+  }
+
+  /// What forward and backward check before they write anything; `sum` asks both its parts first.
+  void check_forward(const weights& w, const input& x, const at_edge<matrix_view<float>>& y, const context& ctx,
+                     arena_type& mem) const {
+    static constexpr call_names names{"moe::layer::forward: x", "moe::layer::forward: y", "moe::layer::forward: ctx",
+                                      "moe::layer::forward: the arena"};
+    check_call(w, x, y, ctx, mem, names);
+  }
+  void check_backward(const weights& w, const input& x, const context& ctx, const at_edge<matrix_view<const float>>& dy,
+                      const input_grad& dx, const gradients& dw, arena_type& mem) const {
+    static constexpr call_names names{"moe::layer::backward: x", "moe::layer::backward: dy", "moe::layer::backward: ctx",
+                                      "moe::layer::backward: the arena"};
+    check_call(w, x, dy, ctx, mem, names);
+    check_gradients(space::open(dx), space::open(dw), ctx);
   }
 
  private:
@@ -393,8 +403,7 @@ class layer_impl {
     (void)mem.vector<float>("dweight", rows);
     {
       scratch_frame inner(mem);
-      // What the combine hands on, its row gradient, lives as long as the experts' own scratch.
-      if constexpr (requires { combine_.make_backward_scratch(s, mem); }) (void)combine_.make_backward_scratch(s, mem);
+      count_combine_backward<B>(combine_, s, mem);
       if constexpr (keeps_rows) {
         (void)experts_.make_output(s, rows, mem);
         count_backward_scratch(experts_, mem, s, rows);

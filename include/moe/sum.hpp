@@ -29,6 +29,7 @@ class basic_dense {
   struct gradient_views {
     matrix_view<float> gate;
     detail::weights_grad<X> expert;
+    shape sizes{};  ///< of the layer that made them; all zero where no layer did
   };
   using weights = at_edge<weight_views>;
   using gradients = at_edge<gradient_views>;
@@ -42,6 +43,8 @@ class basic_dense {
   explicit basic_dense(shape s, X expert = {}, B backend = {}) : sizes_(s), expert_(expert), backend_(backend) {
     sizes_.experts = 1;
     if (s.d <= 0) throw shape_error("moe::dense: d is " + std::to_string(s.d) + ", expected at least 1");
+    if (s.tokens < 0) throw shape_error("moe::dense: tokens is " + std::to_string(s.tokens) + ", expected at least 0");
+    if (s.f < 0) throw shape_error("moe::dense: f is " + std::to_string(s.f) + ", expected at least 0");
     detail::check_shape(expert_, sizes_);
   }
   const shape& sizes() const noexcept { return sizes_; }
@@ -85,7 +88,7 @@ class basic_dense {
   }
   gradients make_gradients(arena_type& mem) const {
     moe::arena& m = detail::opened(space::open(mem), weight_bytes(), "moe::dense::make_gradients: the arena", "weight_bytes()");
-    return space::close(gradient_views{make_gate(m), detail::make_gradients(expert_, sizes_, m)});
+    return space::close(gradient_views{make_gate(m), detail::make_gradients(expert_, sizes_, m), sizes_});
   }
   context make_context(dim T, arena_type& mem) const {
     moe::arena& m = detail::opened(space::open(mem), context_bytes(T), "moe::dense::make_context: the arena", "context_bytes(T)");
@@ -95,9 +98,10 @@ class basic_dense {
 
   /// y[T,d] overwritten.
   void forward(const weights& w, const input& x, const at_edge<matrix_view<float>>& y, context& ctx, arena_type& mem) const {
-    check_call(w, x, y, ctx, mem, "moe::dense: y");
+    check_forward(w, x, y, ctx, mem);
     moe::arena& m = space::open(mem);
     scratch_frame frame(m);
+    m.align();
     const call<B> on{backend_, m, ctx.sizes, ctx.training, ctx.random};
     const auto& v = space::open(w);
     const auto& out = space::open(y);
@@ -112,11 +116,11 @@ class basic_dense {
   void backward(const weights& w, const input& x, const context& ctx, const at_edge<matrix_view<const float>>& dy,
                 const input_grad& dx, gradients& dw, arena_type& mem) const {
     static_assert(TrainableExpert<X, B>, "moe::dense: this expert has no backward [docs/policies.md]");
-    check_call(w, x, dy, ctx, mem, "moe::dense: dy");
-    if (!ctx.training) throw shape_error("moe::dense::backward: ctx is an inference context, expected one of make_context");
     if constexpr (TrainableExpert<X, B>) {
+      check_backward(w, x, ctx, dy, dx, dw, mem);
       moe::arena& m = space::open(mem);
       scratch_frame frame(m);
+      m.align();
       const call<B> on{backend_, m, ctx.sizes, ctx.training, ctx.random};
       const auto& v = space::open(w);
       auto& g = space::open(dw);
@@ -135,6 +139,22 @@ class basic_dense {
         if (g.gate) sum_rows(on, rows, gathered<float>{space::open(x), nullptr, s.row(1)}, g.gate);
       }
     }
+  }
+
+  /// What forward and backward check before they write anything; `sum` asks both its parts first.
+  void check_forward(const weights& w, const input& x, const at_edge<matrix_view<float>>& y, const context& ctx,
+                     arena_type& mem) const {
+    check_call(w, x, y, ctx, mem, "moe::dense: y");
+  }
+  void check_backward(const weights& w, const input& x, const context& ctx, const at_edge<matrix_view<const float>>& dy,
+                      const input_grad& dx, const gradients& dw, arena_type& mem) const {
+    check_call(w, x, dy, ctx, mem, "moe::dense: dy");
+    if (!ctx.training) throw shape_error("moe::dense::backward: ctx is an inference context, expected one of make_context");
+    const shape& made = space::open(dw).sizes;
+    if (made.d != 0 && (made.d != sizes_.d || made.f != sizes_.f))
+      throw shape_error("moe::dense::backward: dw was made by a layer of another shape");
+    const auto& grad = space::open(dx);
+    if (grad || grad.rows != 0) expect(grad, ctx.sizes.tokens, sizes_.d, "moe::dense: dx", "T x d");
   }
 
   // What kernels are made of is public: nvcc wants to name it.
@@ -175,10 +195,12 @@ class basic_dense {
 
  private:
   shape at(dim T) const {
-    if (T < 0 || (sizes_.tokens > 0 && T > sizes_.tokens))
-      throw shape_error("moe::dense: T is " + std::to_string(T) + ", expected 0 to " + std::to_string(sizes_.tokens) + " (tokens)");
+    if (T < 0) throw shape_error("moe::dense: T is " + std::to_string(T) + ", expected at least 0");
+    if (sizes_.tokens > 0 && T > sizes_.tokens)
+      throw shape_error("moe::dense: T is " + std::to_string(T) + ", expected at most " + std::to_string(sizes_.tokens) + " (tokens)");
     shape s = sizes_;
     s.tokens = T;
+    detail::check_countable(s);
     return s;
   }
   matrix_view<float> make_gate(moe::arena& mem) const noexcept {
@@ -205,6 +227,7 @@ class basic_dense {
     expect(space::open(y), ctx.sizes.tokens, sizes_.d, name, "T x d");
     if constexpr (Gated) expect(v.gate, 1, sizes_.d, "moe::dense: gate", "1 x d");
     detail::check_weights(expert_, v.expert, sizes_);
+    scratch_frame frame(space::open(mem));
     if (detail::opened(space::open(mem), scratch_bytes(ctx.sizes.tokens), "moe::dense: the arena", "scratch_bytes(T)").counts())
       throw shape_error("moe::dense: the arena counts, expected one with memory");
   }
@@ -240,12 +263,15 @@ class sum {
     typename D::context shared;
   };
 
+  using backend_type = typename L::backend_type;
+
   sum(L routed, D shared) : routed_(std::move(routed)), shared_(std::move(shared)) {
     expect(shared_.sizes().d, routed_.sizes().d, "moe::sum: the shared layer", "columns", "d");
   }
   const L& routed() const noexcept { return routed_; }
   const D& shared() const noexcept { return shared_; }
   const shape& sizes() const noexcept { return routed_.sizes(); }
+  const backend_type& backend() const noexcept { return routed_.backend(); }
 
   std::size_t weight_bytes() const noexcept { return routed_.weight_bytes() + shared_.weight_bytes(); }
   std::size_t context_bytes(dim T) const { return routed_.context_bytes(T) + shared_.context_bytes(T); }
@@ -275,18 +301,31 @@ class sum {
   }
 
   void forward(const weights& w, const input& x, const matrix_view<float>& y, context& ctx, arena_type& mem) const {
+    check_forward(w, x, y, ctx, mem);
     routed_.forward(w.routed, x, y, ctx.routed, mem);
     scratch_frame frame(mem);
     mem.align();
-    expect_bytes(mem.left(), scratch_bytes(y.rows), "moe::sum::forward: the arena", "scratch_bytes(T)");
     const auto ys = make_scratch(y.rows, mem);
     shared_.forward(w.shared, x, ys, ctx.shared, mem);
     add(call<typename D::backend_type>{shared_.backend(), mem, sizes()}, ys, y);
   }
   void backward(const weights& w, const input& x, const context& ctx, const matrix_view<const float>& dy, const input_grad& dx,
                 gradients& dw, arena_type& mem) const {
+    check_backward(w, x, ctx, dy, dx, dw, mem);
     routed_.backward(w.routed, x, ctx.routed, dy, dx, dw.routed, mem);
     shared_.backward(w.shared, x, ctx.shared, dy, dx, dw.shared, mem);
+  }
+  /// What forward and backward check before they write anything.
+  void check_forward(const weights& w, const input& x, const matrix_view<float>& y, const context& ctx, arena_type& mem) const {
+    routed_.check_forward(w.routed, x, y, ctx.routed, mem);
+    shared_.check_forward(w.shared, x, y, ctx.shared, mem);
+    scratch_frame frame(mem);
+    (void)detail::opened(mem, scratch_bytes(y.rows), "moe::sum::forward: the arena", "scratch_bytes(T)");
+  }
+  void check_backward(const weights& w, const input& x, const context& ctx, const matrix_view<const float>& dy,
+                      const input_grad& dx, const gradients& dw, arena_type& mem) const {
+    routed_.check_backward(w.routed, x, ctx.routed, dy, dx, dw.routed, mem);
+    shared_.check_backward(w.shared, x, ctx.shared, dy, dx, dw.shared, mem);
   }
 
  private:

@@ -160,12 +160,12 @@ void combine_rows(const call<B>& on, const routing_plan& p, const Rows& ys, std:
   });
 }
 
-/// For experts that store rows: dys[r] = weight[r] dy[token[r]] and dweight[r] += <dy[token[r]], ys[r]>.
+/// For experts that store rows: dys[r] = weight[r] dy[token[r]] and dweight[r] += <dy[token[r]], ys[r]>, where wanted.
 template <HostBackend B>
 void split_row_gradient(const call<B>& on, const bank_rows& rows, gathered<float> dy, matrix_view<const float> ys,
                         matrix_view<float> dys, std::span<float> dweight) noexcept {
   for_each_row(on, rows, [&](dim, dim r) {
-    dweight[static_cast<std::size_t>(r)] += dot(typename B::arch{}, dy.row(r), ys.row(r), ys.cols);
+    if (!dweight.empty()) dweight[static_cast<std::size_t>(r)] += dot(typename B::arch{}, dy.row(r), ys.row(r), ys.cols);
     for (dim j = 0; j < dys.cols; ++j) dys(r, j) = dy.scale(r) * dy.row(r)[j];
   });
 }

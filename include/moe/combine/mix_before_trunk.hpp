@@ -8,7 +8,7 @@ namespace moe {
 
 /// s[t] = sum over t's rows of weight[r] ys[r];  y[t] = trunk(s[t]).
 ///
-/// `Trunk` is an Expert of one, run over all tokens: one evaluation a token, whatever k is.
+/// `Trunk` is an Expert of one that stores its rows, run over all tokens: one evaluation a token, whatever k is.
 /// weights  the trunk's      saves  s[T,d] and what the trunk saves      adds to  the trunk's gradients
 /// Order matters: with a trunk that is not linear, mixing after it gives another function. MoFME, arXiv:2312.16610
 template <class Trunk>
@@ -37,17 +37,17 @@ struct mix_before_trunk {
     detail::count_scratch(trunk, mem, narrow(s), s.tokens);
     return mixed;
   }
-  /// Lives until the experts have read it.
-  matrix_view<float> make_backward_scratch(shape s, arena& mem) const noexcept {
-    const auto dmixed = mem.matrix<float>("dmixed", s.tokens, s.d);
+  /// Leaves taken what lives until the experts have read it.
+  template <class B>
+  void count_backward(shape s, arena& mem) const noexcept {
+    (void)mem.matrix<float>("dmixed", s.tokens, s.d);
     scratch_frame frame(mem);
     (void)mem.vector<idx>("offsets", 2);
-    detail::count_backward_scratch(trunk, mem, narrow(s), s.tokens);
-    return dmixed;
+    detail::count_expert_backward<B>(trunk, narrow(s), s.tokens, mem);
   }
 
   template <class B, class In, RowSource<typename B::arch> Rows>
-    requires Expert<Trunk, B>
+    requires Expert<Trunk, B> && std::same_as<typename Trunk::output, matrix_view<float>>
   void forward(const call<B>& on, const weights& w, const In&, const routing_plan& p, const Rows& ys, matrix_view<float> y,
                context& ctx) const noexcept {
     scratch_frame frame(on.scratch);
@@ -60,11 +60,12 @@ struct mix_before_trunk {
     requires TrainableExpert<Trunk, B>
   void backward(const call<B>& on, const weights& w, const In&, const routing_plan& p, const Rows&, const context& ctx,
                 matrix_view<const float> dy, gathered<float>& dys, InGrad&, weights_grad& dw, std::span<float>) const noexcept {
-    const auto dmixed = on.scratch.template matrix<float>("dmixed", on.sizes.tokens, on.sizes.d);
+    auto dmixed = on.scratch.template matrix<float>("dmixed", on.sizes.tokens, on.sizes.d);
     scratch_frame frame(on.scratch);
     const auto own = on.with(narrow(on.sizes));
     fill(on, dmixed, 0.f);
-    trunk.backward(own, w, ctx.mixed, dense_rows(own), ctx.trunk, gathered<float>{dy}, dmixed, dw, {});
+    const typename Trunk::input in = ctx.mixed;
+    detail::expert_backward(own, trunk, w, in, dense_rows(own), ctx.trunk, gathered<float>{dy}, dmixed, dw, {});
     dys = {dmixed, p.token.data(), p.weight.data()};
   }
 

@@ -26,9 +26,8 @@ struct residual {
   auto make_scratch(shape s, arena& mem) const noexcept
     requires requires { inner.make_scratch(s, mem); }
   { return inner.make_scratch(s, mem); }
-  auto make_backward_scratch(shape s, arena& mem) const noexcept
-    requires requires { inner.make_backward_scratch(s, mem); }
-  { return inner.make_backward_scratch(s, mem); }
+  template <class B>
+  void count_backward(shape s, arena& mem) const noexcept { detail::count_combine_backward<B>(inner, s, mem); }
 
   template <class B, class Rows>
     requires Combine<C, matrix_view<const float>, routing_plan, Rows, B>

@@ -104,6 +104,10 @@ class arena {
     stride_ = stride;
     field_ = 0;
   }
+  bool carves_records() const noexcept { return stride_ != 0; }
+  /// Where the next column of a record starts. Banks that never hold the same row start at the same place.
+  std::size_t field() const noexcept { return field_; }
+  void move_field(std::size_t start) noexcept { field_ = start; }
   /// Bytes of a record as carved since begin_records.
   std::size_t end_records() noexcept {
     stride_ = 0;

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
 #include "moe/core/config.hpp"
 
@@ -11,11 +12,12 @@ namespace moe {
 
 namespace detail {
 
-MOE_HD inline float select(bool condition, float yes, float no) noexcept { return condition ? yes : no; }
-
 /// yes where the condition holds; batches bring their own select.
 template <class C, class V>
-MOE_HD V where(C condition, V yes, V no) noexcept { return select(condition, yes, no); }
+MOE_HD V where(C condition, V yes, V no) noexcept {
+  if constexpr (std::is_same_v<C, bool>) return condition ? yes : no;
+  else return select(condition, yes, no);
+}
 template <class V>
 MOE_HD V sigmoid(V z) noexcept {
   using std::exp;
@@ -32,10 +34,10 @@ struct identity {
   MOE_HD V slope(V) const noexcept { return V(1); }
 };
 
-/// max(z, 0); the slope at 0 is 0.
+/// max(z, 0), and NaN of NaN; the slope at 0 is 0.
 struct relu {
   template <class V>
-  MOE_HD V operator()(V z) const noexcept { return detail::where(z > V(0), z, V(0)); }
+  MOE_HD V operator()(V z) const noexcept { return detail::where(z < V(0), V(0), z); }
   template <class V>
   MOE_HD V slope(V z) const noexcept { return detail::where(z > V(0), V(1), V(0)); }
 };
@@ -83,6 +85,7 @@ struct gelu_tanh {
   MOE_HD V operator()(V z) const noexcept { return V(0.5f) * z * (V(1) + inner(z)); }
   template <class V>
   MOE_HD V slope(V z) const noexcept {
+    z = detail::where(z > V(flat), V(flat), detail::where(z < V(-flat), V(-flat), z));
     const V t = inner(z);
     const V du = V(root) * (V(1) + V(3 * cubic) * z * z);
     return V(0.5f) * (V(1) + t + z * (V(1) - t * t) * du);
@@ -90,6 +93,7 @@ struct gelu_tanh {
 
  private:
   static constexpr float root = 0.797884560803f, cubic = 0.044715f;
+  static constexpr float flat = 16;  // beyond it the slope is 0 or 1, and z^2 may be infinite
   template <class V>
   MOE_HD static V inner(V z) noexcept {
     using std::tanh;
@@ -130,7 +134,7 @@ struct glu {
 };
 
 /// A gated form over clamped pre-activations: g <- min(g, limit), u <- clamp(u, -limit, limit) before the product. A clamp
-/// passes the gradient at the limit itself. DeepSeek-V4 clamps glu<silu>.
+/// passes the gradient at the limit itself, and NaN stays NaN. DeepSeek-V4 clamps glu<silu>.
 template <class Form>
 struct clamped {
   static_assert(Form::gated, "moe::clamped: the form must be a gated one");
@@ -150,9 +154,9 @@ struct clamped {
 
  private:
   template <class V>
-  MOE_HD V below(V v) const noexcept { return detail::where(v <= V(limit), v, V(limit)); }
+  MOE_HD V below(V v) const noexcept { return detail::where(v > V(limit), V(limit), v); }
   template <class V>
-  MOE_HD V between(V v) const noexcept { return detail::where(v >= V(-limit), below(v), V(-limit)); }
+  MOE_HD V between(V v) const noexcept { return detail::where(v < V(-limit), V(-limit), below(v)); }
 };
 
 /// a = (u + 1) g sigmoid(alpha g): the product of gpt-oss, there clamped: gpt_oss_glu.
