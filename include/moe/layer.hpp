@@ -296,6 +296,7 @@ class layer_impl {
   /// handed to `backward` as after forward. Host plans only.
   void replay(const weights& w, const input& x, const typename R::plan& recorded, const at_edge<matrix_view<float>>& y,
               context& ctx, arena_type& mem) const {
+    static_assert(std::is_same_v<typename B::space, host>, "moe::layer: plans are replayed on the host only [docs/backends.md]");
     static_assert(parts::replayable, "moe::layer: this router cannot weigh a given plan, so it cannot replay one [docs/policies.md]");
     static constexpr call_names names{"moe::layer::replay: x", "moe::layer::replay: y", "moe::layer::replay: ctx",
                                       "moe::layer::replay: the arena"};
