@@ -122,11 +122,12 @@ class static_layer {
 
   void choose(context& c) const noexcept {
     row_statistics row{};
-    if constexpr (Rule::over == reduction::all) row = moe::detail::statistics(c.scores.data(), E);
+    constexpr bool ranks = !Rule::ranks_by_score;
+    if constexpr (ranks && Rule::over == reduction::all) row = moe::detail::statistics(c.scores.data(), E);
     float best[K] = {};
     c.chosen = 0;
     for (idx e = 0; e < E; ++e) {
-      const float z = c.scores[at(e)], key = eligible(z) ? rule.key(z, row) : not_eligible;
+      const float z = c.scores[at(e)], key = ranks && eligible(z) ? rule.key(z, row) : z;
       if (!eligible(key) || (c.chosen == K && !(key > best[K - 1]))) continue;
       int j = c.chosen < K ? c.chosen++ : K - 1;
       for (; j > 0 && key > best[j - 1]; --j) {

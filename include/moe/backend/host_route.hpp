@@ -40,6 +40,30 @@ void top_k_rows(const call<B>& on, matrix_view<const float> keys, routing_plan& 
   }
 }
 
+/// As many choices of each token as keep(t, chosen, n) says of its n: the first of them stay. Before group_by_expert.
+template <HostBackend B, class F>
+void shorten_choices(const call<B>&, routing_plan& p, F keep) noexcept {
+  const auto at = [](dim i) { return static_cast<std::size_t>(i); };
+  idx total = 0, first = 0;
+  for (dim t = 0; t < p.tokens(); ++t) {
+    const idx last = p.token_offsets[at(t + 1)], n = keep(t, p.position.data() + first, last - first);
+    for (idx j = 0; j < n; ++j) p.position[at(total + j)] = p.position[at(first + j)];
+    p.token_offsets[at(t + 1)] = total += n;
+    first = last;
+  }
+}
+
+/// The choices of each token from a function object: list.count(t) says how many, list(t, chosen) writes them. Before
+/// group_by_expert.
+template <HostBackend B, class F>
+void list_choices(const call<B>& on, routing_plan& p, F list) noexcept {
+  const auto at = [](dim i) { return static_cast<std::size_t>(i); };
+  for_each_token(on, p.tokens(), [&](dim t) { p.token_offsets[at(t + 1)] = list.count(t); });
+  p.token_offsets[0] = 0;
+  for (dim t = 0; t < p.tokens(); ++t) p.token_offsets[at(t + 1)] += p.token_offsets[at(t)];
+  for_each_token(on, p.tokens(), [&](dim t) { list(t, p.position.data() + p.token_offsets[at(t)]); });
+}
+
 /// Groups assignments by expert. On entry token_offsets is set and position holds, for each choice of a token, its expert
 /// e, or -1 - e where it was dropped; on return the plan is whole but for its weights.
 template <HostBackend B>

@@ -12,8 +12,29 @@ namespace moe {
 struct score_context {
   matrix_view<float> scores;  ///< [T,E] or empty
 };
+template <class Rule>
+score_context make_score_context(shape s, arena& mem) noexcept {
+  if constexpr (Rule::keeps_scores) return {mem.matrix<float>("scores", s.tokens, s.experts)};
+  else return {};
+}
 
 namespace detail {
+
+/// Makes room for the scores in the context of a router whose rule does not ask for it: where choices are dropped, the
+/// weights alone do not give the gradient. Decorators that keep something of their own hold the router's context as `inner`.
+template <class Context>
+void keep_scores(Context& ctx, shape s, arena& mem) noexcept {
+  if constexpr (requires { ctx.inner; }) keep_scores(ctx.inner, s, mem);
+  else if constexpr (std::same_as<Context, score_context>)
+    if (ctx.scores.cols == 0) ctx.scores = mem.matrix<float>("scores", s.tokens, s.experts);
+}
+/// The scores that a router's context keeps, or an empty view.
+template <class Context>
+matrix_view<float> kept_scores(const Context& ctx) noexcept {
+  if constexpr (requires { ctx.inner; }) return kept_scores(ctx.inner);
+  else if constexpr (std::same_as<Context, score_context>) return ctx.scores;
+  else return {};
+}
 
 /// A plan as device code reads it.
 struct plan_pointers {

@@ -1,0 +1,45 @@
+// SPDX-License-Identifier: Apache-2.0
+/// What a plan says about the load of the experts.
+#pragma once
+
+#include <cmath>
+#include <span>
+
+#include "moe/core/plan.hpp"
+#include "moe/router/weigh.hpp"
+
+namespace moe {
+
+/// load[e] += the choices of expert e, dropped ones included: what balancing looks at. Rows alone are offsets' differences.
+inline void count_load(const routing_plan& p, std::span<dim> load) {
+  expect(static_cast<dim>(load.size()), p.experts(), "count_load: load", "elements", "E");
+  for (dim e = 0; e < p.experts(); ++e)
+    load[static_cast<std::size_t>(e)] += p.offsets[static_cast<std::size_t>(e + 1)] - p.offsets[static_cast<std::size_t>(e)];
+  for (idx i = 0; i < p.token_offsets.back(); ++i)
+    if (const idx r = p.position[static_cast<std::size_t>(i)]; r < 0) ++load[static_cast<std::size_t>(-1 - r)];
+}
+
+/// Over the rows of a plan; dropped choices have none.
+struct routing_statistics {
+  dim rows = 0;        ///< A
+  dim dropped = 0;     ///< choices that capacity refused
+  dim busiest = 0;     ///< rows of the busiest expert
+  dim idle = 0;        ///< experts without rows
+  double imbalance = 0;  ///< busiest over the mean load; 1 at balance
+  double entropy = 0;    ///< of the shares of the experts, in nats; log E at balance
+};
+
+inline routing_statistics measure(const routing_plan& p) noexcept {
+  routing_statistics s{.rows = p.rows(), .dropped = dropped(p)};
+  for (dim e = 0; e < p.experts(); ++e) {
+    const dim n = p.offsets[static_cast<std::size_t>(e + 1)] - p.offsets[static_cast<std::size_t>(e)];
+    const double share = s.rows > 0 ? static_cast<double>(n) / static_cast<double>(s.rows) : 0;
+    s.busiest = n > s.busiest ? n : s.busiest;
+    s.idle += n == 0;
+    if (n > 0) s.entropy -= share * std::log(share);
+    if (share * static_cast<double>(p.experts()) > s.imbalance) s.imbalance = share * static_cast<double>(p.experts());
+  }
+  return s;
+}
+
+}  // namespace moe
