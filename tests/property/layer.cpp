@@ -141,14 +141,14 @@ TEST_SUITE("layer") {
       expect_near(b.dw, a.dw, 1e-5);
     }
   }
-  TEST_CASE("renaming the experts changes no bit of y and dx, and renames their gradients") {
+  TEST_CASE("renaming the experts changes no bit of y and renames their gradients") {
     const moe::shape s{.tokens = 40, .d = 13, .f = 21, .experts = 6};
     testing::model<ffn<2>> plain(ffn<2>(s), s.tokens, s.d, 1), renamed(ffn<2>(s), s.tokens, s.d, 1);
     const auto order = some_order(s.experts, 5);
     for (const auto m : {renamed.w.gate.w, renamed.w.experts.up, renamed.w.experts.gate, renamed.w.experts.down}) reorder(m, order);
     const results a = run(plain), b = run(renamed);
     CHECK(b.y == a.y);
-    CHECK(b.dx == a.dx);
+    expect_near(b.dx, a.dx, 1e-6);  // the gate's share sums over experts, in their order
     for (const auto m : {plain.dw.gate.w, plain.dw.experts.up, plain.dw.experts.gate, plain.dw.experts.down}) reorder(m, order);
     CHECK(b.dw == std::vector<float>(plain.gradients().begin(), plain.gradients().end()));
   }
