@@ -233,6 +233,8 @@ TEST_SUITE("io/safetensors_reader") {
   TEST_CASE("a name is UTF-8, with the escapes of JSON and without NUL") {
     CHECK(name_of(R"("\"\\\/\b\f\n\r\t")") == "\"\\/\b\f\n\r\t");
     CHECK(name_of(R"("\u0041\u00e9\u20AC\ud83d\ude00")") == "A\u00e9\u20ac\U0001f600");
+    CHECK(name_of(R"("\u007f\u0080\u07ff\u0800\uffff\ud800\udc00\udbff\udfff")") ==
+          "\x7f\xc2\x80\xdf\xbf\xe0\xa0\x80\xef\xbf\xbf\xf0\x90\x80\x80\xf4\x8f\xbf\xbf");
     CHECK(name_of("\"\u00e9\u20ac\U0001f600\"") == "\u00e9\u20ac\U0001f600");
     CHECK(name_of("\"\"") == "");
     CHECK(name_of(R"("a\u0000b")") == "f: byte 9: tensor \"a?b\" has NUL in its name");
@@ -241,7 +243,8 @@ TEST_SUITE("io/safetensors_reader") {
     CHECK(name_of(R"("\x41")") == "f: byte 10: an unknown escape");
     CHECK(name_of(R"("\u12g4")") == "f: byte 10: an escape without four hexadecimal digits");
     CHECK(name_of(R"("\u12)") == "f: byte 10: an escape without four hexadecimal digits");
-    for (const std::string half : {R"("\ud83d")", R"("\ude00")", R"("\ud83d\u0041")", R"("\ud83dx")", R"("\ud83d\ud83d")"}) {
+    for (const std::string half : {R"("\ud83d")", R"("\ude00")", R"("\ud83d\u0041")", R"("\ud83dx")", R"("\ud83d\ud83d")",
+                                   R"("\udc00\udc00")", R"("\ud83d\ue000")", R"("\udfff")"}) {
       CAPTURE(half);
       CHECK(name_of(half) == "f: byte 10: half a surrogate pair");
     }
@@ -254,6 +257,7 @@ TEST_SUITE("io/safetensors_reader") {
       CAPTURE(bad);
       CHECK(fault(with_name("\"n" + bad + '"')) == "f: byte 11: the header is not UTF-8");
     }
+    CHECK(fault(file("{\"\xc3") + '\x80') == "f: byte 10: the header is not UTF-8");  // goes on in the data
     for (const std::string good : {"\x7f", "\xc2\x80", "\xdf\xbf", "\xe0\xa0\x80", "\xed\x9f\xbf", "\xee\x80\x80",
                                    "\xef\xbf\xbf", "\xf0\x90\x80\x80", "\xf4\x8f\xbf\xbf"})
       CHECK(name_of('"' + good + '"') == good);

@@ -2,7 +2,6 @@
 /// A plan that owns its memory: for replay with other weights, and for files (io/plan_file.hpp).
 #pragma once
 
-#include <algorithm>
 #include <utility>
 
 #include "moe/core/plan.hpp"
@@ -51,7 +50,9 @@ inline recorded_plan record(const routing_plan& p) {
   check(p);
   recorded_plan copy(p.experts(), p.tokens(), p.rows(), p.token_offsets.back());
   const routing_plan& to = copy.plan();
-  const auto fill = [](auto from, auto into) { std::copy_n(from.begin(), into.size(), into.begin()); };
+  const auto fill = [](auto from, auto into) {
+    for (std::size_t i = 0; i < into.size(); ++i) into[i] = from[i];
+  };
   fill(p.offsets, to.offsets);
   fill(p.token, to.token);
   fill(p.weight, to.weight);

@@ -126,7 +126,8 @@ inline void write_safetensors(std::ostream& out, const tensor_map& tensors, cons
 }
 
 /// Writes the file beside its place and moves it there when it is whole, so that whoever opens `path` finds the old file
-/// or the new one. Throws format_error naming the file when that fails; the old file is then untouched.
+/// or the new one, also when this program is killed. One writer at a time. Throws format_error naming the file when that
+/// fails; the old file is then untouched.
 inline void save_tensors(const std::string& path, const tensor_map& tensors, const metadata_map& metadata = {}) {
   const std::string beside = path + ".partial";
   try {
