@@ -11,23 +11,20 @@
 #include <string_view>
 
 #include "generate.hpp"
+#include "moe/backend/cpu.hpp"
 #include "moe/io/safetensors.hpp"
+#include "moe/loss/load_balance.hpp"
 #include "moe/moe.hpp"
 #include "report.hpp"
-#if __has_include(<Eigen/Core>) && __has_include(<xsimd/xsimd.hpp>)
-#include "moe/backend/cpu.hpp"
-using backend = moe::cpu<>;
-#else
-using backend = moe::scalar<>;
-#endif
 
 namespace {
 
 using moe::dim;
 constexpr int k = 2;
-using mixture = moe::layer<moe::linear_gate, moe::top_k<k>, moe::ffn_expert, moe::weighted_sum, backend>;
+using mixture = moe::layer<moe::linear_gate, moe::with_loss<moe::top_k<k>, moe::load_balance>, moe::ffn_expert,
+                           moe::weighted_sum, moe::cpu<>>;
 // A dense feed-forward block is a mixture of one expert.
-using dense = moe::layer<moe::linear_gate, moe::top_k<1>, moe::ffn_expert, moe::weighted_sum, backend>;
+using dense = moe::layer<moe::linear_gate, moe::top_k<1>, moe::ffn_expert, moe::weighted_sum, moe::cpu<>>;
 
 struct settings {
   std::size_t bytes_per_language;

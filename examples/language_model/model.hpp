@@ -130,7 +130,10 @@ class language_model {
   template <class Part, class CarveBlock>
   parameters<Part> carve(moe::arena& mem, CarveBlock carve_block) const {
     parameters<Part> p;
-    p.embedding = embedding_.make_weights(width(), mem);
+    {
+      moe::arena::scope in(mem, "embedding");
+      p.embedding = embedding_.make_weights(width(), mem);
+    }
     for (std::size_t l = 0; l <= count_; ++l) {
       moe::arena::scope in(mem, (l < count_ ? "blocks." + std::to_string(l) : std::string("final")).c_str());
       p.norms.push_back(norm_.make_weights(width(), mem));

@@ -22,21 +22,32 @@ struct windows {
 };
 
 /// y[t] = the sum over i = 1 .. window of table_i[text[position[t] - i]]: a product with one-hot columns, without the product.
+/// Only the table of the last byte starts at random. What the bytes before it add is then learned, not first unlearned.
 ///
-/// weights  table[window*256,d]      saves  nothing      adds to  dtable
+/// weights  last[256,d] earlier[(window-1)*256,d]      saves  nothing      adds to  dlast, dearlier
 struct window_embedding {
   moe::dim window = 16;
 
-  struct weights { moe::matrix_view<float> table; };
+  struct weights {
+    moe::matrix_view<float> last, earlier;
 
-  weights make_weights(moe::dim d, moe::arena& mem) const noexcept { return {mem.matrix<float>("table", window * 256, d)}; }
+    /// Row of the byte `back` positions before the one to predict.
+    float* row(const windows& in, moe::dim t, moe::dim back) const noexcept {
+      const moe::dim byte = in.byte(t, back);
+      return back == 1 ? last.row(byte) : earlier.row((back - 2) * 256 + byte);
+    }
+  };
+
+  weights make_weights(moe::dim d, moe::arena& mem) const noexcept {
+    return {mem.matrix<float>("last", 256, d), mem.matrix<float>("earlier", (window - 1) * 256, d, moe::initial::zeros)};
+  }
 
   template <class B>
   void forward(const moe::call<B>& on, const weights& w, const windows& in, moe::matrix_view<float> y) const noexcept {
     for_each_token(on, in.tokens(), [&](moe::dim t) {
       float* out = y.row(t);
       for (moe::dim j = 0; j < y.cols; ++j) out[j] = 0;
-      for (moe::dim i = 1; i <= window; ++i) axpy(typename B::arch{}, 1.f, w.table.row(row(in, t, i)), out, y.cols);
+      for (moe::dim i = 1; i <= window; ++i) axpy(typename B::arch{}, 1.f, w.row(in, t, i), out, y.cols);
     });
   }
   /// One task a table: no two write to the same row.
@@ -45,12 +56,9 @@ struct window_embedding {
     on.executor().for_each(window, 1, [&](moe::dim i, moe::dim last) {
       for (; i < last; ++i)
         for (moe::dim t = 0; t < in.tokens(); ++t)
-          axpy(typename B::arch{}, 1.f, dy.row(t), dw.table.row(row(in, t, i + 1)), dy.cols);
+          axpy(typename B::arch{}, 1.f, dy.row(t), dw.row(in, t, i + 1), dy.cols);
     });
   }
-
- private:
-  static moe::dim row(const windows& in, moe::dim t, moe::dim back) noexcept { return (back - 1) * 256 + in.byte(t, back); }
 };
 
 }  // namespace demo
