@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 /// Layers on a CUDA device compared with the same layers on the scalar backend. Ends with 77 where there is no device.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <vector>

@@ -18,6 +18,14 @@ using testing::emulated_device;
 using mixed_experts = moe::expert_set<moe::ffn_expert, moe::copy_expert, moe::film_expert, moe::constant_expert, moe::zero_expert>;
 template <class B>
 using ffn = moe::layer<moe::linear_gate, moe::top_k<2>, moe::ffn_expert, moe::weighted_sum, B>;
+template <class R, class B>
+using routed = moe::layer<moe::linear_gate, R, moe::ffn_expert, moe::weighted_sum, B>;
+template <class B>
+using nucleus = routed<moe::top_p<3>, B>;
+template <class B>
+using limited = routed<moe::capacity<moe::top_k<2>>, B>;
+template <class B>
+using chosen = routed<moe::expert_choice<2>, B>;
 template <class B>
 using mixed = moe::layer<moe::linear_gate, moe::top_k<3>, mixed_experts, moe::weighted_sum, B>;
 
@@ -100,6 +108,12 @@ TEST_SUITE("backend/cuda/primitives") {
   TEST_CASE("So does a set of different experts") {
     const mixed_experts set{{.count = 2, .f = 24}, {.count = 1}, {.count = 2}, {.count = 1}, {.count = 1}};
     compare<mixed>({.tokens = 80, .d = 12, .f = 24, .experts = 7}, 80, set);
+  }
+  TEST_CASE("So do routers that list, shorten and drop choices") {
+    const moe::shape s{.tokens = 60, .d = 8, .f = 8, .experts = 5};
+    compare<nucleus>(s, 60, moe::top_p<3>{.p = 0.5f});
+    compare<limited>(s, 60);
+    compare<chosen>(s, 60);
   }
   TEST_CASE("A layer without tokens is none") { compare<ffn>({.tokens = 4, .d = 8, .f = 8, .experts = 4}, 0); }
 

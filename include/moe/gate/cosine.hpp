@@ -94,26 +94,7 @@ struct cosine_gate {
     if (dp.project) gemm_tn(on, s.dtokens.unit, x, dp.project);
   }
 
- private:
-  static constexpr float shortest = 1e-12f, largest_scale = 100;
-
-  rows make_rows(dim n, arena& mem) const noexcept {
-    const auto unit = mem.matrix<float>("unit", n, width);
-    return {unit, mem.matrix<float>("length", n, 1)};
-  }
-  template <class B>
-  static rows unit_directions(const call<B>& on, const weights& p, rows to) noexcept {
-    copy(on, matrix_view<const float>(p.directions), to.unit);
-    for_each_token(on, to.unit.rows, normalise{to});
-    return to;
-  }
-  /// d log_scale = sum of dscores scores = sum over tokens of <dunit, unit>; none where the cap holds.
-  template <class B>
-  static void add_scale_gradient(const call<B>& on, const weights& p, matrix_view<float> shares, matrix_view<float> to) noexcept {
-    for_each_token(on, shares.rows, cap_share{p.log_scale, shares});
-    sum_rows(on, dense_rows(on), matrix_view<const float>(shares), to);
-  }
-
+  // What kernels are made of is public: nvcc wants to name it.
   struct normalise {
     rows of;
     MOE_HD void operator()(dim r) const noexcept {
@@ -151,6 +132,26 @@ struct cosine_gate {
       if (std::exp(log_scale(0, 0)) > largest_scale) share(t, 0) = 0;
     }
   };
+
+ private:
+  static constexpr float shortest = 1e-12f, largest_scale = 100;
+
+  rows make_rows(dim n, arena& mem) const noexcept {
+    const auto unit = mem.matrix<float>("unit", n, width);
+    return {unit, mem.matrix<float>("length", n, 1)};
+  }
+  template <class B>
+  static rows unit_directions(const call<B>& on, const weights& p, rows to) noexcept {
+    copy(on, matrix_view<const float>(p.directions), to.unit);
+    for_each_token(on, to.unit.rows, normalise{to});
+    return to;
+  }
+  /// d log_scale = sum of dscores scores = sum over tokens of <dunit, unit>; none where the cap holds.
+  template <class B>
+  static void add_scale_gradient(const call<B>& on, const weights& p, matrix_view<float> shares, matrix_view<float> to) noexcept {
+    for_each_token(on, shares.rows, cap_share{p.log_scale, shares});
+    sum_rows(on, dense_rows(on), matrix_view<const float>(shares), to);
+  }
 };
 
 }  // namespace moe

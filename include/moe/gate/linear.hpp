@@ -55,9 +55,7 @@ struct basic_linear_gate {
       if (dp.bias) sum_rows(on, dense_rows(on), gathered<float>{dscores}, matrix_stack<float>{dp.bias, 0});
   }
 
- private:
-  static constexpr bool converts = !std::same_as<Token, float>;
-
+  // What kernels are made of is public: nvcc wants to name it.
   struct convert_token {
     input x;
     matrix_view<float> to;
@@ -65,6 +63,10 @@ struct basic_linear_gate {
       for (dim j = 0; j < to.cols; ++j) to(t, j) = static_cast<float>(x(t, j));
     }
   };
+
+ private:
+  static constexpr bool converts = !std::same_as<Token, float>;
+
   template <class B>
   matrix_view<const float> in_float(const call<B>& on, const input& x) const noexcept {
     if constexpr (converts) {

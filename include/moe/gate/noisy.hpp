@@ -80,12 +80,7 @@ struct noisy {
     if (dp.w) gemm_tn(on, matrix_view<const float>(dspread), x, dp.w);
   }
 
- private:
-  MOE_HD static float deviation(float z) noexcept {  // softplus(z) + 0.01
-    return (z > 0 ? z : 0.f) + std::log1p(std::exp(-std::fabs(z))) + 0.01f;
-  }
-  MOE_HD static std::uint64_t counter(dim t, dim e, dim E) noexcept { return static_cast<std::uint64_t>(t * E + e); }
-
+  // What kernels are made of is public: nvcc wants to name it.
   struct add_noise {
     Noise noise;
     rng random;
@@ -106,6 +101,12 @@ struct noisy {
         dspread(t, e) = dscores(t, e) * noise(random, counter(t, e, dscores.cols)) / (1.f + std::exp(-spread(t, e)));
     }
   };
+
+ private:
+  MOE_HD static float deviation(float z) noexcept {  // softplus(z) + 0.01
+    return (z > 0 ? z : 0.f) + std::log1p(std::exp(-std::fabs(z))) + 0.01f;
+  }
+  MOE_HD static std::uint64_t counter(dim t, dim e, dim E) noexcept { return static_cast<std::uint64_t>(t * E + e); }
 };
 
 }  // namespace moe

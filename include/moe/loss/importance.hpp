@@ -33,7 +33,7 @@ struct importance {
     for_each_row(on, p.all(), differentiate{ctx.pull, dweight.data()});
   }
 
- private:
+  // What kernels are made of is public: nvcc wants to name it.
   struct sum_weights {
     detail::plan_pointers plan;
     matrix_view<float> sums;

@@ -73,7 +73,7 @@ struct basic_load_balance {
     for_each_token(on, scores.rows, differentiate{{scores.rows, group}, scores, ctx.pull, dscores});
   }
 
- private:
+  // What kernels are made of is public: nvcc wants to name it.
   struct observe {
     detail::plan_pointers plan;
     matrix_view<const float> scores;

@@ -36,7 +36,7 @@ struct z_loss {
     for_each_token(on, scores.rows, differentiate{coefficient, scores, ctx.sums, dscores});
   }
 
- private:
+  // What kernels are made of is public: nvcc wants to name it.
   struct observe {
     matrix_view<const float> scores;
     MOE_HD void operator()(dim t, float* sums) const noexcept {

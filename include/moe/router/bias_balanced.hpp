@@ -74,7 +74,7 @@ struct bias_balanced {
     inner.backward(on, w.inner, p, ctx, dweight, dscores, dw.inner);
   }
 
- private:
+  // What kernels are made of is public: nvcc wants to name it.
   struct add_bias {
     matrix_view<float> keys;
     matrix_view<const float> bias;

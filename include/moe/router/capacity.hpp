@@ -2,6 +2,8 @@
 /// A bound on the rows of an expert, and which assignments give way to it.
 #pragma once
 
+#include <limits>
+
 #include "moe/router/capacity_limit.hpp"
 #include "moe/router/cut.hpp"
 #include "moe/router/select.hpp"
@@ -75,22 +77,7 @@ struct capacity {
     inner.backward(on, w, p, ctx, dweight, dscores, dw);
   }
 
- private:
-  scratch make_drops(shape s, arena& mem) const noexcept {
-    return {mem.vector<float>("priority", max_rows(s)), mem.matrix<idx>("cuts", s.experts, 2)};
-  }
-  template <class B>
-  void drop(const call<B>& on, matrix_view<const float> scores, plan& p) const noexcept {
-    scratch_frame frame(on.scratch);
-    const scratch s = make_drops(on.sizes, on.scratch);
-    using score = typename detail::score_of<R>::type;
-    const detail::plan_pointers from(p);
-    for_each_token(on, p.tokens(), rank_rows<score>{from, scores, order, s.priority.data()});
-    for_each_token(on, p.experts(), cut_rows{from, limit(on.sizes, choices(on.sizes)), s.priority.data(), s.cuts});
-    for_each_token(on, p.tokens(), drop_rows{from, p.position.data(), s.priority.data(), s.cuts});
-    group_by_expert(on, p);
-  }
-
+  // What kernels are made of is public: nvcc wants to name it.
   template <class Score>
   struct rank_rows {
     detail::plan_pointers plan;
@@ -109,7 +96,7 @@ struct capacity {
       if (order == drop_order::tokens) return 0;
       if (order == drop_order::choices) return -static_cast<float>(choice);
       const float s = Score{}(z, row);
-      return eligible(s) ? s : std::numeric_limits<float>::lowest();  // NaN gives way first
+      return eligible(s) ? s : least;  // NaN gives way first
     }
   };
   struct cut_rows {
@@ -136,6 +123,24 @@ struct capacity {
       }
     }
   };
+
+ private:
+  static constexpr float least = std::numeric_limits<float>::lowest();
+
+  scratch make_drops(shape s, arena& mem) const noexcept {
+    return {mem.vector<float>("priority", max_rows(s)), mem.matrix<idx>("cuts", s.experts, 2)};
+  }
+  template <class B>
+  void drop(const call<B>& on, matrix_view<const float> scores, plan& p) const noexcept {
+    scratch_frame frame(on.scratch);
+    const scratch s = make_drops(on.sizes, on.scratch);
+    using score = typename detail::score_of<R>::type;
+    const detail::plan_pointers from(p);
+    for_each_token(on, p.tokens(), rank_rows<score>{from, scores, order, s.priority.data()});
+    for_each_token(on, p.experts(), cut_rows{from, limit(on.sizes, choices(on.sizes)), s.priority.data(), s.cuts});
+    for_each_token(on, p.tokens(), drop_rows{from, p.position.data(), s.priority.data(), s.cuts});
+    group_by_expert(on, p);
+  }
 };
 
 }  // namespace moe

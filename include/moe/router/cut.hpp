@@ -2,15 +2,13 @@
 /// The n best of many keys without sorting them: where an expert chooses among tokens, or has no room for all.
 #pragma once
 
-#include <bit>
-
 #include "moe/router/score.hpp"
 
 namespace moe::detail {
 
 /// Orders as the key does; 0 for a key that is not eligible.
 MOE_HD inline std::uint32_t ordered(float key) noexcept {
-  const std::uint32_t bits = std::bit_cast<std::uint32_t>(key + 0.f);  // -0 becomes 0
+  const std::uint32_t bits = __builtin_bit_cast(std::uint32_t, key + 0.f);  // -0 becomes 0
   if (!eligible(key)) return 0;
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
@@ -26,10 +24,10 @@ struct cut {
   }
   /// Two numbers of a plan's type, as scratch holds them.
   MOE_HD void store(idx* to) const noexcept {
-    to[0] = std::bit_cast<idx>(value);
+    to[0] = __builtin_bit_cast(idx, value);
     to[1] = last;
   }
-  MOE_HD static cut load(const idx* from) noexcept { return {std::bit_cast<std::uint32_t>(from[0]), from[1]}; }
+  MOE_HD static cut load(const idx* from) noexcept { return {__builtin_bit_cast(std::uint32_t, from[0]), from[1]}; }
 };
 
 /// The cut that keeps the `room` largest of the eligible keys key(0) .. key(n - 1), ties to the lower index; all of them

@@ -68,10 +68,7 @@ struct expert_choice {
     weigh_backward(on, rule, p, ctx, dweight, dscores);
   }
 
- private:
-  capacity_factor limit() const noexcept { return {.factor = factor}; }
-  static matrix_view<idx> make_cuts(shape s, arena& mem) noexcept { return mem.matrix<idx>("cuts", s.experts, 2); }
-
+  // What kernels are made of is public: nvcc wants to name it.
   struct cut_column {
     matrix_view<const float> keys;
     dim room;
@@ -96,6 +93,10 @@ struct expert_choice {
       return detail::cut::load(cuts.row(e)).keeps(keys(t, e), static_cast<idx>(t));
     }
   };
+
+ private:
+  capacity_factor limit() const noexcept { return {.factor = factor}; }
+  static matrix_view<idx> make_cuts(shape s, arena& mem) noexcept { return mem.matrix<idx>("cuts", s.experts, 2); }
 };
 
 }  // namespace moe

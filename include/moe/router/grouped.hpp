@@ -90,7 +90,7 @@ struct grouped {
     inner.backward(on, w, p, ctx, dweight, dscores, dw);
   }
 
- private:
+  // What kernels are made of is public: nvcc wants to name it.
   struct mask_groups {
     matrix_view<float> keys;
     dim groups, kept;

@@ -62,15 +62,7 @@ struct renormalised {
     inner.backward(on, w, p, ctx.inner, before, dscores, dw);
   }
 
- private:
-  static constexpr float least = std::numeric_limits<float>::epsilon();
-
-  std::span<float> make_row_gradient(shape s, arena& mem) const noexcept { return mem.vector<float>("dweight", max_rows(s)); }
-  template <class B>
-  static void divide(const call<B>& on, plan& p, context& ctx) noexcept {
-    for_each_token(on, p.tokens(), divide_token{detail::plan_pointers(p), ctx.sums.data()});
-  }
-
+  // What kernels are made of is public: nvcc wants to name it.
   struct divide_token {
     detail::plan_pointers plan;
     float* sums;  // or null
@@ -98,6 +90,15 @@ struct renormalised {
         if (const idx r = plan.position[i]; r >= 0) before[r] = (dweight[r] - mean) / sums[t];
     }
   };
+
+ private:
+  static constexpr float least = std::numeric_limits<float>::epsilon();
+
+  std::span<float> make_row_gradient(shape s, arena& mem) const noexcept { return mem.vector<float>("dweight", max_rows(s)); }
+  template <class B>
+  static void divide(const call<B>& on, plan& p, context& ctx) noexcept {
+    for_each_token(on, p.tokens(), divide_token{detail::plan_pointers(p), ctx.sums.data()});
+  }
 };
 
 }  // namespace moe

@@ -58,7 +58,7 @@ struct threshold {
     weigh_backward(on, rule, p, ctx, dweight, dscores);
   }
 
- private:
+  // What kernels are made of is public: nvcc wants to name it.
   struct high_enough {
     matrix_view<const float> keys;
     float tau;

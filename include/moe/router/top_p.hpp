@@ -63,7 +63,7 @@ struct top_p {
     weigh_backward(on, rule, from, ctx, dweight, dscores);
   }
 
- private:
+  // What kernels are made of is public: nvcc wants to name it.
   struct nucleus {
     matrix_view<const float> keys;
     float p;

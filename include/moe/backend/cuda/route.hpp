@@ -54,6 +54,55 @@ struct close_up {
   }
 };
 
+template <class F>
+struct count_listed {
+  F list;
+  idx* count;
+  MOE_HD void operator()(dim t) const noexcept { count[t] = list.count(t); }
+};
+template <class F>
+struct write_listed {
+  F list;
+  const idx* token_offsets;
+  idx* position;
+  MOE_HD void operator()(dim t) const noexcept { list(t, position + token_offsets[t]); }
+};
+
+/// kept[i] = the choices that stay, where they were; count[t] = how many.
+template <class F>
+struct keep_first {
+  F keep;
+  const idx *token_offsets, *position;
+  idx *kept, *count;
+  MOE_HD void operator()(dim t) const noexcept {
+    const idx first = token_offsets[t], n = keep(t, position + first, token_offsets[t + 1] - first);
+    for (idx j = 0; j < n; ++j) kept[first + j] = position[first + j];
+    count[t] = n;
+  }
+};
+/// to[t] = count[t], whose place keeps where the token's choices were.
+struct note_place {
+  const idx* token_offsets;
+  idx *count, *to;
+  MOE_HD void operator()(dim t) const noexcept {
+    to[t] = count[t];
+    count[t] = token_offsets[t];
+  }
+};
+struct bring_kept {
+  const idx *token_offsets, *kept, *place;
+  idx* position;
+  MOE_HD void operator()(dim t) const noexcept {
+    const idx first = token_offsets[t], n = token_offsets[t + 1] - first;
+    for (idx j = 0; j < n; ++j) position[first + j] = kept[place[t] + j];
+  }
+};
+struct copy_index {
+  const idx* from;
+  idx* to;
+  MOE_HD void operator()(dim i) const noexcept { to[i] = from[i]; }
+};
+
 /// One block: v[0] = 0 and v[i] += v[i - 1] for i in 1 .. n.
 struct running_sum {
   static constexpr int threads = 1024;
@@ -154,6 +203,26 @@ void top_k_rows(const call<B>& on, matrix_view<const float> keys, routing_plan& 
   on.backend.for_each(keys.rows, detail::choose<K>{keys, chosen, p.token_offsets.data() + 1});
   on.backend.run(1, detail::running_sum{p.token_offsets.data(), keys.rows});
   on.backend.for_each(keys.rows, detail::close_up<K>{chosen, p.token_offsets.data(), p.position.data()});
+}
+
+template <DeviceBackend B, class F>
+void list_choices(const call<B>& on, routing_plan& p, const F& list) noexcept {
+  const dim T = p.tokens();
+  idx* offsets = p.token_offsets.data();
+  detail::for_each_of<F>(on, T, detail::count_listed<F>{list, offsets + 1});
+  on.backend.run(1, detail::running_sum{offsets, T});
+  detail::for_each_of<F>(on, T, detail::write_listed<F>{list, offsets, p.position.data()});
+}
+/// A plan that has room for a choice of each token.
+template <DeviceBackend B, class F>
+void shorten_choices(const call<B>& on, routing_plan& p, const F& keep) noexcept {
+  const dim T = p.tokens();
+  idx *offsets = p.token_offsets.data(), *position = p.position.data(), *token = p.token.data(), *kept = detail::unset_weights(p);
+  detail::for_each_of<F>(on, T, detail::keep_first<F>{keep, offsets, position, kept, token});
+  on.backend.for_each(T, detail::note_place{offsets, token, position});
+  on.backend.for_each(T, detail::copy_index{position, offsets + 1});
+  on.backend.run(1, detail::running_sum{offsets, T});
+  on.backend.for_each(T, detail::bring_kept{offsets, kept, token, position});
 }
 
 template <DeviceBackend B>
