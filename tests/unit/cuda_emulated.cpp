@@ -4,7 +4,7 @@
 #include <limits>
 #include <vector>
 
-#include "moe/moe.hpp"
+#include "support/device_layers.hpp"
 #include "support/emulated_device.hpp"
 #include "support/testing.hpp"
 
@@ -14,20 +14,7 @@ using moe::dim;
 using moe::idx;
 using testing::as_device;
 using testing::emulated_device;
-
-using mixed_experts = moe::expert_set<moe::ffn_expert, moe::copy_expert, moe::film_expert, moe::constant_expert, moe::zero_expert>;
-template <class B>
-using ffn = moe::layer<moe::linear_gate, moe::top_k<2>, moe::ffn_expert, moe::weighted_sum, B>;
-template <class R, class B>
-using routed = moe::layer<moe::linear_gate, R, moe::ffn_expert, moe::weighted_sum, B>;
-template <class B>
-using nucleus = routed<moe::top_p<3>, B>;
-template <class B>
-using limited = routed<moe::capacity<moe::top_k<2>>, B>;
-template <class B>
-using chosen = routed<moe::expert_choice<2>, B>;
-template <class B>
-using mixed = moe::layer<moe::linear_gate, moe::top_k<3>, mixed_experts, moe::weighted_sum, B>;
+namespace layers = testing::layers;
 
 /// A layer on the emulated device with what a host model has: the same weights, x and dy.
 template <class L>
@@ -101,21 +88,19 @@ void compare_plans(dim T, dim E, const std::vector<float>& scores) {
 
 TEST_SUITE("backend/cuda/primitives") {
   TEST_CASE("A feed-forward layer computes what the scalar backend computes, in any order of threads") {
-    compare<ffn>({.tokens = 90, .d = 20, .f = 70, .experts = 5}, 90);
-    compare<ffn>({.tokens = 300, .d = 33, .f = 17, .experts = 2}, 300);
-    compare<ffn>({.tokens = 4, .d = 8, .f = 8, .experts = 4}, 1);
+    compare<layers::ffn>({.tokens = 90, .d = 20, .f = 70, .experts = 5}, 90);
+    compare<layers::ffn>({.tokens = 300, .d = 33, .f = 17, .experts = 2}, 300);
+    compare<layers::ffn>({.tokens = 4, .d = 8, .f = 8, .experts = 4}, 1);
+    compare<layers::ffn>({.tokens = 4, .d = 8, .f = 8, .experts = 4}, 0);
   }
-  TEST_CASE("So does a set of different experts") {
-    const mixed_experts set{{.count = 2, .f = 24}, {.count = 1}, {.count = 2}, {.count = 1}, {.count = 1}};
-    compare<mixed>({.tokens = 80, .d = 12, .f = 24, .experts = 7}, 80, set);
+  TEST_CASE("So do layers of the other policies") {
+    const moe::shape s{.tokens = 60, .d = 12, .f = 10, .experts = 6};
+    compare<layers::mixed>({.tokens = 80, .d = 12, .f = 24, .experts = 7}, 80, layers::mixed_banks);
+    compare<layers::balanced>(s, 60);
+    compare<layers::nucleus>(s, 60, moe::top_p<3>{.p = 0.5f});
+    compare<layers::chosen>(s, 60);
+    compare<layers::pressed>(s, 60);
   }
-  TEST_CASE("So do routers that list, shorten and drop choices") {
-    const moe::shape s{.tokens = 60, .d = 8, .f = 8, .experts = 5};
-    compare<nucleus>(s, 60, moe::top_p<3>{.p = 0.5f});
-    compare<limited>(s, 60);
-    compare<chosen>(s, 60);
-  }
-  TEST_CASE("A layer without tokens is none") { compare<ffn>({.tokens = 4, .d = 8, .f = 8, .experts = 4}, 0); }
 
   TEST_CASE("Plans are equal to the host's with ties, masked experts and NaN") {
     const float inf = std::numeric_limits<float>::infinity(), nan = std::numeric_limits<float>::quiet_NaN();
@@ -149,8 +134,8 @@ TEST_SUITE("backend/cuda/primitives") {
 
 TEST_SUITE("backend/cuda/edge") {
   TEST_CASE("Memory of the host does not pass for a device's, nor the other way round") {
-    using device_layer = ffn<emulated_device>;
-    using host_layer = ffn<moe::scalar<>>;
+    using device_layer = layers::ffn<emulated_device>;
+    using host_layer = layers::ffn<moe::scalar<>>;
     using host_view = moe::matrix_view<const float>;
     CHECK_FALSE(std::is_convertible_v<host_view, device_layer::input>);
     CHECK_FALSE(std::is_convertible_v<moe::on_device<host_view>, host_layer::input>);
