@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // measure FOLDER COMPILER FLAG...   compiles the units of FOLDER and prints what they cost beside what they may cost: user
-// time, the least of three, and peak memory. Ends with 1 when one takes more than half again as much. POSIX.
+// time, the least of three, and peak memory. Ends with 1 when one takes more than half again as much. Times are scaled to a
+// machine that needs 0.14 s for the yardstick, like the one the budgets were set on. POSIX.
 #include <fcntl.h>
 #include <sys/resource.h>
 #include <sys/wait.h>
@@ -35,10 +36,12 @@ const budget budgets[] = {
 };
 constexpr int most_lines = 15;  // of the message about a wrong composition
 constexpr double tolerance = 1.5;
+constexpr double yardstick_seconds = 0.14;
 
 struct compiler {
   std::string folder;
   std::vector<std::string> command;
+  double speed = 1;  ///< of a machine as the budgets mean it, over that of this one
 
   /// What one run costs; `log` takes what it prints. Fails when the compiler does not end as expected.
   cost run(const std::string& unit, const std::string& log, bool compiles = true) const {
@@ -72,7 +75,7 @@ struct compiler {
       const cost next = run(unit, "compile_budget.log");
       best = {std::min(best.seconds, next.seconds), std::min(best.megabytes, next.megabytes)};
     }
-    return best;
+    return {best.seconds * speed, best.megabytes};
   }
 };
 
@@ -108,7 +111,10 @@ int main(int argc, char** argv) {
     std::fputs("measure FOLDER COMPILER FLAG...\n", stderr);
     return 2;
   }
-  const compiler with{argv[1], {argv + 2, argv + argc}};
+  compiler with{argv[1], {argv + 2, argv + argc}};
+  const double yardstick = with.least("yardstick.cpp").seconds;
+  with.speed = yardstick_seconds / yardstick;
+  std::printf("The yardstick takes %.2f s here; times are multiplied by %.2f.\n\n", yardstick, with.speed);
   std::printf("| %-37s | %7s | %7s | %9s | %9s |\n|---|---|---|---|---|\n", "unit", "time", "budget", "memory", "budget");
   bool ok = true;
   for (const budget& b : budgets) ok = within(b, with) && ok;
