@@ -165,7 +165,7 @@ struct shifted_glu {
   float alpha = 1.702f;
 
   template <class V>
-  MOE_HD V operator()(V g, V u) const noexcept { return (u + V(1)) * g * detail::sigmoid(V(alpha) * g); }
+  MOE_HD V operator()(V g, V u) const noexcept { return (u + V(1)) * (g * detail::sigmoid(V(alpha) * g)); }
   template <class V>
   MOE_HD V slope(V g, V u, V da, V& dg, V& du) const noexcept {
     const V s = detail::sigmoid(V(alpha) * g), v = g * s;
