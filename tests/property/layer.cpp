@@ -10,9 +10,8 @@
 #include <cmath>
 #include <numeric>
 
-#include "moe/backend/executor/thread_pool.hpp"
 #include "moe/moe.hpp"
-#include "support/executors.hpp"
+#include "support/layer_runs.hpp"
 #include "support/reference.hpp"
 #include "support/testing.hpp"
 
@@ -21,45 +20,14 @@ namespace {
 using moe::dim;
 using moe::idx;
 
-template <int K, class B = moe::scalar<moe::serial>>
-using ffn = moe::layer<moe::linear_gate, moe::top_k<K>, moe::ffn_expert, moe::weighted_sum, B>;
-/// Nothing but sums, products and comparisons: with small whole numbers exact in float.
-template <class B = moe::scalar<moe::serial>>
-using exact = moe::layer<moe::linear_gate, moe::top_k<2, moe::select_only>, moe::basic_ffn_expert<moe::glu<moe::relu>>,
-                         moe::weighted_sum, B>;
+using testing::make_whole;
+using testing::results;
+using testing::run;
+using testing::run_whole;
 
-struct results {
-  std::vector<float> y, dx, dw;
-  friend bool operator==(const results&, const results&) = default;
-};
-
-template <class L>
-results run(testing::model<L>& m) {
-  m.forward();
-  m.backward();
-  return {m.y, m.dx, {m.gradients().begin(), m.gradients().end()}};
-}
-template <class L>
-results run(const L& net, dim T, std::uint64_t seed) {
-  testing::model<L> m(net, T, net.sizes().d, seed);
-  return run(m);
-}
-/// Whole numbers everywhere: |score| <= 4 d, |y| <= 2 * 2 f (4 d)^2, sums over T tokens likewise below 2^24.
-template <class L>
-void make_whole(testing::model<L>& m, std::uint64_t seed) {
-  m.x = testing::integers(static_cast<dim>(m.x.size()), seed, 2);
-  m.dy = testing::integers(static_cast<dim>(m.dy.size()), seed + 1, 2);
-  m.in = m.x_view();
-  m.din = {m.dx.data(), m.tokens, m.d};
-  const auto w = testing::integers(static_cast<dim>(m.weights().size()), seed + 2, 2);
-  std::copy(w.begin(), w.end(), m.weights().begin());
-}
-template <class B>
-results run_whole(const B& backend, moe::shape s, std::uint64_t seed) {
-  testing::model<exact<B>> m(exact<B>(s, backend), s.tokens, s.d, seed);
-  make_whole(m, seed);
-  return run(m);
-}
+template <int K>
+using ffn = testing::ffn_layer<K, moe::scalar<moe::serial>>;
+using exact = testing::exact_layer<moe::scalar<moe::serial>>;
 
 /// A pseudo-random choice of shape, odd ones as likely as even ones.
 moe::shape some_shape(std::uint64_t seed, dim k) {
@@ -91,25 +59,6 @@ void reorder(moe::matrix_view<float> m, const std::vector<dim>& order) {
   const dim rows = m.rows / static_cast<dim>(order.size());
   const auto moved = rows_in(order, {m.data, static_cast<std::size_t>(m.rows * m.cols)}, rows * m.cols);
   std::copy(moved.begin(), moved.end(), m.data);
-}
-
-template <class Run>
-void expect_same_bits_from_every_executor(Run results_of) {
-  const results alone = results_of(moe::scalar<moe::serial>{});
-  CHECK(results_of(moe::scalar<moe::serial>{}) == alone);  // run to run
-  for (int threads = 1; threads <= 4; ++threads) {
-    CAPTURE(threads);
-    const moe::thread_pool pool(threads);
-    CHECK(results_of(moe::scalar<moe::pool_executor>(moe::pool_executor(pool))) == alone);
-#if defined(_OPENMP)
-    const int before = omp_get_max_threads();
-    omp_set_num_threads(threads);
-    CHECK(results_of(moe::scalar<moe::openmp>{}) == alone);
-    omp_set_num_threads(before);
-#endif
-  }
-  for (std::uint64_t seed = 0; seed < 5; ++seed)
-    CHECK(results_of(moe::scalar<testing::shuffling>(testing::shuffling{seed})) == alone);
 }
 
 }  // namespace
@@ -145,7 +94,7 @@ TEST_SUITE("layer") {
       const moe::shape s = some_shape(seed, 2);
       testing::model<ffn<2>> real(ffn<2>(s), s.tokens, s.d, seed), real_too(ffn<2>(s), s.tokens, s.d, seed);
       permutes(real, real_too, seed, 1e-5);
-      testing::model<exact<>> whole(exact<>(s), s.tokens, s.d, seed), whole_too(exact<>(s), s.tokens, s.d, seed);
+      testing::model<exact> whole(exact(s), s.tokens, s.d, seed), whole_too(exact(s), s.tokens, s.d, seed);
       make_whole(whole, seed);
       make_whole(whole_too, seed);
       permutes(whole, whole_too, seed, 0);
@@ -207,16 +156,16 @@ TEST_SUITE("layer") {
                                moe::shape{.tokens = 300, .d = 9, .f = 130, .experts = 3},
                                moe::shape{.tokens = 3, .d = 130, .f = 5, .experts = 8}}) {
       CAPTURE(s.tokens);
-      expect_same_bits_from_every_executor([&]<class B>(const B& backend) { return run(ffn<2, B>(s, backend), s.tokens, 1); });
+      testing::expect_same_bits_from_every_executor<moe::arch::scalar>([&]<class B>(const B& backend) { return run(testing::ffn_layer<2, B>(s, backend), s.tokens, 1); });
     }
   }
   TEST_CASE("with whole numbers all executors give the exact result") {
     const moe::shape s{.tokens = 90, .d = 17, .f = 23, .experts = 5};
-    expect_same_bits_from_every_executor([&](const auto& backend) { return run_whole(backend, s, 7); });
+    testing::expect_same_bits_from_every_executor<moe::arch::scalar>([&](const auto& backend) { return run_whole(backend, s, 7); });
   }
   TEST_CASE("with whole numbers y equals the double-precision reference bit for bit, and so do the gradients") {
     const moe::shape s{.tokens = 60, .d = 13, .f = 9, .experts = 5};
-    testing::model<exact<>> m(exact<>(s), s.tokens, s.d, 8);
+    testing::model<exact> m(exact(s), s.tokens, s.d, 8);
     make_whole(m, 8);
     const results got = run(m);
     const auto list = m.net.catalogue();
@@ -258,7 +207,7 @@ TEST_SUITE("layer") {
       expect_near(parts.dx, all.dx, tolerance);
       expect_near(parts.dw, all.dw, tolerance);
     };
-    testing::model<exact<>> whole(exact<>(s), s.tokens, s.d, 6);
+    testing::model<exact> whole(exact(s), s.tokens, s.d, 6);
     make_whole(whole, 6);
     testing::model<ffn<2>> real(ffn<2>(s), s.tokens, s.d, 6);
     for (const dim cut : {dim{1}, dim{64}, dim{75}, dim{149}}) {
