@@ -14,10 +14,16 @@
 #endif
 
 /// Before a loop of a few constant steps over an array of sums: writes the steps out, so that the sums stay in registers.
-#if defined(__GNUC__)
+/// Before a loop with a large body, MOE_NO_UNROLL keeps the registers of several steps from adding up.
+#if defined(__CUDA_ARCH__)
+#define MOE_UNROLL _Pragma("unroll")
+#define MOE_NO_UNROLL _Pragma("unroll 1")
+#elif defined(__GNUC__) && !defined(__CUDACC__)
 #define MOE_UNROLL _Pragma("GCC unroll 16")
+#define MOE_NO_UNROLL _Pragma("GCC unroll 1")
 #else
 #define MOE_UNROLL
+#define MOE_NO_UNROLL
 #endif
 
 /// Checks an internal precondition in debug builds. Errors of a caller are exceptions instead (core/error.hpp).

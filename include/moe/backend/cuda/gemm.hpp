@@ -64,13 +64,16 @@ struct product_program {
   }
   MOE_HD void end(int thread, const local& own) const noexcept {
     const int row = thread / each_side, column = thread % each_side;
-    for (int i = 0; i < each; ++i)
+    MOE_UNROLL
+    for (int i = 0; i < each; ++i) {
+      MOE_UNROLL
       for (int j = 0; j < each; ++j) {
         float sums[P::outputs];
         for (int which = 0; which < P::outputs; ++which) sums[which] = own.sum[which][i][j];
         const int r = row + i * each_side, c = column + j * each_side;
         if (r < own.tile.rows && c < own.tile.columns) product.store(own.tile, r, c, sums);
       }
+    }
   }
 
  private:

@@ -143,8 +143,11 @@ struct sum_over_columns {
   }
   MOE_HD void load(dim, int thread, shared& all, const local& own) const noexcept {
     float sum = 0;
-    if (rows.holds(own.row))
-      for (dim j = thread % lanes, e = rows.expert_of(own.row); j < cols; j += lanes) sum += f(e, own.row, j);
+    if (rows.holds(own.row)) {
+      const dim e = rows.expert_of(own.row);
+      MOE_NO_UNROLL
+      for (dim j = thread % lanes; j < cols; j += lanes) sum += f(e, own.row, j);
+    }
     all.part[thread] = sum;
   }
   MOE_HD void use(dim, int thread, const shared& all, const local& own) const noexcept {
