@@ -2,13 +2,13 @@
 /// The combine of block attention.
 #pragma once
 
-#include <limits>
+#include <cmath>
 
 #include "moe/attention/input.hpp"
 
 namespace moe {
 
-/// Joins a token's partial softmaxes exactly: y = sum of w_r o_r with w_r = exp(lse_r - logsumexp of the token's lse).
+/// Joins a token's partial softmaxes exactly: y = sum of w_r o_r with w = softmax of the token's lse.
 /// A token without rows, or whose rows saw no key, gives 0.
 ///
 /// Not a sum by plan weights: the layer keeps the rows for backward.
@@ -29,14 +29,18 @@ struct lse_merge {
   }
 
   // What kernels are made of is public: nvcc wants to name it.
-  MOE_HD static float total(const idx* position, idx first, idx last, const attention_rows& ys) noexcept {
+  struct shares {
+    float largest, sum;
+    MOE_HD float operator()(float lse) const noexcept { return std::exp(lse - largest) / sum; }
+  };
+  MOE_HD static shares softmax(const idx* position, idx first, idx last, const attention_rows& ys) noexcept {
     float largest = -detail::infinity, sum = 0;
     for (idx i = first; i < last; ++i)
       if (const idx r = position[i]; r >= 0 && ys.lse(r, 0) > largest) largest = ys.lse(r, 0);
-    if (!(largest > -detail::infinity)) return 0;  // every w_r is exp(-inf) = 0
+    if (!(largest > -detail::infinity)) return {0, 1};  // every w_r is exp(-inf) = 0
     for (idx i = first; i < last; ++i)
       if (const idx r = position[i]; r >= 0) sum += std::exp(ys.lse(r, 0) - largest);
-    return largest + std::log(sum);
+    return {largest, sum};
   }
   template <class Arch>
   struct merge {
@@ -45,10 +49,10 @@ struct lse_merge {
     matrix_view<float> y;
     MOE_HD void operator()(dim t) const noexcept {
       const idx first = token_offsets[t], last = token_offsets[t + 1];
-      const float all = total(position, first, last, ys);
+      const shares w = softmax(position, first, last, ys);
       for (dim j = 0; j < y.cols; ++j) y(t, j) = 0;
       for (idx i = first; i < last; ++i)
-        if (const idx r = position[i]; r >= 0) axpy(Arch{}, std::exp(ys.lse(r, 0) - all), ys.o.row(r), y.row(t), y.cols);
+        if (const idx r = position[i]; r >= 0) axpy(Arch{}, w(ys.lse(r, 0)), ys.o.row(r), y.row(t), y.cols);
     }
   };
   template <class Arch>
@@ -59,18 +63,18 @@ struct lse_merge {
     attention_rows dys;
     MOE_HD void operator()(dim t) const noexcept {
       const idx first = token_offsets[t], last = token_offsets[t + 1];
-      const float all = total(position, first, last, ys);
+      const shares w = softmax(position, first, last, ys);
       float mean = 0;
       for (idx i = first; i < last; ++i)
-        if (const idx r = position[i]; r >= 0) mean += std::exp(ys.lse(r, 0) - all) * share(t, r);
+        if (const idx r = position[i]; r >= 0) mean += w(ys.lse(r, 0)) * part(t, r);
       for (idx i = first; i < last; ++i)
         if (const idx r = position[i]; r >= 0) {
-          const float w = std::exp(ys.lse(r, 0) - all);
-          dys.lse(r, 0) = w * (share(t, r) - mean);
-          for (dim j = 0; j < dy.cols; ++j) dys.o(r, j) = w * dy(t, j);
+          const float own = w(ys.lse(r, 0));
+          dys.lse(r, 0) = own * (part(t, r) - mean);
+          for (dim j = 0; j < dy.cols; ++j) dys.o(r, j) = own * dy(t, j);
         }
     }
-    MOE_HD float share(dim t, dim r) const noexcept { return dot(Arch{}, dy.row(t), ys.o.row(r), dy.cols); }
+    MOE_HD float part(dim t, dim r) const noexcept { return dot(Arch{}, dy.row(t), ys.o.row(r), dy.cols); }
   };
 };
 
