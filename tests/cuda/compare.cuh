@@ -53,7 +53,6 @@ void compare(const char* name, moe::shape s, const Parts&... parts) {
   host.forward();
   host.backward();
 
-  // [use]
   const moe::cuda<> gpu;
   const L<moe::cuda<>> net(s, parts..., gpu);
   moe::device_buffer params(net.weight_bytes()), grads(net.weight_bytes());
@@ -66,15 +65,14 @@ void compare(const char* name, moe::shape s, const Parts&... parts) {
   const auto dy = r.matrix<float>("dy", T, s.d), dx = r.matrix<float>("dx", T, s.d);
   auto ctx = net.make_context(T, mem);
 
-  gpu.upload(host.weights(), params.as<float>());  // the flat buffers of all backends have one layout
+  gpu.upload(host.weights(), params.as<float>());
   gpu.upload(host.x, moe::flat(x));
   gpu.upload(host.dy, moe::flat(dy));
-  net.forward(w, x, y, ctx, mem);                  // queued: nothing waits
+  net.forward(w, x, y, ctx, mem);
   net.backward(w, x, ctx, dy, dx, dw, mem);
   std::vector<float> y_host(host.y.size());
   gpu.download(moe::flat(y), std::span(y_host));
-  gpu.sync();                                      // waits, and throws what went wrong on the way
-  // [/use]
+  gpu.sync();
 
   std::vector<float> dx_host(host.dx.size()), grads_host(host.gradients().size());
   gpu.download(moe::flat(dx), std::span(dx_host));

@@ -29,7 +29,7 @@ struct row_pack {};
 template <class First, class... Rest>
 struct row_pack<First, Rest...> {
   First first{};
-  [[no_unique_address]] row_pack<Rest...> rest{};
+  row_pack<Rest...> rest{};
 
   template <std::size_t I>
   MOE_HD constexpr const auto& get() const noexcept {

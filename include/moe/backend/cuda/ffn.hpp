@@ -17,7 +17,7 @@ struct up_product {
 
   device_rows rows;
   gathered<float> x;
-  [[no_unique_address]] Form form;
+  Form form;
   matrix_stack<const float> right[outputs], bias[outputs];
   matrix_view<float> z, out;
 
@@ -42,7 +42,7 @@ struct up_product {
 /// One element of the step back; gives its share of dweight.
 template <class Form>
 struct up_gradient {
-  [[no_unique_address]] Form form;
+  Form form;
   const float* weight;
   matrix_view<const float> z;
   matrix_view<float> a, dz;
