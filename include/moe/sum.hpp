@@ -263,7 +263,7 @@ class sum {
     typename D::context shared;
   };
 
-  using backend_type = typename L::backend_type;
+  using backend_type = typename D::backend_type;
 
   sum(L routed, D shared) : routed_(std::move(routed)), shared_(std::move(shared)) {
     expect(shared_.sizes().d, routed_.sizes().d, "moe::sum: the shared layer", "columns", "d");
@@ -271,7 +271,7 @@ class sum {
   const L& routed() const noexcept { return routed_; }
   const D& shared() const noexcept { return shared_; }
   const shape& sizes() const noexcept { return routed_.sizes(); }
-  const backend_type& backend() const noexcept { return routed_.backend(); }
+  const backend_type& backend() const noexcept { return shared_.backend(); }
 
   std::size_t weight_bytes() const noexcept { return routed_.weight_bytes() + shared_.weight_bytes(); }
   std::size_t context_bytes(dim T) const { return routed_.context_bytes(T) + shared_.context_bytes(T); }

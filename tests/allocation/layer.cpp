@@ -32,7 +32,9 @@ T* kept(T* p) {
   sink = p;
   return p;
 }
-struct alignas(128) overaligned { char byte; };
+struct alignas(128) overaligned {
+  char byte;
+};
 
 /// Warms up, so that threads exist and libraries have made their tables, then counts.
 template <class L>
@@ -77,7 +79,9 @@ TEST_SUITE("layer") {
 #endif
     CHECK(testing::allocations_of([] {}) == nothing_allocated);
   }
-  TEST_CASE("the scalar backend allocates nothing on one thread") { expect_no_allocation(layer<moe::scalar<moe::serial>>(shape)); }
+  TEST_CASE("the scalar backend allocates nothing on one thread") {
+    expect_no_allocation(layer<moe::scalar<moe::serial>>(shape));
+  }
   TEST_CASE("the scalar backend allocates nothing with a thread pool") {
     const moe::thread_pool pool(3);
     using backend = moe::scalar<moe::pool_executor>;
@@ -102,15 +106,15 @@ TEST_SUITE("layer") {
   TEST_CASE("sets of different experts and other forms allocate nothing") {
     using B = moe::scalar<moe::serial>;
     expect_no_allocation(layer<B, moe::top_k<3>, moe::gpt_oss_expert>(shape));
-    using set = moe::expert_set<moe::ffn_expert, moe::basic_ffn_expert<moe::plain<moe::gelu>>, moe::copy_expert, moe::zero_expert>;
+    using set =
+        moe::expert_set<moe::ffn_expert, moe::basic_ffn_expert<moe::plain<moe::gelu>>, moe::copy_expert, moe::zero_expert>;
     const set experts{{.count = 2}, {.count = 1, .f = 9}, {.count = 1}, {.count = 1}};
     expect_no_allocation(layer<B, moe::top_k<2>, set>(shape, experts));
   }
   TEST_CASE("a refused call allocates only its message") {
     testing::model<layer<moe::scalar<moe::serial>>> m(layer<moe::scalar<moe::serial>>(shape), 4, shape.d, 1);
-    const auto counts = testing::allocations_of([&] {
-      CHECK_THROWS_AS(m.net.forward(m.w, {m.x.data(), 3, shape.d}, m.y_view(), m.ctx, m.work), moe::shape_error);
-    });
+    const auto counts = testing::allocations_of(
+        [&] { CHECK_THROWS_AS(m.net.forward(m.w, {m.x.data(), 3, shape.d}, m.y_view(), m.ctx, m.work), moe::shape_error); });
     CHECK(counts.from_new > 0);
   }
 }

@@ -17,8 +17,8 @@ using cpu = moe::host_backend<arch, Ex>;
 
 /// Odd in every size, and each size at times below, at or above a panel and a register block.
 constexpr moe::shape shapes[] = {
-    {.tokens = 1, .d = 1, .f = 1, .experts = 2},    {.tokens = 7, .d = 3, .f = 5, .experts = 4},
-    {.tokens = 33, .d = 17, .f = 9, .experts = 3},  {.tokens = 130, .d = 31, .f = 65, .experts = 7},
+    {.tokens = 1, .d = 1, .f = 1, .experts = 2},     {.tokens = 7, .d = 3, .f = 5, .experts = 4},
+    {.tokens = 33, .d = 17, .f = 9, .experts = 3},   {.tokens = 130, .d = 31, .f = 65, .experts = 7},
     {.tokens = 9, .d = 129, .f = 67, .experts = 11}, {.tokens = 600, .d = 64, .f = 128, .experts = 2},
     {.tokens = 2, .d = 72, .f = 200, .experts = 50},
 };

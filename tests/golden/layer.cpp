@@ -35,8 +35,12 @@ errors compare(dim T, dim d, dim f, dim E, std::uint64_t seed) {
       if (s.name == name) return reference::error(m.gradients().subspan(s.offset / 4, s.bytes / 4), wanted.values);
     return 1.;
   };
-  return {reference::error(m.y, want.forward(x).values), reference::error(m.dx, g.x.values), off("gate.w", g.gate_w),
-          off("experts.up", g.up), off("experts.gate", g.gate), off("experts.down", g.down)};
+  return {reference::error(m.y, want.forward(x).values),
+          reference::error(m.dx, g.x.values),
+          off("gate.w", g.gate_w),
+          off("experts.up", g.up),
+          off("experts.gate", g.gate),
+          off("experts.down", g.down)};
 }
 
 template <int K>

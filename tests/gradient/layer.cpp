@@ -32,7 +32,8 @@ struct chaotic_gate {
   using context = moe::nothing;
 
   template <class B>
-  void forward(const moe::call<B>&, const weights&, const input& x, moe::matrix_view<float> scores, context&) const noexcept {
+  void forward(const moe::call<B>&, const weights&, const input& x, moe::matrix_view<float> scores,
+               context&) const noexcept {
     for (dim t = 0; t < x.rows; ++t) {
       scores(t, 0) = 0;
       scores(t, 1) = std::sin(1e5f * x(t, 0));

@@ -32,7 +32,9 @@ using exact = testing::exact_layer<moe::scalar<moe::serial>>;
 /// A pseudo-random choice of shape, odd ones as likely as even ones.
 moe::shape some_shape(std::uint64_t seed, dim k) {
   const moe::rng random(seed);
-  const auto up_to = [&](std::uint64_t counter, int n) { return static_cast<dim>(random(counter) % static_cast<std::uint64_t>(n)); };
+  const auto up_to = [&](std::uint64_t counter, int n) {
+    return static_cast<dim>(random(counter) % static_cast<std::uint64_t>(n));
+  };
   return {.tokens = up_to(0, 90), .d = 1 + up_to(1, 40), .f = 1 + up_to(2, 90), .experts = k + up_to(3, 12)};
 }
 
@@ -51,8 +53,10 @@ std::vector<float> rows_in(const std::vector<dim>& order, std::span<const float>
 }
 /// Tolerance 0 means the same bits.
 void expect_near(const std::vector<float>& got, const std::vector<float>& want, double tolerance) {
-  if (tolerance > 0) CHECK(reference::error(got, {want.begin(), want.end()}) < tolerance);
-  else CHECK(got == want);
+  if (tolerance > 0)
+    CHECK(reference::error(got, {want.begin(), want.end()}) < tolerance);
+  else
+    CHECK(got == want);
 }
 /// `blocks` blocks of equal length, in a new order.
 void reorder(moe::matrix_view<float> m, const std::vector<dim>& order) {
@@ -104,11 +108,13 @@ TEST_SUITE("layer") {
     const moe::shape s{.tokens = 40, .d = 13, .f = 21, .experts = 6};
     testing::model<ffn<2>> plain(ffn<2>(s), s.tokens, s.d, 1), renamed(ffn<2>(s), s.tokens, s.d, 1);
     const auto order = some_order(s.experts, 5);
-    for (const auto m : {renamed.w.gate.w, renamed.w.experts.up, renamed.w.experts.gate, renamed.w.experts.down}) reorder(m, order);
+    for (const auto m : {renamed.w.gate.w, renamed.w.experts.up, renamed.w.experts.gate, renamed.w.experts.down})
+      reorder(m, order);
     const results a = run(plain), b = run(renamed);
     CHECK(b.y == a.y);
     expect_near(b.dx, a.dx, 1e-6);  // the gate's share sums over experts, in their order
-    for (const auto m : {plain.dw.gate.w, plain.dw.experts.up, plain.dw.experts.gate, plain.dw.experts.down}) reorder(m, order);
+    for (const auto m : {plain.dw.gate.w, plain.dw.experts.up, plain.dw.experts.gate, plain.dw.experts.down})
+      reorder(m, order);
     CHECK(b.dw == std::vector<float>(plain.gradients().begin(), plain.gradients().end()));
   }
   TEST_CASE("two equal experts equal one") {
@@ -156,12 +162,14 @@ TEST_SUITE("layer") {
                                moe::shape{.tokens = 300, .d = 9, .f = 130, .experts = 3},
                                moe::shape{.tokens = 3, .d = 130, .f = 5, .experts = 8}}) {
       CAPTURE(s.tokens);
-      testing::expect_same_bits_from_every_executor<moe::arch::scalar>([&]<class B>(const B& backend) { return run(testing::ffn_layer<2, B>(s, backend), s.tokens, 1); });
+      testing::expect_same_bits_from_every_executor<moe::arch::scalar>(
+          [&]<class B>(const B& backend) { return run(testing::ffn_layer<2, B>(s, backend), s.tokens, 1); });
     }
   }
   TEST_CASE("with whole numbers all executors give the exact result") {
     const moe::shape s{.tokens = 90, .d = 17, .f = 23, .experts = 5};
-    testing::expect_same_bits_from_every_executor<moe::arch::scalar>([&](const auto& backend) { return run_whole(backend, s, 7); });
+    testing::expect_same_bits_from_every_executor<moe::arch::scalar>(
+        [&](const auto& backend) { return run_whole(backend, s, 7); });
   }
   TEST_CASE("with whole numbers y equals the double-precision reference bit for bit, and so do the gradients") {
     const moe::shape s{.tokens = 60, .d = 13, .f = 9, .experts = 5};

@@ -21,7 +21,7 @@ using ffn_layer = moe::layer<moe::linear_gate, moe::top_k<K>, moe::ffn_expert, m
 /// Nothing but sums, products and comparisons: with small whole numbers exact in float.
 template <class B>
 using exact_layer = moe::layer<moe::linear_gate, moe::top_k<2, moe::select_only>, moe::basic_ffn_expert<moe::glu<moe::relu>>,
-                         moe::weighted_sum, B>;
+                               moe::weighted_sum, B>;
 
 struct results {
   std::vector<float> y, dx, dw;

@@ -82,9 +82,9 @@ struct choice {
 };
 using choices = std::vector<choice>;  ///< of one token, in the order of its choices
 
-using gate_rule = std::function<matrix(const matrix& x)>;                         ///< scores[T,E]
-using router_rule = std::function<std::vector<choices>(const matrix& scores)>;    ///< of every token
-using expert_rule = std::function<vec(dim e, const vec& x)>;                      ///< expert e of one token
+using gate_rule = std::function<matrix(const matrix& x)>;                       ///< scores[T,E]
+using router_rule = std::function<std::vector<choices>(const matrix& scores)>;  ///< of every token
+using expert_rule = std::function<vec(dim e, const vec& x)>;                    ///< expert e of one token
 using combine_rule = std::function<vec(const vec& x, const choices& c, const std::vector<vec>& ys)>;  ///< ys[j] of c[j]
 
 /// scores = x w^T (+ bias)
@@ -216,8 +216,11 @@ struct ffn_layer {
 
   /// Takes its weights from a layer of the library with the same parts.
   ffn_layer(dim k_, const std::vector<moe::slot>& catalogue, std::span<const float> flat)
-      : k(k_), gate_w(tensor(catalogue, flat, "gate.w")), up(tensor(catalogue, flat, "experts.up")),
-        gate(tensor(catalogue, flat, "experts.gate")), down(tensor(catalogue, flat, "experts.down")) {}
+      : k(k_),
+        gate_w(tensor(catalogue, flat, "gate.w")),
+        up(tensor(catalogue, flat, "experts.up")),
+        gate(tensor(catalogue, flat, "experts.gate")),
+        down(tensor(catalogue, flat, "experts.down")) {}
 
   matrix forward(const matrix& x) const {
     return layer{linear_gate(gate_w), router(), feed_forward(up, gate, down, act)}.forward(x);
@@ -227,7 +230,8 @@ struct ffn_layer {
     matrix x, gate_w, up, gate, down;
   };
   gradients backward(const matrix& x, const matrix& dy) const {
-    gradients g{{x.rows, x.cols}, {gate_w.rows, gate_w.cols}, {up.rows, up.cols}, {gate.rows, gate.cols}, {down.rows, down.cols}};
+    gradients g{
+        {x.rows, x.cols}, {gate_w.rows, gate_w.cols}, {up.rows, up.cols}, {gate.rows, gate.cols}, {down.rows, down.cols}};
     const std::vector<choices> plan = router()(linear_gate(gate_w)(x));
     for (dim t = 0; t < x.rows; ++t) {
       const choices& c = plan[static_cast<std::size_t>(t)];

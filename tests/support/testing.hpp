@@ -71,18 +71,29 @@ struct model {
 
   /// `training` chooses make_context or make_inference_context.
   model(const L& layer, dim T, dim width, std::uint64_t seed, bool training = true)
-      : net(layer), tokens(T), d(width), params(net.weight_bytes()), grads(net.weight_bytes()),
-        memory(net.context_bytes(T) + net.scratch_bytes(T)), params_mem(params.bytes()), grads_mem(grads.bytes()),
-        work(memory.bytes()), w(net.make_weights(params_mem)), dw(net.make_gradients(grads_mem)),
-        ctx(training ? net.make_context(T, work) : net.make_inference_context(T, work)), x(normals(T * d, seed)),
-        y(x.size()), dy(normals(T * d, seed + 1)), dx(x.size()) {
+      : net(layer),
+        tokens(T),
+        d(width),
+        params(net.weight_bytes()),
+        grads(net.weight_bytes()),
+        memory(net.context_bytes(T) + net.scratch_bytes(T)),
+        params_mem(params.bytes()),
+        grads_mem(grads.bytes()),
+        work(memory.bytes()),
+        w(net.make_weights(params_mem)),
+        dw(net.make_gradients(grads_mem)),
+        ctx(training ? net.make_context(T, work) : net.make_inference_context(T, work)),
+        x(normals(T * d, seed)),
+        y(x.size()),
+        dy(normals(T * d, seed + 1)),
+        dx(x.size()) {
     randomise(net.catalogue(), weights(), seed + 2);
   }
   model(const model&) = delete;
   model& operator=(const model&) = delete;
 
-  std::span<float> weights() const noexcept { return params.template as<float>(); }      ///< flat
-  std::span<float> gradients() const noexcept { return grads.template as<float>(); }     ///< flat
+  std::span<float> weights() const noexcept { return params.template as<float>(); }   ///< flat
+  std::span<float> gradients() const noexcept { return grads.template as<float>(); }  ///< flat
   moe::matrix_view<const float> x_view() const noexcept { return {x.data(), tokens, d}; }
   moe::matrix_view<float> y_view() noexcept { return {y.data(), tokens, d}; }
   moe::matrix_view<const float> dy_view() const noexcept { return {dy.data(), tokens, d}; }
@@ -98,7 +109,8 @@ struct assignments {
 
   assignments() = default;
   explicit assignments(const moe::routing_plan& p)
-      : offsets(p.offsets.begin(), p.offsets.end()), token(p.token.begin(), p.token.begin() + p.rows()),
+      : offsets(p.offsets.begin(), p.offsets.end()),
+        token(p.token.begin(), p.token.begin() + p.rows()),
         token_offsets(p.token_offsets.begin(), p.token_offsets.end()),
         position(p.position.begin(), p.position.begin() + p.token_offsets.back()) {}
   friend bool operator==(const assignments&, const assignments&) = default;
@@ -107,9 +119,12 @@ struct assignments {
 /// Those of a layer's context, or of the routed part of a sum's; none where nothing is routed.
 template <class Context>
 assignments assignments_of(const Context& ctx) {
-  if constexpr (requires { ctx.plan.token_offsets; }) return assignments(ctx.plan);
-  else if constexpr (requires { ctx.routed; }) return assignments_of(ctx.routed);
-  else return {};
+  if constexpr (requires { ctx.plan.token_offsets; })
+    return assignments(ctx.plan);
+  else if constexpr (requires { ctx.routed; })
+    return assignments_of(ctx.routed);
+  else
+    return {};
 }
 
 struct gradient_report {
@@ -121,7 +136,9 @@ struct gradient_report {
 
 struct no_auxiliary_loss {
   template <class Context>
-  double operator()(const Context&) const noexcept { return 0; }
+  double operator()(const Context&) const noexcept {
+    return 0;
+  }
 };
 
 /// Compares backward with central differences of the loss <dy, y> + auxiliary(ctx), over every x and every float32 weight.

@@ -134,8 +134,8 @@ TEST_SUITE("layer") {
       for (const moe::slot& s : m.net.catalogue()) {
         CAPTURE(s.name);
         const auto got = m.gradients().subspan(s.offset / 4, s.bytes / 4);
-        const auto want = s.name == name ? std::vector<float>(got.size())
-                                         : copy(all.gradients().subspan(s.offset / 4, s.bytes / 4));
+        const auto want =
+            s.name == name ? std::vector<float>(got.size()) : copy(all.gradients().subspan(s.offset / 4, s.bytes / 4));
         CHECK(copy(got) == want);
       }
     };
@@ -233,8 +233,7 @@ TEST_SUITE("layer") {
     moe::check(m.ctx.plan);
     CHECK(m.ctx.plan.token_offsets[4] == m.ctx.plan.token_offsets[3]);
     for (dim t = 0; t < T; ++t)
-      for (dim c = 0; c < d; ++c)
-        CHECK(m.y_view()(t, c) == (t == 3 ? 0.f : clean.y_view()(t, c)));
+      for (dim c = 0; c < d; ++c) CHECK(m.y_view()(t, c) == (t == 3 ? 0.f : clean.y_view()(t, c)));
   }
   TEST_CASE("a NaN in x reaches the gate's gradient, and no other: it does not vanish") {
     model clean(net(), T, d, 14), m(net(), T, d, 14);
@@ -247,20 +246,23 @@ TEST_SUITE("layer") {
     for (dim e = 0; e < E; ++e)
       for (dim c = 0; c < d; ++c) CHECK(std::isnan(m.dw.gate.w(e, c)) == (c == 2));
     for (dim t = 0; t < T; ++t)
-      for (dim c = 0; c < d; ++c) CHECK(m.dx[static_cast<std::size_t>(t * d + c)] == (t == 3 ? 0.f : clean.dx[static_cast<std::size_t>(t * d + c)]));
+      for (dim c = 0; c < d; ++c)
+        CHECK(m.dx[static_cast<std::size_t>(t * d + c)] == (t == 3 ? 0.f : clean.dx[static_cast<std::size_t>(t * d + c)]));
     for (std::size_t i = 0; i < m.gradients().size(); ++i)
       if (i >= static_cast<std::size_t>(E * d)) REQUIRE(std::isfinite(m.gradients()[i]));
   }
   TEST_CASE("an infinity in x makes that token's y NaN or 0, never a number, and no other token changes") {
     model clean(net(), T, d, 15), m(net(), T, d, 15);
     clean.forward();
-    m.x[static_cast<std::size_t>(3 * d + 2)] = infinity;   // scores are +inf and -inf by the sign of the gate's weight
+    m.x[static_cast<std::size_t>(3 * d + 2)] = infinity;  // scores are +inf and -inf by the sign of the gate's weight
     m.forward();
     moe::check(m.ctx.plan);
     for (dim t = 0; t < T; ++t)
       for (dim c = 0; c < d; ++c) {
-        if (t == 3) CHECK(std::isnan(m.y_view()(t, c)));
-        else CHECK(m.y_view()(t, c) == clean.y_view()(t, c));
+        if (t == 3)
+          CHECK(std::isnan(m.y_view()(t, c)));
+        else
+          CHECK(m.y_view()(t, c) == clean.y_view()(t, c));
       }
     for (dim e = 0; e < E; ++e) m.w.gate.w(e, 2) = -1;  // every score -inf: nobody is eligible
     m.forward();

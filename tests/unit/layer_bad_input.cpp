@@ -159,7 +159,8 @@ TEST_SUITE("layer") {
       moe::arena mem(memory.bytes());
       CHECK_THROWS_WITH_AS(make(mem),
                            (std::string(what) + " has " + std::to_string(needed - 1) + " bytes left, needs " +
-                            std::to_string(needed) + " (" + sizer + ')').c_str(),
+                            std::to_string(needed) + " (" + sizer + ')')
+                               .c_str(),
                            shape_error);
       CHECK(mem.used() == 0);
     };
@@ -285,8 +286,10 @@ TEST_SUITE("layer") {
     CHECK(with_context_of({.d = d + 1, .f = f, .experts = E}, T) == other);
     CHECK(with_context_of({.d = d, .f = f + 1, .experts = E}, T) == other);
     CHECK(with_context_of({.d = d, .f = f, .experts = E + 1}, T) == other);
-    CHECK(with_context_of({.d = d, .f = f, .experts = E}, T - 1) == "moe::layer::forward: x is 6 x 4, expected 5 x 4 (T x d)");
-    CHECK(with_context_of({.d = d, .f = f, .experts = E}, 2 * T) == "moe::layer::forward: x is 6 x 4, expected 12 x 4 (T x d)");
+    CHECK(with_context_of({.d = d, .f = f, .experts = E}, T - 1) ==
+          "moe::layer::forward: x is 6 x 4, expected 5 x 4 (T x d)");
+    CHECK(with_context_of({.d = d, .f = f, .experts = E}, 2 * T) ==
+          "moe::layer::forward: x is 6 x 4, expected 12 x 4 (T x d)");
     CHECK(refusal([](model& m) {
             ffn::context ctx{};
             m.net.forward(m.w, m.in, m.y_view(), ctx, m.work);

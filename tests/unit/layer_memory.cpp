@@ -22,7 +22,9 @@ std::size_t whole(std::size_t bytes) { return round_up(static_cast<dim>(bytes), 
 
 /// offsets[E+1] token[A] weight[A] token_offsets[T+1] position[A], where A = T k is the most there can be; the last tensor
 /// of a context is not padded to the next.
-std::size_t plan_bytes(dim T, dim E, dim A) { return pad(4 * (E + 1)) + pad(4 * A) + pad(4 * A) + pad(4 * (T + 1)) + pad(4 * A); }
+std::size_t plan_bytes(dim T, dim E, dim A) {
+  return pad(4 * (E + 1)) + pad(4 * A) + pad(4 * A) + pad(4 * (T + 1)) + pad(4 * A);
+}
 std::size_t context_bytes(dim T, dim f, dim E, dim k) {
   const dim A = T * k;
   return whole(plan_bytes(T, E, A) + pad(4 * A * 2 * f));  // z: gate and up, float32
@@ -106,7 +108,9 @@ TEST_SUITE("layer") {
     moe::arena p(params.bytes()), g(grads.bytes());
     const auto w = net.make_weights(p);
     const auto dw = net.make_gradients(g);
-    const auto offset = [](const moe::buffer& b, const float* at) { return reinterpret_cast<const std::byte*>(at) - b.bytes().data(); };
+    const auto offset = [](const moe::buffer& b, const float* at) {
+      return reinterpret_cast<const std::byte*>(at) - b.bytes().data();
+    };
     CHECK(offset(params, w.gate.w.data) == offset(grads, dw.gate.w.data));
     CHECK(offset(params, w.experts.up.data) == offset(grads, dw.experts.up.data));
     CHECK(offset(params, w.experts.gate.data) == offset(grads, dw.experts.gate.data));
