@@ -117,6 +117,8 @@ struct ill_composed {
   void forward(any, any, any, any, any) const noexcept {}
   void replay(any, any, any, any, any, any) const noexcept {}
   void backward(any, any, any, any, any, any, any) const noexcept {}
+  void check_forward(any, any, any, any, any) const noexcept {}
+  void check_backward(any, any, any, any, any, any, any) const noexcept {}
   std::size_t weight_bytes() const noexcept { return 0; }
   std::size_t context_bytes(dim) const noexcept { return 0; }
   std::size_t inference_context_bytes(dim) const noexcept { return 0; }
