@@ -12,12 +12,14 @@ using of = moe::layer<G, R, X, C, B>;
 template <class B>
 using ffn = of<moe::linear_gate, moe::top_k<2>, moe::ffn_expert, moe::weighted_sum, B>;
 
-using mixed_experts = moe::expert_set<moe::ffn_expert, moe::copy_expert, moe::film_expert, moe::constant_expert, moe::zero_expert>;
+using mixed_experts =
+    moe::expert_set<moe::ffn_expert, moe::copy_expert, moe::film_expert, moe::constant_expert, moe::zero_expert>;
 inline const mixed_experts mixed_banks{{.count = 2, .f = 24}, {.count = 1}, {.count = 2}, {.count = 1}, {.count = 1}};
 template <class B>
 using mixed = of<moe::linear_gate, moe::top_k<3>, mixed_experts, moe::weighted_sum, B>;
 
-using balanced_router = moe::capacity<moe::grouped<moe::bias_balanced<moe::top_k<2, moe::score_rule<moe::sigmoid_score>>>, moe::largest_key, 2, 1>>;
+using sigmoid_top = moe::bias_balanced<moe::top_k<2, moe::score_rule<moe::sigmoid_score>>>;
+using balanced_router = moe::capacity<moe::grouped<sigmoid_top, moe::largest_key, 2, 1>>;
 template <class B>
 using balanced = of<moe::biased_linear_gate, balanced_router, moe::gpt_oss_expert, moe::residual<>, B>;
 

@@ -69,6 +69,32 @@ void compare(moe::shape s, dim T, const Parts&... parts) {
   CHECK(same_bits(again.grads.template as<float>(), device.grads.template as<float>()));
 }
 
+/// y, dq, dk and dv of attention over the best blocks, one after the other.
+template <class B>
+std::vector<float> attend(dim T, dim N, dim d, dim block) {
+  using head = moe::moba<2, B>;
+  using space = moe::edge<typename B::space>;
+  const auto q = testing::normals(T * d, 1), k = testing::normals(N * d, 2), v = testing::normals(N * d, 3),
+             dy = testing::normals(T * d, 4);
+  const head net({.tokens = T, .d = d, .experts = (N + block - 1) / block}, moe::block_mean_gate{block},
+                 moe::kv_block_expert{block});
+  const moe::buffer work(net.context_bytes(T) + net.scratch_bytes(T));
+  typename space::arena mem(typename space::template view<std::span<std::byte>>(work.bytes()));
+  auto ctx = net.make_context(T, mem);
+  std::vector<float> out(static_cast<std::size_t>((2 * T + 2 * N) * d));
+  const auto part = [&](dim row, dim rows) { return moe::matrix_view<float>(out.data() + row * d, rows, d); };
+  const auto view = [&](const std::vector<float>& m) {
+    return moe::matrix_view<const float>(m.data(), static_cast<dim>(m.size()) / d, d);
+  };
+  const typename head::input in{moe::attention_input{view(q), view(k), view(v)}};
+  const typename head::input_grad din{moe::attention_gradient{part(T, T), part(2 * T, N), part(2 * T + N, N)}};
+  typename head::weights w;
+  typename head::gradients dw;
+  net.forward(w, in, space::close(part(0, T)), ctx, mem);
+  net.backward(w, in, ctx, space::close(view(dy)), din, dw, mem);
+  return out;
+}
+
 /// The plan of top-k on the device and on the host.
 template <int K>
 void compare_plans(dim T, dim E, const std::vector<float>& scores) {
@@ -102,6 +128,10 @@ TEST_SUITE("backend/cuda/primitives") {
     compare<layers::pressed>(s, 60);
   }
 
+  TEST_CASE("So does attention over blocks") {
+    CHECK(worst_difference(attend<emulated_device>(20, 33, 8, 5), attend<moe::scalar<>>(20, 33, 8, 5)) < 1e-5);
+  }
+
   TEST_CASE("Plans are equal to the host's with ties, masked experts and NaN") {
     const float inf = std::numeric_limits<float>::infinity(), nan = std::numeric_limits<float>::quiet_NaN();
     compare_plans<2>(3, 4, {1, 1, 1, 1, -inf, 5, nan, -inf, nan, nan, nan, nan});
@@ -123,8 +153,8 @@ TEST_SUITE("backend/cuda/primitives") {
     const auto compare_products = [&](auto f) {
       CHECK(same_bits(product(testing::on<emulated_device>(), f), product(testing::on<moe::scalar<>>(), f)));
     };
-    const moe::matrix_view<const float> a_mk(a.data(), m, k), a_km(a.data(), k, m), b_nk(b.data(), n, k), b_kn(b.data(), k, n),
-        bias(b.data(), n, 1);
+    const moe::matrix_view<const float> a_mk(a.data(), m, k), a_km(a.data(), k, m), b_nk(b.data(), n, k), b_kn(b.data(), k, n);
+    const moe::matrix_view<const float> bias(b.data(), n, 1);
     compare_products([&](const auto& on, auto c) { gemm_nt(on, a_mk, b_nk, c); });
     compare_products([&](const auto& on, auto c) { gemm_nt(on, a_mk, b_nk, bias, c); });
     compare_products([&](const auto& on, auto c) { gemm_nn(on, a_mk, b_kn, c); });
