@@ -13,6 +13,7 @@ namespace moe {
 /// Qwen1.5-MoE gates its shared expert, DeepSeek-MoE does not.
 template <class X, class B, bool Gated = false>
 class basic_dense {
+  static_assert(Expert<X, B>, "moe::dense: argument 1 is not an Expert on this backend; static_assert(moe::Expert<X, B>) says why [docs/policies.md]");
   using space = edge<typename B::space>;
   template <class V>
   using at_edge = typename space::template view<V>;

@@ -18,7 +18,7 @@ namespace detail {
 
 inline constexpr int lanes = 8;  // independent partial sums, so that the compiler can vectorise a dot product
 
-/// M x N dot products at once; the additions of an element do not depend on M and N.
+/// M x N dot products at once. Each element has one order of additions; which of them fuse is the compiler's choice.
 template <int M, int N>
 void dot_block(gathered<float> a, dim i, matrix_view<const float> b, dim j, matrix_view<float> c) noexcept {
   float sum[M][N][lanes] = {};
