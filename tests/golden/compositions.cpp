@@ -21,9 +21,10 @@ static_assert(moe::TrainableExpert<storing_expert, backend>);
 TEST_SUITE("expert/set") {
   TEST_CASE("a set of every kind of expert agrees with the formulas of its banks") {
     using plus_one = moe::basic_ffn_expert<moe::glu<moe::gelu_tanh>, moe::interleaved, true>;
-    using set = moe::expert_set<moe::ffn_expert, storing_expert, moe::film_expert, plus_one, moe::constant_expert, moe::copy_expert,
-                                moe::zero_expert>;
-    const set experts{{.count = 2, .f = 3}, {.count = 1}, {.count = 1}, {.count = 1, .f = 8}, {.count = 2}, {.count = 1}, {.count = 1}};
+    using set = moe::expert_set<moe::ffn_expert, storing_expert, moe::film_expert, plus_one, moe::constant_expert,
+                                moe::copy_expert, moe::zero_expert>;
+    const set experts{{.count = 2, .f = 3}, {.count = 1}, {.count = 1}, {.count = 1, .f = 8},
+                      {.count = 2},         {.count = 1}, {.count = 1}};
     compare(layer_of<set, moe::weighted_sum, 3>({.d = 5, .experts = 9}, experts), 17, 5, 31,
             routed(3, banks({{2, weigh_rows(feed_forward(glu(golden::silu), order::separate, "experts.0."))},
                              {1, weigh_rows(stored("experts.1."))},
@@ -36,7 +37,9 @@ TEST_SUITE("expert/set") {
   TEST_CASE("a set within a set is one expert after another") {
     using inside = moe::expert_set<moe::copy_expert, moe::basic_ffn_expert<moe::plain<moe::relu>>, storing_expert>;
     using set = moe::expert_set<moe::ffn_expert, inside, moe::constant_expert>;
-    const set experts{{.count = 1, .f = 3}, {.count = 4, .f = 6, .expert = inside{{.count = 1}, {.count = 2}, {.count = 1}}}, {.count = 1}};
+    const set experts{{.count = 1, .f = 3},
+                      {.count = 4, .f = 6, .expert = inside{{.count = 1}, {.count = 2}, {.count = 1}}},
+                      {.count = 1}};
     compare(layer_of<set>({.d = 4, .experts = 6}, experts), 14, 4, 32,
             routed(2, banks({{1, weigh_rows(feed_forward(glu(golden::silu), order::separate, "experts.0."))},
                              {1, weigh_rows(copied)},
@@ -62,7 +65,8 @@ TEST_SUITE("expert/weigh_input") {
   }
   TEST_CASE("a weight on the input and on the output are two factors, and both reach the router") {
     compare(layer_of<moe::weigh_input<moe::ffn_expert>>({.d = 5, .f = 7, .experts = 3}), 9, 5, 47,
-            routed(2, [ffn = feed_forward(glu(golden::silu), order::separate)](const tensors& w, dim e, const vec& x, double weight) {
+            routed(2, [ffn = feed_forward(glu(golden::silu), order::separate)](const tensors& w, dim e, const vec& x,
+                                                                               double weight) {
               return times(weight, ffn(w, e, times(weight, x)));
             }));
     compare(layer_of<moe::weigh_input<storing_expert>>({.d = 5, .experts = 3}), 9, 5, 48,
@@ -71,9 +75,11 @@ TEST_SUITE("expert/weigh_input") {
             }));
   }
   TEST_CASE("banks that weigh their input stand beside banks that do not, and around whole sets") {
-    using set = moe::expert_set<moe::weigh_input<moe::copy_expert>, moe::weigh_input<storing_expert>, moe::ffn_expert, moe::copy_expert,
-                                moe::weigh_input<moe::constant_expert>, storing_expert, moe::weigh_input<moe::ffn_expert>>;
-    const set experts{{.count = 1}, {.count = 1}, {.count = 1, .f = 6}, {.count = 1}, {.count = 2}, {.count = 1}, {.count = 1, .f = 9}};
+    using set = moe::expert_set<moe::weigh_input<moe::copy_expert>, moe::weigh_input<storing_expert>, moe::ffn_expert,
+                                moe::copy_expert, moe::weigh_input<moe::constant_expert>, storing_expert,
+                                moe::weigh_input<moe::ffn_expert>>;
+    const set experts{{.count = 1}, {.count = 1}, {.count = 1, .f = 6}, {.count = 1},
+                      {.count = 2}, {.count = 1}, {.count = 1, .f = 9}};
     compare(layer_of<set, moe::unweighted_sum, 3>({.d = 5, .experts = 8}, experts), 15, 5, 49,
             routed(3, banks({{1, weigh_input(copied)},
                              {1, weigh_input(stored("experts.1."))},
@@ -83,10 +89,12 @@ TEST_SUITE("expert/weigh_input") {
                              {1, no_weight(stored("experts.5."))},
                              {1, weigh_input(feed_forward(glu(golden::silu), order::separate, "experts.6."))}})));
     using inside = moe::expert_set<moe::ffn_expert, storing_expert, moe::copy_expert>;
-    compare(llama<inside>({.d = 5, .experts = 4}, moe::weigh_input<inside>{{{.count = 2, .f = 3}, {.count = 1}, {.count = 1}}}), 12, 5, 50,
-            routed(2, banks({{2, weigh_input(feed_forward(glu(golden::silu), order::separate, "experts.0."))},
-                             {1, weigh_input(stored("experts.1."))},
-                             {1, weigh_input(copied)}})));
+    compare(
+        llama<inside>({.d = 5, .experts = 4}, moe::weigh_input<inside>{{{.count = 2, .f = 3}, {.count = 1}, {.count = 1}}}),
+        12, 5, 50,
+        routed(2, banks({{2, weigh_input(feed_forward(glu(golden::silu), order::separate, "experts.0."))},
+                         {1, weigh_input(stored("experts.1."))},
+                         {1, weigh_input(copied)}})));
   }
 }
 
@@ -94,7 +102,8 @@ TEST_SUITE("combine/weighted_sum") {
   TEST_CASE("a sum without weights gives the router no gradient from experts that do not read them") {
     compare(layer_of<moe::ffn_expert, moe::unweighted_sum>({.d = 5, .f = 7, .experts = 3}), 9, 5, 61,
             routed(2, no_weight(feed_forward(glu(golden::silu), order::separate))));
-    compare(layer_of<storing_expert, moe::unweighted_sum>({.d = 5, .experts = 3}), 9, 5, 62, routed(2, no_weight(stored("experts."))));
+    compare(layer_of<storing_expert, moe::unweighted_sum>({.d = 5, .experts = 3}), 9, 5, 62,
+            routed(2, no_weight(stored("experts."))));
   }
 }
 
@@ -121,8 +130,8 @@ TEST_SUITE("combine/mix_before_trunk") {
     using moe::film_expert, moe::mix_before_trunk;
     const auto mixed = routed(2, weigh_rows(film("experts.")));
     using ffn = moe::basic_ffn_expert<moe::plain<moe::gelu>, moe::separate, true>;
-    compare(layer_of<film_expert, mix_before_trunk<ffn>>({.d = 5, .experts = 3}, mix_before_trunk<ffn>{.trunk = {}, .f = 7}), 9, 5, 65,
-            trunk(mixed, feed_forward(plain(golden::gelu), order::separate, "combine.")));
+    compare(layer_of<film_expert, mix_before_trunk<ffn>>({.d = 5, .experts = 3}, mix_before_trunk<ffn>{.trunk = {}, .f = 7}),
+            9, 5, 65, trunk(mixed, feed_forward(plain(golden::gelu), order::separate, "combine.")));
     compare(layer_of<film_expert, moe::residual<mix_before_trunk<storing_expert>>>({.d = 5, .experts = 3}), 9, 5, 66,
             trunk(mixed, stored("combine."), 1));
     compare(layer_of<storing_expert, mix_before_trunk<moe::weigh_input<storing_expert>>>({.d = 5, .experts = 3}), 9, 5, 67,
@@ -134,14 +143,17 @@ TEST_SUITE("sum") {
   TEST_CASE("shared experts, plain and gated, add themselves to the routed ones") {
     using routed_layer = layer_of<moe::ffn_expert>;
     const routed_layer net({.d = 5, .f = 7, .experts = 3});
-    const auto of_routed = routed(2, weigh_rows(feed_forward(glu(golden::silu), order::separate, "routed.experts.")), 0, "routed.gate.w");
+    const auto of_routed =
+        routed(2, weigh_rows(feed_forward(glu(golden::silu), order::separate, "routed.experts.")), 0, "routed.gate.w");
     const auto shared = feed_forward(glu(golden::silu), order::separate, "shared.experts.");
     compare(moe::sum(net, moe::dense<moe::ffn_expert, backend>({.d = 5, .f = 4})), 9, 5, 71, plus(of_routed, dense(shared)));
     compare(moe::sum(net, moe::gated_dense<moe::ffn_expert, backend>({.d = 5, .f = 11})), 9, 5, 72,
             plus(of_routed, dense(shared, "shared.gate.w")));
-    compare(moe::sum(moe::sum(net, moe::dense<storing_expert, backend>({.d = 5})), moe::gated_dense<moe::copy_expert, backend>({.d = 5})),
+    compare(moe::sum(moe::sum(net, moe::dense<storing_expert, backend>({.d = 5})),
+                     moe::gated_dense<moe::copy_expert, backend>({.d = 5})),
             9, 5, 73,
-            plus(plus(routed(2, weigh_rows(feed_forward(glu(golden::silu), order::separate, "routed.routed.experts.")), 0, "routed.routed.gate.w"),
+            plus(plus(routed(2, weigh_rows(feed_forward(glu(golden::silu), order::separate, "routed.routed.experts.")), 0,
+                             "routed.routed.gate.w"),
                       dense(stored("routed.shared.experts."))),
                  dense(copied, "shared.gate.w")));
   }
@@ -156,7 +168,8 @@ TEST_SUITE("sum") {
     check(moe::gated_dense<moe::constant_expert, backend>({.d = 5}), constant("experts."), true);
     check(moe::gated_dense<storing_expert, backend>({.d = 5}), stored("experts."), true);
     check(moe::dense<moe::film_expert, backend>({.d = 5}), film("experts."), false);
-    check(moe::gated_dense<moe::weigh_input<moe::ffn_expert>, backend>({.d = 5, .f = 6}), feed_forward(glu(golden::silu), order::separate), true);
+    check(moe::gated_dense<moe::weigh_input<moe::ffn_expert>, backend>({.d = 5, .f = 6}),
+          feed_forward(glu(golden::silu), order::separate), true);
     using mixed = moe::expert_set<moe::copy_expert, moe::ffn_expert>;
     check(moe::gated_dense<mixed, backend>({.d = 5}, mixed{{.count = 0}, {.count = 1, .f = 3}}),
           feed_forward(glu(golden::silu), order::separate, "experts.1."), true);

@@ -17,12 +17,11 @@ void check_form(const X& expert, const form_rule& form, order lies = order::sepa
   compare(layer_of<X>({.d = 5, .f = 7, .experts = 3}, expert), 9, 5, seed, routed(2, weigh_rows(feed_forward(form, lies))));
 }
 
-
 }  // namespace
 
 TEST_SUITE("expert/ffn") {
-  using moe::basic_ffn_expert, moe::chunked, moe::clamped, moe::ffn_expert, moe::gpt_oss_expert, moe::interleaved, moe::separate,
-      moe::shifted_glu, moe::weighted_sum;
+  using moe::basic_ffn_expert, moe::chunked, moe::clamped, moe::ffn_expert, moe::gpt_oss_expert, moe::interleaved,
+      moe::separate, moe::shifted_glu, moe::weighted_sum;
 
   TEST_CASE("plain forms agree with their formulas, forward and backward") {
     check_form(basic_ffn_expert<moe::plain<moe::relu>>{}, plain(golden::relu));
@@ -44,8 +43,8 @@ TEST_SUITE("expert/ffn") {
     check_form(basic_ffn_expert<moe::plain<moe::gelu>, interleaved, true>{}, plain(golden::gelu));
   }
   TEST_CASE("clamped forms clamp before the product and stop the gradient beyond the limit") {
-    check_form(basic_ffn_expert<clamped<moe::glu<moe::silu>>, chunked>{{.form = {}, .limit = 0.3f}}, clamp(glu(golden::silu), double{0.3f}),
-               order::chunked);
+    check_form(basic_ffn_expert<clamped<moe::glu<moe::silu>>, chunked>{{.form = {}, .limit = 0.3f}},
+               clamp(glu(golden::silu), double{0.3f}), order::chunked);
     check_form(basic_ffn_expert<shifted_glu>{}, shifted);
     check_form(gpt_oss_expert{{.form = {}, .limit = 0.4f}}, clamp(shifted, double{0.4f}), order::interleaved);
   }
@@ -91,9 +90,12 @@ TEST_SUITE("expert/layout") {
     using moe::basic_ffn_expert, moe::chunked, moe::interleaved, moe::separate;
     const dim T = 21, d = 9, f = 11, E = 3;
     const moe::shape sizes{.d = d, .f = f, .experts = E};
-    testing::model<layer_of<basic_ffn_expert<moe::glu<moe::silu>, separate, true>>> a(layer_of<basic_ffn_expert<moe::glu<moe::silu>, separate, true>>(sizes), T, d, 5);
-    testing::model<layer_of<basic_ffn_expert<moe::glu<moe::silu>, chunked, true>>> b(layer_of<basic_ffn_expert<moe::glu<moe::silu>, chunked, true>>(sizes), T, d, 5);
-    testing::model<layer_of<basic_ffn_expert<moe::glu<moe::silu>, interleaved, true>>> c(layer_of<basic_ffn_expert<moe::glu<moe::silu>, interleaved, true>>(sizes), T, d, 5);
+    testing::model<layer_of<basic_ffn_expert<moe::glu<moe::silu>, separate, true>>> a(
+        layer_of<basic_ffn_expert<moe::glu<moe::silu>, separate, true>>(sizes), T, d, 5);
+    testing::model<layer_of<basic_ffn_expert<moe::glu<moe::silu>, chunked, true>>> b(
+        layer_of<basic_ffn_expert<moe::glu<moe::silu>, chunked, true>>(sizes), T, d, 5);
+    testing::model<layer_of<basic_ffn_expert<moe::glu<moe::silu>, interleaved, true>>> c(
+        layer_of<basic_ffn_expert<moe::glu<moe::silu>, interleaved, true>>(sizes), T, d, 5);
     // f(both, gate, up) for a row of gate_up in each layout.
     const auto each_row = [&](auto fused, auto gate, auto up, bool even, auto f2) {
       for (dim e = 0; e < E; ++e)

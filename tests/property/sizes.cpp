@@ -63,8 +63,8 @@ void run_everywhere(const L& net, dim d) {
 
 using wide_ffn = moe::basic_ffn_expert<moe::glu<moe::gelu>, moe::interleaved, true>;
 using inner_set = moe::expert_set<storing_expert, moe::copy_expert, wide_ffn, moe::constant_expert>;
-using outer_set = moe::expert_set<moe::ffn_expert, weigh_input<storing_expert>, moe::constant_expert, weigh_input<inner_set>, moe::film_expert,
-                                  inner_set, weigh_input<moe::film_expert>>;
+using outer_set = moe::expert_set<moe::ffn_expert, weigh_input<storing_expert>, moe::constant_expert, weigh_input<inner_set>,
+                                  moe::film_expert, inner_set, weigh_input<moe::film_expert>>;
 using trunk = weigh_input<storing_expert>;
 using mix = moe::residual<moe::mix_before_trunk<trunk>>;
 
@@ -96,7 +96,9 @@ void for_each_composition(F f) {
       const auto set_of = [&](bool wanted) {
         counts m{.roll = roll, .only = inside};
         const dim c[] = {m(), m(), m(), m()}, bare = wanted && m.total == 0;
-        return std::pair(inner_set{{.count = wanted * c[0] + bare}, {.count = wanted * c[1]}, {.count = wanted * c[2], .f = 1 + roll(40)},
+        return std::pair(inner_set{{.count = wanted * c[0] + bare},
+                                   {.count = wanted * c[1]},
+                                   {.count = wanted * c[2], .f = 1 + roll(40)},
                                    {.count = wanted * c[3]}},
                          wanted * m.total + bare);
       };
@@ -105,8 +107,13 @@ void for_each_composition(F f) {
       const dim more = total < 2 ? 2 - total : 0;  // two choices need two experts
       const dim d = 1 + roll(40);
       f(roll, d, total + more,
-        outer_set{{.count = own[0], .f = 1 + roll(30)}, {.count = own[1]}, {.count = own[2]}, {.count = one.second, .expert = {one.first}},
-                  {.count = own[4]}, {.count = other.second, .expert = other.first}, {.count = own[6] + more}});
+        outer_set{{.count = own[0], .f = 1 + roll(30)},
+                  {.count = own[1]},
+                  {.count = own[2]},
+                  {.count = one.second, .expert = {one.first}},
+                  {.count = own[4]},
+                  {.count = other.second, .expert = other.first},
+                  {.count = own[6] + more}});
     }
 }
 

@@ -89,7 +89,9 @@ inline double relu(double z) { return std::max(z, 0.); }
 inline double relu_squared(double z) { return relu(z) * relu(z); }
 inline double silu(double z) { return z * sigmoid(z); }
 inline double gelu(double z) { return z / 2 * (1 + std::erf(z / std::sqrt(2.))); }
-inline double gelu_tanh(double z) { return z / 2 * (1 + std::tanh(std::sqrt(2 / std::acos(-1.)) * (z + 0.044715 * z * z * z))); }
+inline double gelu_tanh(double z) {
+  return z / 2 * (1 + std::tanh(std::sqrt(2 / std::acos(-1.)) * (z + 0.044715 * z * z * z)));
+}
 inline double identity(double z) { return z; }
 inline form_rule plain(double (*act)(double)) {
   return [act](double, double u) { return act(u); };

@@ -6,20 +6,28 @@
 
 namespace testing {
 
-/// y = v_e x, elementwise, written the simple way: it stores its rows, differentiates from stored rows, and its forward takes more
-/// scratch than its backward.
+/// y = v_e x, elementwise, written the simple way: it stores its rows, differentiates from stored rows, and its forward
+/// takes more scratch than its backward.
 struct storing_expert {
   using input = moe::matrix_view<const float>;
   using input_grad = moe::matrix_view<float>;
   using output = moe::matrix_view<float>;
-  struct weights { moe::matrix_view<float> v; };
+  struct weights {
+    moe::matrix_view<float> v;
+  };
   using weights_grad = weights;
   using context = moe::nothing;
 
   weights make_weights(moe::shape s, moe::arena& mem) const noexcept { return {mem.matrix<float>("v", s.experts, s.d)}; }
-  output make_output(moe::shape s, moe::dim rows, moe::arena& mem) const noexcept { return mem.matrix<float>("ys", rows, s.d); }
-  output make_scratch(moe::shape s, moe::dim rows, moe::arena& mem) const noexcept { return mem.matrix<float>("copy", rows, 3 * s.d); }
-  output make_backward_scratch(moe::shape s, moe::dim rows, moe::arena& mem) const noexcept { return mem.matrix<float>("own", rows, s.d); }
+  output make_output(moe::shape s, moe::dim rows, moe::arena& mem) const noexcept {
+    return mem.matrix<float>("ys", rows, s.d);
+  }
+  output make_scratch(moe::shape s, moe::dim rows, moe::arena& mem) const noexcept {
+    return mem.matrix<float>("copy", rows, 3 * s.d);
+  }
+  output make_backward_scratch(moe::shape s, moe::dim rows, moe::arena& mem) const noexcept {
+    return mem.matrix<float>("own", rows, s.d);
+  }
 
   template <class B>
   void forward(const moe::call<B>& on, const weights& w, input x, moe::bank_rows rows, output ys, context&) const noexcept {

@@ -27,8 +27,8 @@ rows combined(const C& combine, rows x = rows(8)) {
   rows ys{4, 8, 10, 20, 1, 2}, y(8, std::nanf(""));
   moe::matrix_view<float> source{ys.data(), 3, 2};
   typename C::context context;
-  combine.forward(testing::on<backend>({.tokens = 4, .d = 2, .experts = 2}), {}, moe::matrix_view<const float>{x.data(), 4, 2}, p.view(), source,
-                  {y.data(), 4, 2}, context);
+  combine.forward(testing::on<backend>({.tokens = 4, .d = 2, .experts = 2}), {},
+                  moe::matrix_view<const float>{x.data(), 4, 2}, p.view(), source, {y.data(), 4, 2}, context);
   return y;
 }
 
@@ -38,7 +38,9 @@ TEST_SUITE("combine/weighted_sum") {
   TEST_CASE("y is the weighted sum of a token's rows, overwritten; a token without rows gives 0") {
     CHECK(combined(moe::weighted_sum{}) == rows{6, 12, 0, 0, 0, 0, 2, 4});
   }
-  TEST_CASE("without weights the rows are added as they are") { CHECK(combined(moe::unweighted_sum{}) == rows{14, 28, 0, 0, 0, 0, 1, 2}); }
+  TEST_CASE("without weights the rows are added as they are") {
+    CHECK(combined(moe::unweighted_sum{}) == rows{14, 28, 0, 0, 0, 0, 1, 2});
+  }
   TEST_CASE("rows are added in the order of the token's choices, not of the plan") {
     idx offsets[] = {0, 1, 2, 3}, token[] = {0, 0, 0}, token_offsets[] = {0, 3}, position[] = {0, 1, 2};
     float weight[] = {1, 1, 1}, ys[] = {1, 1e8f, -1e8f}, y = 0;
@@ -82,8 +84,8 @@ TEST_SUITE("combine/residual") {
     moe::matrix_view<float> to{dx.data(), 4, 2}, frozen;
     const moe::matrix_view<float> no_rows;
     const auto run = [&](moe::matrix_view<float>& grad) {
-      moe::residual<>{}.backward(testing::on<backend>(), none, moe::matrix_view<const float>{x.data(), 4, 2}, p.view(), no_rows, none,
-                                 moe::matrix_view<const float>{dy.data(), 4, 2}, dys, grad, none, {});
+      moe::residual<>{}.backward(testing::on<backend>(), none, moe::matrix_view<const float>{x.data(), 4, 2}, p.view(),
+                                 no_rows, none, moe::matrix_view<const float>{dy.data(), 4, 2}, dys, grad, none, {});
     };
     run(to);
     CHECK(dx == rows{2, 3, 4, 5, 6, 7, 8, 9});
@@ -99,8 +101,8 @@ TEST_SUITE("combine/lse_merge") {
     plan p;
     rows o{4, 8, 10, 20, 1, 2}, y(8, std::nanf(""));
     moe::nothing none;
-    moe::lse_merge{}.forward(testing::on<backend>(), none, 0, p.view(), moe::attention_rows{{o.data(), 3, 2}, {lse.data(), 3, 1}}, {y.data(), 4, 2},
-                             none);
+    moe::lse_merge{}.forward(testing::on<backend>(), none, 0, p.view(),
+                             moe::attention_rows{{o.data(), 3, 2}, {lse.data(), 3, 1}}, {y.data(), 4, 2}, none);
     return y;
   }
   TEST_CASE("parts are weighed by their share of the softmax; a token without rows gives 0") {
@@ -119,10 +121,12 @@ TEST_SUITE("combine/lse_merge") {
   }
   TEST_CASE("gradients of parts that saw no key are 0") {
     plan p;
-    rows o{4, 8, 10, 20, 1, 2}, lse{-infinity, 2, -infinity}, dy{1, 1, 1, 1, 1, 1, 1, 1}, d_o(6, std::nanf("")), dlse(3, std::nanf(""));
+    rows o{4, 8, 10, 20, 1, 2}, lse{-infinity, 2, -infinity}, dy{1, 1, 1, 1, 1, 1, 1, 1}, d_o(6, std::nanf("")),
+        dlse(3, std::nanf(""));
     moe::nothing none;
     moe::attention_rows dys{{d_o.data(), 3, 2}, {dlse.data(), 3, 1}};
-    moe::lse_merge{}.backward(testing::on<backend>(), none, 0, p.view(), moe::attention_rows{{o.data(), 3, 2}, {lse.data(), 3, 1}}, none,
+    moe::lse_merge{}.backward(testing::on<backend>(), none, 0, p.view(),
+                              moe::attention_rows{{o.data(), 3, 2}, {lse.data(), 3, 1}}, none,
                               moe::matrix_view<const float>{dy.data(), 4, 2}, dys, none, none, {});
     CHECK(d_o == rows{0, 0, 1, 1, 0, 0});
     CHECK(dlse == rows{0, 0, 0});

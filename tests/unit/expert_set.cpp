@@ -42,8 +42,8 @@ TEST_SUITE("expert/set") {
     const moe::buffer memory(1024);
     moe::arena mem(memory.bytes());
     set::output ys = experts.make_output({.tokens = 1, .d = 1, .experts = 5}, 5, mem);
-    experts.forward(testing::on<backend>({.tokens = 1, .d = 1, .experts = 5}), w, {x.data(), 1, 1}, {.offsets = offsets, .token = token}, ys,
-                    context);
+    experts.forward(testing::on<backend>({.tokens = 1, .d = 1, .experts = 5}), w, {x.data(), 1, 1},
+                    {.offsets = offsets, .token = token}, ys, context);
     for (dim r = 0; r < 5; ++r) {
       y[0] = 0;
       ys.add_row(moe::arch::scalar{}, r, 1.f, y.data(), 1);
@@ -54,8 +54,8 @@ TEST_SUITE("expert/set") {
     const float weight[] = {1, 2, 3, 4, 5};
     const idx token_offsets[] = {0, 5}, position[] = {4, 3, 2, 1, 0};
     experts.backward(testing::on<backend>({.tokens = 1, .d = 1, .experts = 5}), w, {x.data(), 1, 1},
-                     {offsets, token, weight, token_offsets, position}, context, {{dy.data(), 1, 1}, token, weight}, {dx.data(), 1, 1}, dw,
-                     dweight);
+                     {offsets, token, weight, token_offsets, position}, context, {{dy.data(), 1, 1}, token, weight},
+                     {dx.data(), 1, 1}, dw, dweight);
     CHECK(da == std::vector<float>{10, 20});
     CHECK(dc == std::vector<float>{30, 40, 50});
     CHECK(dx[0] == 1 + 4 + 9 + 16 + 25);
@@ -115,17 +115,20 @@ TEST_SUITE("expert/set") {
   }
   TEST_CASE("the catalogue names a bank by its place, also within a set") {
     using nested = moe::expert_set<moe::copy_expert, two, storing_expert>;
-    const nested experts{{.count = 1}, {.count = 2, .expert = two{{.count = 1, .f = 3}, {.count = 1, .f = 4}}}, {.count = 1}};
+    const nested experts{
+        {.count = 1}, {.count = 2, .expert = two{{.count = 1, .f = 3}, {.count = 1, .f = 4}}}, {.count = 1}};
     std::vector<moe::slot> list;
     moe::arena count(list);
     (void)experts.make_weights({.d = 5, .experts = 4}, count);
-    CHECK(names(list) == std::vector<std::string>{"1.0.up", "1.0.gate", "1.0.down", "1.1.up", "1.1.down", "1.1.up_bias", "1.1.down_bias", "2.v"});
+    CHECK(names(list) == std::vector<std::string>{"1.0.up", "1.0.gate", "1.0.down", "1.1.up", "1.1.down", "1.1.up_bias",
+                                                  "1.1.down_bias", "2.v"});
   }
   TEST_CASE("a set is as wide as its banks are many") {
     using moe::copy_expert, moe::zero_expert;
-    using eight = moe::expert_set<copy_expert, zero_expert, storing_expert, moe::constant_expert, moe::film_expert, zero_expert, storing_expert,
-                                  copy_expert>;
-    const eight experts{{.count = 1}, {.count = 1}, {.count = 1}, {.count = 1}, {.count = 1}, {.count = 1}, {.count = 1}, {.count = 1}};
+    using eight = moe::expert_set<copy_expert, zero_expert, storing_expert, moe::constant_expert, moe::film_expert,
+                                  zero_expert, storing_expert, copy_expert>;
+    const eight experts{{.count = 1}, {.count = 1}, {.count = 1}, {.count = 1},
+                        {.count = 1}, {.count = 1}, {.count = 1}, {.count = 1}};
     experts.check({.d = 4, .experts = 8});
     std::vector<moe::slot> list;
     moe::arena count(list);
@@ -135,7 +138,8 @@ TEST_SUITE("expert/set") {
   TEST_CASE("counts that do not add up, and banks that cannot work, are refused") {
     CHECK_THROWS_WITH_AS((two{{.count = 3, .f = 4}, {.count = 2, .f = 4}}.check({.d = 4, .experts = 4})),
                          "expert_set: the banks hold 5 experts, expected 4 (E)", moe::shape_error);
-    CHECK_THROWS_WITH_AS(two{}.check({.d = 4, .f = 4, .experts = 4}), "expert_set: the banks hold 0 experts, expected 4 (E)", moe::shape_error);
+    CHECK_THROWS_WITH_AS(two{}.check({.d = 4, .f = 4, .experts = 4}), "expert_set: the banks hold 0 experts, expected 4 (E)",
+                         moe::shape_error);
     CHECK_THROWS_WITH_AS((two{{.count = -1, .f = 4}, {.count = 5, .f = 4}}.check({.d = 4, .experts = 4})),
                          "expert_set: a bank's count is -1, expected at least 0", moe::shape_error);
     CHECK_THROWS_WITH_AS((two{{.count = 2, .f = -4}, {.count = 2, .f = 4}}.check({.d = 4, .experts = 4})),

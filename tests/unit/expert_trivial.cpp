@@ -23,13 +23,16 @@ struct choosing {
   testing::model<layer_of<mixed>> m;
 
   choosing(dim a, dim b)
-      : m(layer_of<mixed>({.d = d, .f = 7, .experts = 4}, mixed{{.count = 1}, {.count = 1}, {.count = 1}, {.count = 1}}), T, d, 3) {
+      : m(layer_of<mixed>({.d = d, .f = 7, .experts = 4}, mixed{{.count = 1}, {.count = 1}, {.count = 1}, {.count = 1}}), T,
+          d, 3) {
     for (dim t = 0; t < T; ++t) m.x[static_cast<std::size_t>(t * d)] = 1;
     m.w.gate.w(a, 0) = 30;
     m.w.gate.w(b, 0) = 29;
     m.forward();
   }
-  float weight(dim e, dim t) const { return m.ctx.plan.weight[static_cast<std::size_t>(m.ctx.plan.offsets[static_cast<std::size_t>(e)] + t)]; }
+  float weight(dim e, dim t) const {
+    return m.ctx.plan.weight[static_cast<std::size_t>(m.ctx.plan.offsets[static_cast<std::size_t>(e)] + t)];
+  }
 };
 
 // Three tokens for one or two experts, in rows of their own order.
@@ -72,8 +75,8 @@ TEST_SUITE("expert/trivial") {
     const small_plan p;
     moe::nothing context;
     moe::constant_expert::output ys{{}, {}, {share.data(), 3, 2}, {owner.data(), 3, 1}};
-    expert.forward(testing::on<backend>({.tokens = 3, .d = 3, .experts = 2}), {{v.data(), 2, 3}, {mix.data(), 4, 3}}, {x.data(), 3, 3}, p.rows(),
-                   ys, context);
+    expert.forward(testing::on<backend>({.tokens = 3, .d = 3, .experts = 2}), {{v.data(), 2, 3}, {mix.data(), 4, 3}},
+                   {x.data(), 3, 3}, p.rows(), ys, context);
     ys.add_row(moe::arch::scalar{}, 1, 2.f, y.data(), 3);  // row 1 is token 2 at expert 0
     CHECK(y == std::vector<float>{6, 7, 8});
     ys.add_row(moe::arch::scalar{}, 2, 2.f, y.data(), 3);  // row 2 is token 1 at expert 1
@@ -86,8 +89,8 @@ TEST_SUITE("expert/trivial") {
     const idx offsets[] = {0, 2};
     moe::nothing context;
     moe::constant_expert::output ys{{}, {}, {share.data(), 2, 2}, {owner.data(), 2, 1}};
-    expert.forward(testing::on<backend>({.tokens = 2, .d = 1, .experts = 1}), {{v.data(), 1, 1}, {mix.data(), 2, 1}}, {x.data(), 2, 1},
-                   {.offsets = offsets}, ys, context);
+    expert.forward(testing::on<backend>({.tokens = 2, .d = 1, .experts = 1}), {{v.data(), 1, 1}, {mix.data(), 2, 1}},
+                   {x.data(), 2, 1}, {.offsets = offsets}, ys, context);
     CHECK(share == std::vector<float>{1, 0, 0, 1});
   }
   TEST_CASE("copy hands its gradient to x and <dy, x> to the weight, zero hands on nothing") {
@@ -101,7 +104,7 @@ TEST_SUITE("expert/trivial") {
     CHECK(dweight == std::vector<float>{0, 10, 0});
     moe::copy_expert{}.backward(on, none, {x.data(), 3, 2}, p.rows(), none, dys, {dx.data(), 3, 2}, none, dweight);
     CHECK(dx == std::vector<float>{100.5f, 0.5f, 2, -2, 0.5f, 0});
-    CHECK(dweight == std::vector<float>{3, 20, -1});  // of rows: tokens 0, 2, 1
+    CHECK(dweight == std::vector<float>{3, 20, -1});                                             // of rows: tokens 0, 2, 1
     moe::copy_expert{}.backward(on, none, {x.data(), 3, 2}, p.rows(), none, dys, {}, none, {});  // frozen: nothing to write
     CHECK(dweight == std::vector<float>{3, 20, -1});
   }
@@ -115,7 +118,8 @@ TEST_SUITE("expert/trivial") {
     CHECK(bytes(moe::zero_expert{}, 1) == bytes(moe::zero_expert{}, 4096));
     CHECK(bytes(moe::constant_expert{}, 1) == bytes(moe::constant_expert{}, 4096));
     const layer_of<moe::ffn_expert> ffn({.d = 64, .f = 32, .experts = 4});
-    const layer_of<mixed> beside({.d = 64, .f = 32, .experts = 4}, mixed{{.count = 1}, {.count = 1}, {.count = 1}, {.count = 1}});
+    const layer_of<mixed> beside({.d = 64, .f = 32, .experts = 4},
+                                 mixed{{.count = 1}, {.count = 1}, {.count = 1}, {.count = 1}});
     CHECK(beside.context_bytes(100) == ffn.context_bytes(100));
   }
   TEST_CASE("weights of the wrong shape are refused by name") {
