@@ -14,7 +14,7 @@ struct accelerator {
 };
 using net = moe::layer<moe::linear_gate, moe::top_k<2>, moe::ffn_expert, moe::weighted_sum, accelerator>;
 
-void infer(const net& layer, const net::weights& w, moe::matrix_view<const float> x, moe::on_device<moe::matrix_view<float>> y,
-           net::context& ctx, moe::device_arena& mem) {
+void infer(const net& layer, const net::weights& w, moe::matrix_view<const float> x,
+           moe::on_device<moe::matrix_view<float>> y, net::context& ctx, moe::device_arena& mem) {
   layer.forward(w, x, y, ctx, mem);
 }

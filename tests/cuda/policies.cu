@@ -4,30 +4,32 @@
 
 namespace {
 
+using rows = moe::on_device<moe::matrix_view<float>>;
+
 /// Instantiates forward, and backward where there is one.
 template <class L>
 void instantiate(const L& net, const typename L::weights& w, const typename L::input& x,
-                 const moe::on_device<moe::matrix_view<float>>& y, const typename L::input_grad& dx, typename L::gradients& dw,
+                 const rows& y, const typename L::input_grad& dx, typename L::gradients& dw,
                  typename L::context& ctx, moe::device_arena& mem) {
   net.forward(w, x, y, ctx, mem);
   net.backward(w, x, ctx, y, dx, dw, mem);
 }
 template <class L>
 void instantiate_forward(const L& net, const typename L::weights& w, const typename L::input& x,
-                         const moe::on_device<moe::matrix_view<float>>& y, typename L::context& ctx, moe::device_arena& mem) {
+                         const rows& y, typename L::context& ctx, moe::device_arena& mem) {
   net.forward(w, x, y, ctx, mem);
 }
 template void instantiate(const moe::moba<2, moe::cuda<>>&, const moe::moba<2, moe::cuda<>>::weights&,
-                          const moe::moba<2, moe::cuda<>>::input&, const moe::on_device<moe::matrix_view<float>>&,
+                          const moe::moba<2, moe::cuda<>>::input&, const rows&,
                           const moe::moba<2, moe::cuda<>>::input_grad&, moe::moba<2, moe::cuda<>>::gradients&,
                           moe::moba<2, moe::cuda<>>::context&, moe::device_arena&);
 using shared_expert = moe::gated_dense<moe::ffn_expert, moe::cuda<>>;
 template void instantiate(const shared_expert&, const shared_expert::weights&, const shared_expert::input&,
-                          const moe::on_device<moe::matrix_view<float>>&, const shared_expert::input_grad&,
+                          const rows&, const shared_expert::input_grad&,
                           shared_expert::gradients&, shared_expert::context&, moe::device_arena&);
 using ternary = moe::layer<moe::linear_gate, moe::top_k<2>, moe::ternary_expert, moe::weighted_sum, moe::cuda<>>;
 template void instantiate_forward(const ternary&, const ternary::weights&, const ternary::input&,
-                                  const moe::on_device<moe::matrix_view<float>>&, ternary::context&, moe::device_arena&);
+                                  const rows&, ternary::context&, moe::device_arena&);
 
 }  // namespace
 

@@ -70,9 +70,11 @@ double limit(const moe::cuda<>& gpu, cublasHandle_t blas, dim rows, dim d, dim f
       c(static_cast<std::size_t>(rows * f) * 4);
   const float one = 1, zero = 0;
   const int m = static_cast<int>(f), n = static_cast<int>(rows), k = static_cast<int>(d);
+  const float *left = b.as<float>().view.data(), *right = a.as<float>().view.data();
+  float* out = c.as<float>().view.data();
   const double s = seconds(gpu, [&] {
-    require(cublasSgemm(blas, CUBLAS_OP_T, CUBLAS_OP_N, m, n, k, &one, b.as<float>().view.data(), k, a.as<float>().view.data(), k,
-                        &zero, c.as<float>().view.data(), m) == CUBLAS_STATUS_SUCCESS, "cublasSgemm");
+    const auto status = cublasSgemm(blas, CUBLAS_OP_T, CUBLAS_OP_N, m, n, k, &one, left, k, right, k, &zero, out, m);
+    require(status == CUBLAS_STATUS_SUCCESS, "cublasSgemm");
   });
   return 2. * static_cast<double>(rows * d * f) / s / 1e12;
 }
@@ -119,7 +121,8 @@ int main() {
   cublasHandle_t blas;
   require(cublasCreate(&blas) == CUBLAS_STATUS_SUCCESS, "cublasCreate");
   require(cublasSetStream(blas, gpu.stream()) == CUBLAS_STATUS_SUCCESS, "cublasSetStream");
-  std::printf("%s, float32, TFLOP/s\n%-4s %5s  %-7s %9s %9s %9s\n", device.name, "", "T", "routing", "forward", "backward", "cuBLAS");
+  std::printf("%s, float32, TFLOP/s\n", device.name);
+  std::printf("%-4s %5s  %-7s %9s %9s %9s\n", "", "T", "routing", "forward", "backward", "cuBLAS");
   measure<2>(gpu, blas, {"S1", 1024, 3584, 8});
   measure<8>(gpu, blas, {"S2", 2048, 768, 128});
   measure<8>(gpu, blas, {"S3", 2048, 1024, 64});

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-/// A device whose kernels run on the host, thread after thread between barriers: what the CUDA backend computes, without one.
+/// A device whose kernels run on the host, thread after thread between barriers: what the CUDA backend computes without a
+/// GPU.
 #pragma once
 
 #include <cstring>

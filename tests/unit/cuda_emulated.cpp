@@ -144,7 +144,8 @@ TEST_SUITE("backend/cuda/primitives") {
   }
   TEST_CASE("Products of whole numbers are equal bit for bit") {
     const dim m = 70, n = 67, k = 35;
-    const auto a = testing::integers(m * k, 1, 9), b = testing::integers(n * k, 2, 9), start = testing::integers(m * n, 3, 9);
+    const auto a = testing::integers(m * k, 1, 9), b = testing::integers(n * k, 2, 9);
+    const auto start = testing::integers(m * n, 3, 9);
     const auto product = [&](auto on, auto f) {
       std::vector<float> c = start;
       f(on, moe::matrix_view<float>(c.data(), m, n));
@@ -153,8 +154,8 @@ TEST_SUITE("backend/cuda/primitives") {
     const auto compare_products = [&](auto f) {
       CHECK(same_bits(product(testing::on<emulated_device>(), f), product(testing::on<moe::scalar<>>(), f)));
     };
-    const moe::matrix_view<const float> a_mk(a.data(), m, k), a_km(a.data(), k, m), b_nk(b.data(), n, k), b_kn(b.data(), k, n);
-    const moe::matrix_view<const float> bias(b.data(), n, 1);
+    const moe::matrix_view<const float> a_mk(a.data(), m, k), a_km(a.data(), k, m);
+    const moe::matrix_view<const float> b_nk(b.data(), n, k), b_kn(b.data(), k, n), bias(b.data(), n, 1);
     compare_products([&](const auto& on, auto c) { gemm_nt(on, a_mk, b_nk, c); });
     compare_products([&](const auto& on, auto c) { gemm_nt(on, a_mk, b_nk, bias, c); });
     compare_products([&](const auto& on, auto c) { gemm_nn(on, a_mk, b_kn, c); });

@@ -47,8 +47,10 @@ TEST_SUITE("backend/cuda/tiles") {
     for (std::uint64_t trial = 0; trial < 40; ++trial) {
       std::vector<idx> offsets{static_cast<idx>(random(1000 * trial) % 50)};
       const auto experts = 1 + random(1000 * trial + 1) % 12;
-      for (std::uint64_t e = 0; e < experts; ++e)
-        offsets.push_back(offsets.back() + static_cast<idx>(random(1000 * trial + 2 + e) % 150 * (random(1000 * trial + 500 + e) % 2)));
+      for (std::uint64_t e = 0; e < experts; ++e) {
+        const auto rows = random(1000 * trial + 2 + e) % 150, some = random(1000 * trial + 500 + e) % 2;
+        offsets.push_back(offsets.back() + static_cast<idx>(rows * some));
+      }
       covers(offsets, 1 + static_cast<dim>(random(1000 * trial + 900) % 130));
     }
   }
@@ -73,7 +75,8 @@ TEST_SUITE("backend/cuda/tiles") {
     for (dim b = 0; b < 3 * 2 * 3; ++b) {
       const block_tile t = moe::detail::find_tile_of_stack(65, 130, b);
       for (dim r = t.row; r < t.row + t.rows; ++r)
-        for (dim c = t.column; c < t.column + t.columns; ++c) ++hits[static_cast<std::size_t>((t.expert * 65 + r) * 130 + c)];
+        for (dim c = t.column; c < t.column + t.columns; ++c)
+          ++hits[static_cast<std::size_t>((t.expert * 65 + r) * 130 + c)];
     }
     for (const int h : hits) REQUIRE(h == 1);
   }

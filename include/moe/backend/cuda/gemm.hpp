@@ -140,7 +140,8 @@ void run_row_product(const call<B>& on, const P& p) noexcept {
 }
 template <class B>
 void run_outer_product(const call<B>& on, const outer_product& p) noexcept {
-  on.backend.run(p.rows.experts * tiles_of(p.out.first.rows) * tiles_of(p.out.first.cols), product_program<outer_product>{p});
+  const dim tiles = tiles_of(p.out.first.rows) * tiles_of(p.out.first.cols);
+  on.backend.run(p.rows.experts * tiles, product_program<outer_product>{p});
 }
 
 }  // namespace detail

@@ -79,7 +79,8 @@ class device_stream {
   /// Waits for all work. Throws device_error with the first error since the last call.
   void sync() {
     note(cudaStreamSynchronize(stream_));
-    if (const cudaError_t e = first_.exchange(cudaSuccess); e != cudaSuccess) throw device_error(detail::cuda_message("sync", e));
+    const cudaError_t e = first_.exchange(cudaSuccess);
+    if (e != cudaSuccess) throw device_error(detail::cuda_message("sync", e));
   }
 
  private:

@@ -217,7 +217,8 @@ void list_choices(const call<B>& on, routing_plan& p, const F& list) noexcept {
 template <DeviceBackend B, class F>
 void shorten_choices(const call<B>& on, routing_plan& p, const F& keep) noexcept {
   const dim T = p.tokens();
-  idx *offsets = p.token_offsets.data(), *position = p.position.data(), *token = p.token.data(), *kept = detail::unset_weights(p);
+  idx *offsets = p.token_offsets.data(), *position = p.position.data(), *token = p.token.data();
+  idx* kept = detail::unset_weights(p);
   detail::for_each_of<F>(on, T, detail::keep_first<F>{keep, offsets, position, kept, token});
   on.backend.for_each(T, detail::note_place{offsets, token, position});
   on.backend.for_each(T, detail::copy_index{position, offsets + 1});

@@ -260,7 +260,8 @@ void dot_rows(const call<B>& on, const bank_rows& rows, gathered<float> xs, matr
   detail::sum_columns(on, rows, v.cols, s.data(), detail::dot_with_expert{xs, v});
 }
 template <DeviceBackend B>
-void dot_rows(const call<B>& on, const bank_rows& rows, gathered<float> xs, gathered<float> zs, std::span<float> s) noexcept {
+void dot_rows(const call<B>& on, const bank_rows& rows, gathered<float> xs, gathered<float> zs,
+              std::span<float> s) noexcept {
   detail::sum_columns(on, rows, xs.cols(), s.data(), detail::dot_with_row{xs, zs});
 }
 template <DeviceBackend B>
