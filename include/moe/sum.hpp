@@ -304,11 +304,15 @@ class sum {
   void forward(const weights& w, const input& x, const matrix_view<float>& y, context& ctx, arena_type& mem) const {
     check_forward(w, x, y, ctx, mem);
     routed_.forward(w.routed, x, y, ctx.routed, mem);
-    scratch_frame frame(mem);
-    mem.align();
-    const auto ys = make_scratch(y.rows, mem);
-    shared_.forward(w.shared, x, ys, ctx.shared, mem);
-    add(call<typename D::backend_type>{shared_.backend(), mem, sizes()}, ys, y);
+    add_shared(w, x, y, ctx, mem);
+  }
+  /// Forward with the routed part along a recorded plan.
+  template <class Plan>
+  void replay(const weights& w, const input& x, const Plan& recorded, const matrix_view<float>& y, context& ctx,
+              arena_type& mem) const {
+    check_forward(w, x, y, ctx, mem);
+    routed_.replay(w.routed, x, recorded, y, ctx.routed, mem);
+    add_shared(w, x, y, ctx, mem);
   }
   void backward(const weights& w, const input& x, const context& ctx, const matrix_view<const float>& dy, const input_grad& dx,
                 gradients& dw, arena_type& mem) const {
@@ -331,6 +335,13 @@ class sum {
 
  private:
   matrix_view<float> make_scratch(dim T, arena& mem) const noexcept { return mem.matrix<float>("ys", T, sizes().d); }
+  void add_shared(const weights& w, const input& x, const matrix_view<float>& y, context& ctx, arena_type& mem) const {
+    scratch_frame frame(mem);
+    mem.align();
+    const auto ys = make_scratch(y.rows, mem);
+    shared_.forward(w.shared, x, ys, ctx.shared, mem);
+    add(call<backend_type>{shared_.backend(), mem, sizes()}, ys, y);
+  }
   template <class F>
   static auto scoped(const char* name, arena_type& mem, F carve) {
     arena::scope in(mem, name);

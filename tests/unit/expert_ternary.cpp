@@ -93,4 +93,26 @@ TEST_SUITE("expert/ternary") {
     net.forward(w, moe::matrix_view<float>(x.data(), 2, 4), {y.data(), 2, 4}, ctx, mem);
     for (float v : y) CHECK(v == 0);
   }
+  TEST_CASE("a row with NaN gives NaN, and the rows beside it are what they were") {
+    const moe::dense<moe::ternary_expert, backend> net({.d = 5, .f = 6});
+    const moe::shape s{.tokens = 2, .d = 5, .f = 6, .experts = 1};
+    const moe::dense<moe::ffn_expert, backend> from(s);
+    moe::buffer full(from.weight_bytes()), packed(net.weight_bytes()), work(net.scratch_bytes(2));
+    moe::arena f(full.bytes()), q(packed.bytes()), mem(work.bytes());
+    const auto w = from.make_weights(f);
+    testing::randomise(from.catalogue(), full.as<float>(), 9);
+    auto x = testing::normals(10, 10);
+    std::vector<float> y(10), again(10);
+    auto ctx = net.make_inference_context(2, mem);
+    const auto run = [&](std::vector<float>& to) {
+      net.forward({{}, moe::ternary_expert{}.pack(w.expert, s, q)}, moe::matrix_view<const float>(x.data(), 2, 5), {to.data(), 2, 5}, ctx,
+                  mem);
+      q.rewind(0);
+    };
+    run(y);
+    x[2] = std::nanf("");
+    run(again);
+    for (std::size_t j = 0; j < 5; ++j) CHECK(std::isnan(again[j]));
+    for (std::size_t j = 5; j < 10; ++j) CHECK(again[j] == y[j]);
+  }
 }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <doctest/doctest.h>
 
+#include "moe/core/recorded_plan.hpp"
 #include "moe/moe.hpp"
 #include "support/testing.hpp"
 
@@ -147,6 +148,18 @@ TEST_SUITE("sum") {
       for (std::size_t i = s.offset / 4; i < (s.offset + s.bytes) / 4; ++i)
         CHECK(some.gradients()[i] == (frozen ? 0 : all.gradients()[i]));
     }
+  }
+  TEST_CASE("replay along the plan that forward chose gives its bits again, also through a sum of sums") {
+    const moe::sum net(make_both(), moe::dense<moe::copy_expert, backend>({.d = d}));
+    testing::model<std::remove_const_t<decltype(net)>> m(net, T, d, 8);
+    m.forward();
+    const auto y = m.y;
+    const auto recorded = moe::record(m.ctx.routed.routed.plan);
+    std::fill(m.y.begin(), m.y.end(), 0.f);
+    m.net.replay(m.w, m.in, recorded.plan(), m.y_view(), m.ctx, m.work);
+    CHECK(m.y == y);
+    CHECK_THROWS_WITH_AS(m.net.replay(m.w, m.in.slice(0, 4), recorded.plan(), m.y_view(), m.ctx, m.work),
+                         "moe::layer::forward: x is 4 x 6, expected 5 x 6 (T x d)", moe::shape_error);
   }
   TEST_CASE("a sum of sums has the public functions of a layer") {
     const moe::sum net(make_both(), moe::dense<moe::copy_expert, backend>({.d = d}));

@@ -87,7 +87,8 @@ struct ternary_expert {
     MOE_HD void operator()(dim, dim r) const noexcept {
       const float* v = x.row(r);
       float largest = 0;
-      for (dim j = 0; j < to.cols; ++j) largest = std::fabs(v[j]) > largest ? std::fabs(v[j]) : largest;
+      for (dim j = 0; j < to.cols; ++j)
+        if (!(std::fabs(v[j]) <= largest) && largest == largest) largest = std::fabs(v[j]);  // NaN stays: the row is NaN
       const float b = largest + epsilon;
       for (dim j = 0; j < to.cols; ++j)
         to(r, j) = static_cast<std::int8_t>(clip(round_to_even(127.f * v[j] / b), -128.f, 127.f));
@@ -125,7 +126,7 @@ struct ternary_expert {
     expect(m.cols, cols, what, "columns", "unpacked");
   }
   MOE_HD static float round_to_even(float v) noexcept { return std::nearbyint(v); }
-  MOE_HD static float clip(float v, float low, float high) noexcept { return v < low ? low : v > high ? high : v; }
+  MOE_HD static float clip(float v, float low, float high) noexcept { return v > low ? (v < high ? v : high) : low; }
 
   static void pack(matrix_view<const float> from, dim experts, ternary_matrix& to) noexcept {
     const dim rows = from.rows / experts;
