@@ -185,14 +185,14 @@ TEST_SUITE("router/bias_balanced") {
     std::vector<float> z = testing::normals(200 * 8, 11);
     for (std::size_t i = 0; i < z.size(); ++i) z[i] += i % 8 < 2 ? 3.f : 0.f;  // two experts that everybody prefers
     testing::routing<router> m({}, 200, 8, z);
-    const double before = moe::measure(m.forward().plan).imbalance;
+    const double before = moe::routing_statistics(m.forward().plan).imbalance;
     for (int step = 0; step < 300; ++step) {
       std::vector<dim> load(8);
       moe::count_load(m.forward().plan, load);
       moe::update_bias(m.w.bias, load, 2e-3f);
     }
     CHECK(before > 3);
-    CHECK(moe::measure(m.plan).imbalance < 1.2);
+    CHECK(moe::routing_statistics(m.plan).imbalance < 1.2);
   }
 }
 
@@ -330,7 +330,7 @@ TEST_SUITE("router/expert_choice") {
 TEST_SUITE("router/statistics") {
   TEST_CASE("loads, idle experts, imbalance and entropy of a plan") {
     testing::routing<plain_top<2>> m({}, 3, 4, {2, 1, 0, 0, /**/ 2, 1, 0, 0, /**/ 2, 0, 1, 0});
-    const auto s = moe::measure(m.forward().plan);
+    const moe::routing_statistics s(m.forward().plan);
     CHECK(s.rows == 6);
     CHECK(s.dropped == 0);
     CHECK(s.busiest == 3);
@@ -345,11 +345,11 @@ TEST_SUITE("router/statistics") {
   }
   TEST_CASE("an even load has imbalance 1 and entropy log E; no row has none") {
     testing::routing<plain_top<1>> m({}, 4, 4, {1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1});
-    CHECK(moe::measure(m.forward().plan).imbalance == doctest::Approx(1));
-    CHECK(moe::measure(m.plan).entropy == doctest::Approx(std::log(4)));
+    CHECK(moe::routing_statistics(m.forward().plan).imbalance == doctest::Approx(1));
+    CHECK(moe::routing_statistics(m.plan).entropy == doctest::Approx(std::log(4)));
     testing::routing<plain_top<1>> none({}, 0, 4, {});
-    CHECK(moe::measure(none.forward().plan).imbalance == 0);
-    CHECK(moe::measure(none.plan).entropy == 0);
-    CHECK(moe::measure(none.plan).idle == 4);
+    CHECK(moe::routing_statistics(none.forward().plan).imbalance == 0);
+    CHECK(moe::routing_statistics(none.plan).entropy == 0);
+    CHECK(moe::routing_statistics(none.plan).idle == 4);
   }
 }

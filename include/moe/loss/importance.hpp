@@ -24,7 +24,7 @@ struct importance {
   }
 
   template <class B>
-  void measure(const call<B>& on, const routed& r, context& ctx) const noexcept {
+  void measure(const call<B>& on, const routed_tokens& r, context& ctx) const noexcept {
     for_each_token(on, ctx.pull.cols, sum_weights{detail::plan_pointers(r.plan), ctx.pull});
     for_each_token(on, 1, finish{coefficient, ctx.pull, ctx.memory});
   }

@@ -26,7 +26,7 @@ struct first_choice {
   }
 };
 /// What the router chose, dropped choices included.
-struct selected {
+struct router_choice {
   MOE_HD static void count(const detail::plan_pointers& p, matrix_view<const float>, dim, dim t, float* counts) noexcept {
     for (idx i = p.token_offsets[t]; i < p.token_offsets[t + 1]; ++i) counts[p.expert_of(i)] += 1;
   }
@@ -63,7 +63,7 @@ struct basic_load_balance {
   }
 
   template <class B>
-  void measure(const call<B>& on, const routed& r, context& ctx) const noexcept {
+  void measure(const call<B>& on, const routed_tokens& r, context& ctx) const noexcept {
     const detail::plan_pointers plan(r.plan);
     detail::sum_tokens(on, {r.scores.rows, group}, observe{plan, r.scores, r.choices}, ctx.sums);
     for_each_token(on, 1, finish{coefficient, ctx.sums, ctx.pull, ctx.memory});
@@ -127,7 +127,7 @@ struct basic_load_balance {
 /// The Hugging Face form: the k most probable experts; k at balance.
 using load_balance = basic_load_balance<most_probable>;
 /// The same with the router's own selection.
-using load_balance_selected = basic_load_balance<selected>;
+using load_balance_selected = basic_load_balance<router_choice>;
 /// The Switch form: first choices; 1 at balance. Its E^2 mean over groups and experts is this same formula.
 using switch_load_balance = basic_load_balance<first_choice>;
 

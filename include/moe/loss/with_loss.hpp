@@ -7,7 +7,7 @@
 namespace moe {
 
 /// What a loss looks at.
-struct routed {
+struct routed_tokens {
   matrix_view<const float> scores;
   const routing_plan& plan;
   dim choices;  ///< k
@@ -25,7 +25,7 @@ struct loss_value {
 ///
 /// A loss L is a struct with `context`, `make_context(shape, arena)`, `make_scratch(shape, arena)` and
 ///
-///   measure(on, routed, ctx)                 the value, and what backward needs of the whole batch
+///   measure(on, tokens, ctx)                 the value, and what backward needs of the whole batch
 ///   add_gradient(on, scores, ctx, dscores)   dscores[T,E] +=, or where it says `on_weights`
 ///   add_gradient(on, plan, ctx, dweight)     dweight[A] +=, before the router's own backward
 ///
@@ -107,7 +107,7 @@ struct with_loss {
   void measure(const call<B>& on, matrix_view<const float> scores, const plan& p, context& ctx) const noexcept {
     if (!ctx.loss.memory) return;
     if (ctx.scores && ctx.scores.data != detail::kept_scores(ctx.inner).data) copy(on, scores, ctx.scores);
-    loss.measure(on, routed{scores, p, choices(on.sizes)}, ctx.loss);
+    loss.measure(on, routed_tokens{scores, p, choices(on.sizes)}, ctx.loss);
   }
 };
 

@@ -27,7 +27,7 @@ struct z_loss {
   }
 
   template <class B>
-  void measure(const call<B>& on, const routed& r, context& ctx) const noexcept {
+  void measure(const call<B>& on, const routed_tokens& r, context& ctx) const noexcept {
     detail::sum_tokens(on, {r.scores.rows, 0}, observe{r.scores}, ctx.sums);
     for_each_token(on, 1, finish{coefficient, ctx.sums, ctx.memory});
   }

@@ -19,27 +19,26 @@ inline void count_load(const routing_plan& p, std::span<dim> load) {
     if (const idx r = p.position[static_cast<std::size_t>(i)]; r < 0) ++load[static_cast<std::size_t>(-1 - r)];
 }
 
-/// Over the rows of a plan; dropped choices have none.
+/// How even the rows of a plan are: `routing_statistics s(ctx.plan)`. Dropped choices have no rows.
 struct routing_statistics {
   dim rows = 0;        ///< A
   dim dropped = 0;     ///< choices that capacity refused
   dim busiest = 0;     ///< rows of the busiest expert
   dim idle = 0;        ///< experts without rows
   double imbalance = 0;  ///< busiest over the mean load; 1 at balance
-  double entropy = 0;    ///< of the shares of the experts, in nats; log E at balance
-};
+  double entropy = 0;    ///< of the experts' shares, in nats; log E at balance
 
-inline routing_statistics measure(const routing_plan& p) noexcept {
-  routing_statistics s{.rows = p.rows(), .dropped = dropped(p)};
-  for (dim e = 0; e < p.experts(); ++e) {
-    const dim n = p.offsets[static_cast<std::size_t>(e + 1)] - p.offsets[static_cast<std::size_t>(e)];
-    const double share = s.rows > 0 ? static_cast<double>(n) / static_cast<double>(s.rows) : 0;
-    s.busiest = n > s.busiest ? n : s.busiest;
-    s.idle += n == 0;
-    if (n > 0) s.entropy -= share * std::log(share);
-    if (share * static_cast<double>(p.experts()) > s.imbalance) s.imbalance = share * static_cast<double>(p.experts());
+  explicit routing_statistics(const routing_plan& p) noexcept : rows(p.rows()), dropped(moe::dropped(p)) {
+    for (dim e = 0; e < p.experts(); ++e) {
+      const dim n = p.offsets[static_cast<std::size_t>(e + 1)] - p.offsets[static_cast<std::size_t>(e)];
+      busiest = n > busiest ? n : busiest;
+      idle += n == 0;
+      if (n == 0) continue;
+      const double share = static_cast<double>(n) / static_cast<double>(rows);
+      entropy -= share * std::log(share);
+    }
+    if (rows > 0) imbalance = static_cast<double>(busiest * p.experts()) / static_cast<double>(rows);
   }
-  return s;
-}
+};
 
 }  // namespace moe
