@@ -23,8 +23,7 @@ using moe::dim;
 constexpr int k = 2;
 using mixture = moe::layer<moe::linear_gate, moe::with_loss<moe::top_k<k>, moe::load_balance>, moe::ffn_expert,
                            moe::weighted_sum, moe::cpu<>>;
-// A dense feed-forward block is a mixture of one expert.
-using dense = moe::layer<moe::linear_gate, moe::top_k<1>, moe::ffn_expert, moe::weighted_sum, moe::cpu<>>;
+using dense = moe::dense<moe::ffn_expert, moe::cpu<>>;
 
 struct settings {
   std::size_t bytes_per_language;
@@ -35,8 +34,9 @@ struct settings {
   /// Hidden width at which a dense block does at least the work of k experts and the gate.
   dim dense_width() const { return (k * block.f + block.experts / 3 + 7) / 8 * 8; }
 };
-constexpr settings full{.bytes_per_language = 1'300'000, .blocks = 2, .window = 16,
-                        .block = {.tokens = 2048, .d = 128, .f = 128, .experts = 16}, .training = {}};
+constexpr settings full{.bytes_per_language = 1'300'000, .blocks = 2, .window = 8,
+                        .block = {.tokens = 1024, .d = 128, .f = 128, .experts = 16},
+                        .training = {.steps = 2400, .tokens = 1024, .validation = 4096}};
 // The same program on a crumb of text: what it computes is checked, how well it learns is not.
 constexpr settings quick{.bytes_per_language = 60'000, .blocks = 2, .window = 8,
                          .block = {.tokens = 256, .d = 32, .f = 32, .experts = 8},
@@ -57,7 +57,7 @@ demo::language_model_instance<Block> make_model(const settings& s, dim experts, 
 
 /// Multiplications of one token on its way through the model.
 double work_per_byte(const settings& s, dim experts, dim active_width) {
-  return static_cast<double>(s.blocks * (3 * s.block.d * active_width + experts * s.block.d) + 256 * s.block.d);
+  return static_cast<double>(s.blocks * (3 * s.block.d * active_width + experts * s.block.d) + 2 * 256 * s.block.d);
 }
 
 void write_file(const std::filesystem::path& path, const std::string& content) {

@@ -38,6 +38,7 @@ class language_model {
 
   struct context {
     windows in;
+    window_embedding::context embedding;
     std::vector<moe::matrix_view<float>> h, normed;  ///< [blocks+1] of [T,d]
     std::vector<rms_norm::context> norms;
     std::vector<typename Block::context> blocks;
@@ -61,6 +62,7 @@ class language_model {
     const moe::dim T = in.tokens(), d = width();
     context c;
     c.in = in;
+    c.embedding = embedding_.make_context(T, mem);
     for (std::size_t l = 0; l <= count_; ++l) {
       c.h.push_back(mem.matrix<float>("h", T, d));
       c.normed.push_back(mem.matrix<float>("normed", T, d));
@@ -89,7 +91,7 @@ class language_model {
   /// Fills ctx; returns the mean loss in bits per byte.
   double forward(const weights& w, context& ctx, moe::arena& mem) const {
     const on_type on = call(ctx, mem);
-    embedding_.forward(on, w.embedding, ctx.in, ctx.h[0]);
+    embedding_.forward(on, w.embedding, ctx.in, ctx.h[0], ctx.embedding);
     for (std::size_t l = 0; l < count_; ++l) {
       norm_.forward(on, w.norms[l], ctx.h[l], ctx.normed[l], ctx.norms[l]);
       block_.forward(w.blocks[l], ctx.normed[l], ctx.h[l + 1], ctx.blocks[l], mem);
@@ -117,7 +119,7 @@ class language_model {
       block_.backward(w.blocks[l], ctx.normed[l], ctx.blocks[l], dh, dn, dw.blocks[l], mem);
       norm_.backward(on, w.norms[l], ctx.h[l], ctx.norms[l], dn, dh, dw.norms[l]);
     }
-    embedding_.backward(on, ctx.in, dh, dw.embedding);
+    embedding_.backward(on, ctx.in, ctx.embedding, dh, dw.embedding);
   }
 
  private:

@@ -18,30 +18,34 @@ namespace demo {
 struct evaluation {
   std::array<double, 3> bits{};  ///< per byte, by language
   double all = 0;                ///< their mean over bytes
-  /// [block][expert][language] assignments
+  /// [block][expert][language] assignments, where blocks have experts
   std::vector<std::vector<std::array<double, 3>>> use;
 };
 
-/// Every byte of `share`-th part of the validation text, one language after the other.
+/// Adds the rows each expert has in a plan whose tokens are all of language l.
+inline void count(const moe::routing_plan& p, std::size_t l, std::vector<std::array<double, 3>>& use) {
+  use.resize(static_cast<std::size_t>(p.experts()));
+  for (std::size_t e = 0; e < use.size(); ++e) use[e][l] += static_cast<double>(p.offsets[e + 1] - p.offsets[e]);
+}
+
+/// Every byte of the text, one language after the other.
 template <class Block>
 evaluation evaluate(const language_model_instance<Block>& m, const text& t, moe::dim tokens) {
   evaluation out;
-  double count = 0;
+  double bytes = 0;
   for (std::size_t l = 0; l < t.languages(); ++l) {
     std::vector<moe::idx> positions(t.begin[l + 1] - t.begin[l] - text::margin);
     std::iota(positions.begin(), positions.end(), static_cast<moe::idx>(t.begin[l] + text::margin));
     out.bits[l] = bits_per_byte(m, t.bytes, positions, tokens, [&](const auto& ctx) {
-      out.use.resize(ctx.blocks.size());
-      for (std::size_t b = 0; b < ctx.blocks.size(); ++b) {
-        const std::span<const moe::idx> offsets = ctx.blocks[b].plan.offsets;
-        out.use[b].resize(offsets.size() - 1);
-        for (std::size_t e = 0; e + 1 < offsets.size(); ++e) out.use[b][e][l] += static_cast<double>(offsets[e + 1] - offsets[e]);
+      if constexpr (requires { ctx.blocks[0].plan; }) {
+        out.use.resize(ctx.blocks.size());
+        for (std::size_t b = 0; b < ctx.blocks.size(); ++b) count(ctx.blocks[b].plan, l, out.use[b]);
       }
     });
     out.all += out.bits[l] * static_cast<double>(positions.size());
-    count += static_cast<double>(positions.size());
+    bytes += static_cast<double>(positions.size());
   }
-  out.all /= count;
+  out.all /= bytes;
   return out;
 }
 

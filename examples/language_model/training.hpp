@@ -16,12 +16,13 @@
 
 namespace demo {
 
+static_assert(text::margin >= window_embedding::reach, "every byte of a text needs what the model reads before it");
+
 /// How a model is trained. Both models of the demonstration are trained alike.
 struct recipe {
-  moe::dim steps = 1500;
-  moe::dim tokens = 2048;         ///< of one step
-  moe::dim validation = 3 * 2048; ///< tokens of an evaluation on the way
-  float rate = 3e-3f;
+  moe::dim steps, tokens;  ///< tokens of one step
+  moe::dim validation;     ///< tokens of an evaluation on the way
+  float rate = 8e-3f;
   std::uint64_t seed = 1;
 
   moe::dim interval() const noexcept { return steps < 24 ? 1 : steps / 24; }  ///< steps between evaluations

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-/// What the model sees of a text: the bytes before a position, each through a table of its own.
+/// What the model sees of a text: the last few bytes one by one, and which bytes were frequent before them.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 
 namespace demo {
 
-/// Positions in a text; token t is to predict text[position[t]]. Each position has at least `window` bytes before it.
+/// Positions in a text; token t is to predict text[position[t]]. Each has at least `window_embedding::reach` bytes before it.
 struct windows {
   std::span<const std::uint8_t> text;
   std::span<const moe::idx> position;
@@ -21,15 +21,18 @@ struct windows {
   std::uint8_t target(moe::dim t) const noexcept { return byte(t, 0); }
 };
 
-/// y[t] = the sum over i = 1 .. window of table_i[text[position[t] - i]]: a product with one-hot columns, without the product.
-/// Only the table of the last byte starts at random. What the bytes before it add is then learned, not first unlearned.
+/// y[t] = the sum over i = 1 .. window of table_i[byte i before t]  +  counts[t] bag
 ///
-/// weights  last[256,d] earlier[(window-1)*256,d]      saves  nothing      adds to  dlast, dearlier
+/// with counts[t,b]: how often byte b is among the last `reach` bytes, divided by 16. Only the table of the last byte and the
+/// bag start at random. What the bytes before it add is then learned, not first unlearned.
+///
+/// weights  last[256,d] earlier[(window-1)*256,d] bag[256,d]      saves  counts[T,256]      adds to  all three
 struct window_embedding {
-  moe::dim window = 16;
+  static constexpr moe::dim reach = 64;
+  moe::dim window = 8;
 
   struct weights {
-    moe::matrix_view<float> last, earlier;
+    moe::matrix_view<float> last, earlier, bag;
 
     /// Row of the byte `back` positions before the one to predict.
     float* row(const windows& in, moe::dim t, moe::dim back) const noexcept {
@@ -37,27 +40,35 @@ struct window_embedding {
       return back == 1 ? last.row(byte) : earlier.row((back - 2) * 256 + byte);
     }
   };
+  struct context { moe::matrix_view<float> counts; };
 
   weights make_weights(moe::dim d, moe::arena& mem) const noexcept {
-    return {mem.matrix<float>("last", 256, d), mem.matrix<float>("earlier", (window - 1) * 256, d, moe::initial::zeros)};
+    return {mem.matrix<float>("last", 256, d), mem.matrix<float>("earlier", (window - 1) * 256, d, moe::initial::zeros),
+            mem.matrix<float>("bag", 256, d)};
   }
+  context make_context(moe::dim tokens, moe::arena& mem) const noexcept { return {mem.matrix<float>("counts", tokens, 256)}; }
 
   template <class B>
-  void forward(const moe::call<B>& on, const weights& w, const windows& in, moe::matrix_view<float> y) const noexcept {
+  void forward(const moe::call<B>& on, const weights& w, const windows& in, moe::matrix_view<float> y,
+               context& ctx) const noexcept {
+    fill(on, y, 0.f);
+    fill(on, ctx.counts, 0.f);
     for_each_token(on, in.tokens(), [&](moe::dim t) {
-      float* out = y.row(t);
-      for (moe::dim j = 0; j < y.cols; ++j) out[j] = 0;
-      for (moe::dim i = 1; i <= window; ++i) axpy(typename B::arch{}, 1.f, w.row(in, t, i), out, y.cols);
+      for (moe::dim i = 1; i <= window; ++i) axpy(typename B::arch{}, 1.f, w.row(in, t, i), y.row(t), y.cols);
+      for (moe::dim i = 1; i <= reach; ++i) ctx.counts(t, in.byte(t, i)) += 1.f / 16;
     });
+    gemm_nn(on, ctx.counts, w.bag, y);
   }
   /// One task a table: no two write to the same row.
   template <class B>
-  void backward(const moe::call<B>& on, const windows& in, moe::matrix_view<const float> dy, weights& dw) const noexcept {
+  void backward(const moe::call<B>& on, const windows& in, const context& ctx, moe::matrix_view<const float> dy,
+                weights& dw) const noexcept {
     on.executor().for_each(window, 1, [&](moe::dim i, moe::dim last) {
       for (; i < last; ++i)
         for (moe::dim t = 0; t < in.tokens(); ++t)
           axpy(typename B::arch{}, 1.f, dy.row(t), dw.row(in, t, i + 1), dy.cols);
     });
+    gemm_tn(on, ctx.counts, dy, dw.bag);
   }
 };
 

@@ -48,7 +48,17 @@ double slope(std::vector<double> v, std::size_t i, F f) {
   return (up - f(v)) / (2 * h);
 }
 
-const std::vector<std::uint8_t> bytes = {3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3};
+/// A text of 100 small bytes; positions from 64 on have enough before them.
+const std::vector<std::uint8_t> bytes = [] {
+  std::vector<std::uint8_t> v(100);
+  for (std::size_t i = 0; i < v.size(); ++i) v[i] = static_cast<std::uint8_t>(moe::rng(9)(i) % 10);
+  return v;
+}();
+double dot(const std::vector<float>& a, const std::vector<float>& b) {
+  double sum = 0;
+  for (std::size_t i = 0; i < a.size(); ++i) sum += double{a[i]} * double{b[i]};
+  return sum;
+}
 
 }  // namespace
 
@@ -82,37 +92,43 @@ TEST_SUITE("examples/language_model") {
     CHECK(early[2] >= 38);
   }
 
-  TEST_CASE("the embedding adds one row of each table and sends the gradient back to it") {
-    auto last = numbers(256 * 3, 1), earlier = numbers(256 * 3, 2), y = std::vector<float>(6);
-    std::vector<float> dlast(last.size()), dearlier(earlier.size());
-    const std::vector<moe::idx> position = {2, 5};
-    const demo::windows in{bytes, position};
+  TEST_CASE("the embedding adds a row for each of the last bytes and one for each count") {
+    auto last = numbers(256 * 3, 1), earlier = numbers(256 * 3, 2), bag = numbers(256 * 3, 3);
+    std::vector<float> y(6), counts(2 * 256);
+    const std::vector<moe::idx> position = {64, 90};
     const demo::window_embedding embedding{2};
-    demo::window_embedding::weights w{matrix(last, 256), matrix(earlier, 256)}, dw{matrix(dlast, 256), matrix(dearlier, 256)};
+    demo::window_embedding::weights w{matrix(last, 256), matrix(earlier, 256), matrix(bag, 256)};
+    demo::window_embedding::context ctx{matrix(counts, 2)};
     moe::arena none;
     const moe::scalar<> backend;
     const moe::call<moe::scalar<>> on{backend, none, {}};
-    embedding.forward(on, w, in, matrix(y, 2));
-    for (dim j = 0; j < 3; ++j) {
-      CHECK(y[static_cast<std::size_t>(j)] == w.last(1, j) + w.earlier(3, j));      // bytes before 2: 1, then 3
-      CHECK(y[static_cast<std::size_t>(3 + j)] == w.last(5, j) + w.earlier(1, j));  // bytes before 5: 5, then 1
-    }
-    embedding.backward(on, in, matrix(y, 2), dw);
-    embedding.backward(on, in, matrix(y, 2), dw);
-    const auto total = [](const std::vector<float>& v) {
-      double sum = 0;
-      for (const float x : v) sum += std::fabs(x);
-      return sum;
-    };
-    for (dim j = 0; j < 3; ++j) {
-      const float first = 2 * y[static_cast<std::size_t>(j)], second = 2 * y[static_cast<std::size_t>(3 + j)];
-      CHECK(dw.last(1, j) == first);
-      CHECK(dw.earlier(3, j) == first);
-      CHECK(dw.last(5, j) == second);
-      CHECK(dw.earlier(1, j) == second);
-    }
-    CHECK(total(dlast) == doctest::Approx(2 * total(y)));  // and to no other row
-    CHECK(total(dearlier) == doctest::Approx(2 * total(y)));
+    embedding.forward(on, w, {bytes, position}, matrix(y, 2), ctx);
+    for (std::size_t t = 0; t < 2; ++t)
+      for (dim j = 0; j < 3; ++j) {
+        const auto at = static_cast<std::size_t>(position[t]);
+        double wanted = double{w.last(bytes[at - 1], j)} + double{w.earlier(bytes[at - 2], j)};
+        for (std::size_t i = 1; i <= 64; ++i) wanted += double{w.bag(bytes[at - i], j)} / 16;
+        CHECK(std::fabs(double{y[t * 3 + static_cast<std::size_t>(j)]} - wanted) < 1e-5);
+      }
+  }
+  TEST_CASE("the embedding is linear in its weights, and backward is the transpose of forward") {
+    constexpr dim d = 3, T = 3;
+    auto last = numbers(256 * d, 1), earlier = numbers(512 * d, 2), bag = numbers(256 * d, 3), dy = numbers(T * d, 4);
+    std::vector<float> y(T * d), counts(T * 256), dlast(last.size()), dearlier(earlier.size()), dbag(bag.size());
+    const std::vector<moe::idx> position = {70, 64, 99};
+    const demo::windows in{bytes, position};
+    const demo::window_embedding embedding{3};
+    demo::window_embedding::weights w{matrix(last, 256), matrix(earlier, 512), matrix(bag, 256)};
+    demo::window_embedding::weights dw{matrix(dlast, 256), matrix(dearlier, 512), matrix(dbag, 256)};
+    demo::window_embedding::context ctx{matrix(counts, T)};
+    moe::arena none;
+    const moe::scalar<> backend;
+    const moe::call<moe::scalar<>> on{backend, none, {}};
+    embedding.forward(on, w, in, matrix(y, T), ctx);
+    embedding.backward(on, in, ctx, matrix(dy, T), dw);
+    embedding.backward(on, in, ctx, matrix(dy, T), dw);  // adds
+    const double by_weights = dot(dlast, last) + dot(dearlier, earlier) + dot(dbag, bag);
+    CHECK(by_weights == doctest::Approx(2 * dot(dy, y)).epsilon(1e-4));
   }
 
   TEST_CASE("gradients of the norm match finite differences of its formula") {
@@ -150,7 +166,7 @@ TEST_SUITE("examples/language_model") {
     constexpr dim T = 2;
     auto logits = numbers(T * 256, 5);
     std::vector<float> bits(T);
-    const std::vector<moe::idx> position = {4, 9};
+    const std::vector<moe::idx> position = {74, 99};
     const demo::windows in{bytes, position};
     const auto f = [&](const std::vector<double>& v) {
       double nats = 0;
@@ -173,7 +189,7 @@ TEST_SUITE("examples/language_model") {
 
   TEST_CASE("gradients of the whole model match finite differences") {
     const model net(2, 3, block({.tokens = 8, .d = 8, .f = 6, .experts = 2}));  // k = E: no probe changes the plan
-    const std::vector<moe::idx> position = {3, 7, 8, 12, 15};
+    const std::vector<moe::idx> position = {64, 71, 72, 80, 99};
     const demo::windows in{bytes, position};
     moe::buffer params(net.weight_bytes()), grads(net.weight_bytes()), work(net.work_bytes(5));
     moe::arena p(params.bytes()), g(grads.bytes());
