@@ -14,7 +14,8 @@ using reference::matrix;
 using reference::vec;
 
 template <class Router>
-using layer = moe::layer<moe::linear_gate, Router, moe::basic_ffn_expert<moe::plain<moe::silu>>, moe::weighted_sum, moe::scalar<>>;
+using layer =
+    moe::layer<moe::linear_gate, Router, moe::basic_ffn_expert<moe::plain<moe::silu>>, moe::weighted_sum, moe::scalar<>>;
 
 constexpr moe::shape sizes{.tokens = 24, .d = 6, .f = 5, .experts = 5};
 

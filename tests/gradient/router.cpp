@@ -17,7 +17,9 @@ constexpr moe::shape sizes{.tokens = 14, .d = 6, .f = 4, .experts = 8};
 
 struct all_losses {
   template <class Context>
-  double operator()(const Context& ctx) const noexcept { return of(ctx.router); }
+  double operator()(const Context& ctx) const noexcept {
+    return of(ctx.router);
+  }
   template <class Context>
   static double of(const Context& ctx) noexcept {
     double sum = 0;
@@ -60,7 +62,8 @@ TEST_SUITE("router") {
 
 TEST_SUITE("loss") {
   TEST_CASE("auxiliary losses add their gradients to the gate's weights and to x") {
-    using router = moe::with_loss<moe::with_loss<moe::with_loss<moe::top_k<2>, moe::importance>, moe::load_balance>, moe::z_loss>;
+    using router =
+        moe::with_loss<moe::with_loss<moe::with_loss<moe::top_k<2>, moe::importance>, moe::load_balance>, moe::z_loss>;
     check(layer<router>(sizes, router{{{.loss = {.coefficient = 2}}, {.coefficient = 3}}, {.coefficient = 0.5f}}), 9);
   }
 }

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // What holds of every router whatever its scores: a sound plan, the same for any executor, and tokens that do not look at
 // each other where the router does not say that they do.
+#include "support/routing.hpp"
+
 #include <doctest/doctest.h>
 
 #include <algorithm>
@@ -17,7 +19,6 @@
 #include "moe/router/threshold.hpp"
 #include "moe/router/top_p.hpp"
 #include "support/executors.hpp"
-#include "support/routing.hpp"
 
 namespace {
 
@@ -124,7 +125,8 @@ TEST_SUITE("router") {
       }
     });
   }
-  TEST_CASE("plans, weights, gradients and losses have the same bits for any executor, cut of the work and number of threads") {
+  TEST_CASE(
+      "plans, weights, gradients and losses have the same bits for any executor, cut of the work and number of threads") {
     const moe::thread_pool two(2), three(3);
     for_each_router([&](auto router) {
       for (std::uint64_t seed = 1; seed <= 8; ++seed) {
@@ -177,7 +179,8 @@ TEST_SUITE("router") {
       check(moe::renormalised<moe::capacity<moe::top_k<3>>>{.inner = {.limit = {.factor = 0.6}}}, 1);
     }
   }
-  TEST_CASE("capacity keeps exactly the best of what was chosen: nothing dropped would have fitted, and none kept is worse") {
+  TEST_CASE(
+      "capacity keeps exactly the best of what was chosen: nothing dropped would have fitted, and none kept is worse") {
     for (std::uint64_t seed = 1; seed <= 12; ++seed) {
       CAPTURE(seed);
       const some_scores s = some(seed);
@@ -193,7 +196,9 @@ TEST_SUITE("router") {
           const reference::vec p = reference::softmax({s.z.begin() + t * s.E, s.z.begin() + (t + 1) * s.E});
           for (std::size_t j = 0; j < chosen.size(); ++j) {
             const auto e = static_cast<std::size_t>(chosen[j] < 0 ? -1 - chosen[j] : chosen[j]);
-            const double rank = order == moe::drop_order::choices ? static_cast<double>(j) : order == moe::drop_order::score ? -p[e] : 0;
+            const double rank = order == moe::drop_order::choices ? static_cast<double>(j)
+                                : order == moe::drop_order::score ? -p[e]
+                                                                  : 0;
             (chosen[j] < 0 ? lost : kept)[e].emplace_back(rank, t);
           }
         }
@@ -201,7 +206,8 @@ TEST_SUITE("router") {
           REQUIRE(static_cast<dim>(kept[e].size()) <= room);
           if (lost[e].empty()) continue;
           REQUIRE(static_cast<dim>(kept[e].size()) == room);
-          const auto worst = *std::max_element(kept[e].begin(), kept[e].end()), best = *std::min_element(lost[e].begin(), lost[e].end());
+          const auto worst = *std::max_element(kept[e].begin(), kept[e].end()),
+                     best = *std::min_element(lost[e].begin(), lost[e].end());
           REQUIRE((worst < best || worst.first - best.first < 1e-7));
         }
       }

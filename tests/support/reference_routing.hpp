@@ -169,7 +169,8 @@ inline std::vector<choices> expert_choice(const matrix& z, dim room) {
     vec column;
     for (dim t = 0; t < z.rows; ++t)
       column.push_back(eligible(z(t, e)) ? p[static_cast<std::size_t>(t)][static_cast<std::size_t>(e)] : never);
-    for (const dim t : best(column, room)) all[static_cast<std::size_t>(t)].push_back({e, column[static_cast<std::size_t>(t)]});
+    for (const dim t : best(column, room))
+      all[static_cast<std::size_t>(t)].push_back({e, column[static_cast<std::size_t>(t)]});
   }
   return all;
 }

@@ -28,8 +28,15 @@ struct routing {
   bool training;
 
   routing(R r, dim T, dim E, std::vector<float> z, bool trains = true, B b = {})
-      : router(r), sizes{.tokens = T, .experts = E}, scores(std::move(z)), dscores(scores.size()), backend(b),
-        memory(bytes(r, sizes)), scratch_memory(scratch_bytes(r, sizes)), mem(memory.bytes()), scratch(scratch_memory.bytes()),
+      : router(r),
+        sizes{.tokens = T, .experts = E},
+        scores(std::move(z)),
+        dscores(scores.size()),
+        backend(b),
+        memory(bytes(r, sizes)),
+        scratch_memory(scratch_bytes(r, sizes)),
+        mem(memory.bytes()),
+        scratch(scratch_memory.bytes()),
         training(trains) {
     moe::detail::check_shape(router, sizes);
     carve(mem);
@@ -140,9 +147,13 @@ inline std::vector<float> apart(dim T, dim E, std::uint64_t seed, float spread =
   std::vector<float> z;
   for (dim t = 0; t < T; ++t) {
     std::vector<float> row;
-    for (dim e = 0; e < E; ++e) row.push_back(spread * (2 * (static_cast<float>(e) + 0.8f * random.uniform(static_cast<std::uint64_t>(t * E + e))) / static_cast<float>(E) - 1));
+    for (dim e = 0; e < E; ++e)
+      row.push_back(spread * (2 * (static_cast<float>(e) + 0.8f * random.uniform(static_cast<std::uint64_t>(t * E + e))) /
+                                  static_cast<float>(E) -
+                              1));
     for (dim e = E - 1; e > 0; --e)
-      std::swap(row[static_cast<std::size_t>(e)], row[random(static_cast<std::uint64_t>((T + t) * E + e)) % static_cast<std::uint64_t>(e + 1)]);
+      std::swap(row[static_cast<std::size_t>(e)],
+                row[random(static_cast<std::uint64_t>((T + t) * E + e)) % static_cast<std::uint64_t>(e + 1)]);
     z.insert(z.end(), row.begin(), row.end());
   }
   return z;

@@ -31,10 +31,22 @@ struct gating {
   bool training;
 
   gating(G g, dim T, dim d, dim E, std::uint64_t seed, bool trains = true)
-      : gate(g), s{.tokens = T, .d = d, .experts = E}, list(catalogue()), params(bytes()), grads(bytes()), memory(context_bytes()),
-        scratch_memory(scratch_bytes()), params_mem(params.bytes()), grads_mem(grads.bytes()), mem(memory.bytes()),
-        scratch(scratch_memory.bytes()), w(moe::detail::make_weights(gate, s, params_mem)),
-        dw(moe::detail::make_gradients(gate, s, grads_mem)), dx(at(T * d)), scores(at(T * E)), training(trains) {
+      : gate(g),
+        s{.tokens = T, .d = d, .experts = E},
+        list(catalogue()),
+        params(bytes()),
+        grads(bytes()),
+        memory(context_bytes()),
+        scratch_memory(scratch_bytes()),
+        params_mem(params.bytes()),
+        grads_mem(grads.bytes()),
+        mem(memory.bytes()),
+        scratch(scratch_memory.bytes()),
+        w(moe::detail::make_weights(gate, s, params_mem)),
+        dw(moe::detail::make_gradients(gate, s, grads_mem)),
+        dx(at(T * d)),
+        scores(at(T * E)),
+        training(trains) {
     moe::detail::check_shape(gate, s);
     moe::detail::check_weights(gate, w, s);
     if (training) ctx = moe::detail::make_context(gate, s, mem);
@@ -95,7 +107,8 @@ double error(const vec& got, const vec& want) {
   return reference::error(v, want);
 }
 
-/// Scores, and the gradients of x and of the named tensors for the loss <g, scores>, against a reference: of_scores(x, tensors).
+/// Scores, and the gradients of x and of the named tensors for the loss <g, scores>, against a reference: of_scores(x,
+/// tensors).
 template <class G, class Token, class Scores>
 void expect_reference(gating<G, Token>& m, const std::vector<std::string>& names, Scores of_scores) {
   const auto g = testing::normals(m.s.tokens * m.s.experts, 88);
@@ -162,7 +175,8 @@ TEST_SUITE("gate/linear") {
   TEST_CASE("weights of another shape are refused") {
     const moe::shape s{.tokens = 1, .d = 3, .experts = 2};
     std::vector<float> v(8);
-    CHECK_THROWS_WITH_AS(moe::linear_gate{}.check({{v.data(), 3, 2}, {}}, s), "linear_gate: w is 3 x 2, expected 2 x 3 (E x d)", moe::shape_error);
+    CHECK_THROWS_WITH_AS(moe::linear_gate{}.check({{v.data(), 3, 2}, {}}, s),
+                         "linear_gate: w is 3 x 2, expected 2 x 3 (E x d)", moe::shape_error);
     CHECK_THROWS_WITH_AS(moe::biased_linear_gate{}.check({{v.data(), 2, 3}, {v.data(), 1, 2}}, s),
                          "linear_gate: bias is 1 x 2, expected 2 x 1 (E x 1)", moe::shape_error);
   }
@@ -270,7 +284,8 @@ TEST_SUITE("gate/cosine") {
     CHECK(training.forward().scores == inference.forward().scores);
   }
   TEST_CASE("a width below one and weights of another shape are refused") {
-    CHECK_THROWS_WITH_AS(moe::cosine_gate{.width = 0}.check({}), "cosine_gate: width is 0, expected at least 1", moe::shape_error);
+    CHECK_THROWS_WITH_AS(moe::cosine_gate{.width = 0}.check({}), "cosine_gate: width is 0, expected at least 1",
+                         moe::shape_error);
     CHECK_THROWS_WITH_AS(moe::cosine_gate{.width = 2}.check({}, {.tokens = 1, .d = 3, .experts = 2}),
                          "cosine_gate: project is 0 x 0, expected 2 x 3 (p x d)", moe::shape_error);
   }

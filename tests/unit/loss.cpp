@@ -108,12 +108,14 @@ TEST_SUITE("loss/load_balance") {
   TEST_CASE("the Switch form over groups of tokens, the last one shorter") {
     for (const dim n : {1, 5, 16, 70, 100}) {
       CAPTURE(n);
-      testing::routing m(moe::with_loss<moe::top_k<2>, moe::switch_load_balance>{.loss = {.coefficient = 0.3f, .group = n}}, 70, 6,
-                         testing::apart(70, 6, 32));
-      expect_reference(m, mixtral(2), [&](const matrix& z) { return 0.3 * load_balance(z, most_probable(z, 1), std::min<dim>(n, 70)); });
+      testing::routing m(moe::with_loss<moe::top_k<2>, moe::switch_load_balance>{.loss = {.coefficient = 0.3f, .group = n}},
+                         70, 6, testing::apart(70, 6, 32));
+      expect_reference(m, mixtral(2),
+                       [&](const matrix& z) { return 0.3 * load_balance(z, most_probable(z, 1), std::min<dim>(n, 70)); });
     }
   }
-  TEST_CASE("the choice is that of the probabilities, or, where asked for, the router's own with its bias and what it dropped") {
+  TEST_CASE(
+      "the choice is that of the probabilities, or, where asked for, the router's own with its bias and what it dropped") {
     using inner = moe::capacity<moe::bias_balanced<moe::top_k<2, moe::score_rule<moe::softmax_score>>>>;
     const auto z = testing::apart(30, 5, 33);
     const inner router{.limit = {.factor = 0.7}};
@@ -200,7 +202,8 @@ TEST_SUITE("loss/load_balance") {
 
 TEST_SUITE("loss/z_loss") {
   TEST_CASE("value and gradient") {
-    testing::routing m(moe::with_loss<moe::top_k<2>, moe::z_loss>{.loss = {.coefficient = 0.1f}}, 70, 6, testing::apart(70, 6, 41));
+    testing::routing m(moe::with_loss<moe::top_k<2>, moe::z_loss>{.loss = {.coefficient = 0.1f}}, 70, 6,
+                       testing::apart(70, 6, 41));
     expect_reference(m, mixtral(2), [](const matrix& z) { return 0.1 * z_loss(z); });
   }
   TEST_CASE("logits of 1000 neither overflow nor lose the value") {
@@ -223,12 +226,14 @@ TEST_SUITE("loss/importance") {
   }
   TEST_CASE("value and gradient, which passes through the combine weights") {
     using sigmoid = moe::top_k<2, moe::score_rule<moe::sigmoid_score, moe::sum_plus<-20>, 5, 2>>;
-    testing::routing s(moe::with_loss<sigmoid, moe::importance>{.loss = {.coefficient = 0.3f}}, 40, 6, testing::apart(40, 6, 51));
+    testing::routing s(moe::with_loss<sigmoid, moe::importance>{.loss = {.coefficient = 0.3f}}, 40, 6,
+                       testing::apart(40, 6, 51));
     const auto kimi = [](const matrix& z) {
       return reference::route(z, [](const vec& row) { return reference::deepseek_v3(row, vec(6), 2, 1, 1, 2.5); });
     };
     expect_reference(s, kimi, [&](const matrix& z) { return 0.3 * importance(kimi(z), 6); });
-    testing::routing m(moe::with_loss<moe::top_k<3>, moe::importance>{.loss = {.coefficient = 0.3f}}, 40, 6, testing::apart(40, 6, 52));
+    testing::routing m(moe::with_loss<moe::top_k<3>, moe::importance>{.loss = {.coefficient = 0.3f}}, 40, 6,
+                       testing::apart(40, 6, 52));
     expect_reference(m, mixtral(3), [&](const matrix& z) { return 0.3 * importance(mixtral(3)(z), 6); });
   }
   TEST_CASE("dropped assignments have no weight") {
@@ -248,12 +253,14 @@ TEST_SUITE("loss/importance") {
 }
 
 TEST_SUITE("loss/with_loss") {
-  using stacked = moe::with_loss<moe::with_loss<moe::with_loss<moe::top_k<2>, moe::importance>, moe::load_balance>, moe::z_loss>;
+  using stacked =
+      moe::with_loss<moe::with_loss<moe::with_loss<moe::top_k<2>, moe::importance>, moe::load_balance>, moe::z_loss>;
   static_assert(moe::TrainableRouter<stacked, testing::backend_of_routing>);
   static_assert(moe::ReplayableRouter<stacked, testing::backend_of_routing>);
 
   TEST_CASE("losses stack: each has its value, and their gradients add") {
-    testing::routing m(stacked{{{.loss = {.coefficient = 0.2f}}, {.coefficient = 0.3f}}, {.coefficient = 0.1f}}, 30, 5, testing::apart(30, 5, 61));
+    testing::routing m(stacked{{{.loss = {.coefficient = 0.2f}}, {.coefficient = 0.3f}}, {.coefficient = 0.1f}}, 30, 5,
+                       testing::apart(30, 5, 61));
     const auto g = testing::normals(150, 62);
     m.forward().backward(g);
     matrix z(30, 5, m.scores);
@@ -274,7 +281,8 @@ TEST_SUITE("loss/with_loss") {
     plain.forward();
     m.forward();
     inference.forward();
-    for (const auto* plan : {&m.plan, &inference.plan}) CHECK(testing::assignments(*plan) == testing::assignments(plain.plan));
+    for (const auto* plan : {&m.plan, &inference.plan})
+      CHECK(testing::assignments(*plan) == testing::assignments(plain.plan));
     for (dim t = 0; t < 12; ++t) CHECK(m.weights_of(t) == plain.weights_of(t));
     CHECK(m.ctx.loss.value() > 0);
     CHECK(inference.ctx.loss.value() == 0);

@@ -59,7 +59,8 @@ void expect_weights(testing::routing<R>& m, Score score, double epsilon, double 
     return all;
   };
   testing::expect_choices(m.choices(), route());
-  CHECK(reference::error(m.dscores, reference::gradient(z.values, [&] { return reference::loss(route(), coefficient); })) < 1e-5);
+  CHECK(reference::error(m.dscores, reference::gradient(z.values, [&] { return reference::loss(route(), coefficient); })) <
+        1e-5);
 }
 
 template <class R>
@@ -78,13 +79,13 @@ TEST_SUITE("router/capacity") {
   TEST_CASE("the capacity of each rule") {
     const moe::shape s{.tokens = 10, .experts = 4};
     CHECK(moe::capacity_factor{}(s, 2) == 5);
-    CHECK(moe::capacity_factor{.factor = 1.25}(s, 2) == 7);         // 6.25
+    CHECK(moe::capacity_factor{.factor = 1.25}(s, 2) == 7);  // 6.25
     CHECK(moe::capacity_factor{.factor = 0.1, .at_least = 3}(s, 2) == 3);
     CHECK(moe::capacity_factor{.factor = 0.01}(s, 2) == 1);
-    CHECK(moe::capacity_factor{.factor = 1e300}(s, 2) == 10);       // never more than T
+    CHECK(moe::capacity_factor{.factor = 1e300}(s, 2) == 10);  // never more than T
     CHECK(moe::capacity_factor{.factor = 0.1, .at_least = 30}(s, 2) == 10);
-    CHECK(moe::capacity_per_token{}(s, 2) == 3);                    // 2.5
-    CHECK(moe::capacity_per_token{.factor = 1.25}(s, 8) == 4);      // 3.125, whatever k
+    CHECK(moe::capacity_per_token{}(s, 2) == 3);                // 2.5
+    CHECK(moe::capacity_per_token{.factor = 1.25}(s, 8) == 4);  // 3.125, whatever k
     CHECK(moe::given_capacity{.rows = 7}(s, 2) == 7);
     CHECK(moe::capacity_factor{}({.tokens = 0, .experts = 4}, 2) == 0);
   }
@@ -113,7 +114,8 @@ TEST_SUITE("router/capacity") {
     }
   }
   TEST_CASE("by score looks past the selection bias and the groups") {
-    using router = moe::capacity<moe::grouped<moe::bias_balanced<moe::top_k<1, moe::score_rule<moe::sigmoid_score>>>>, moe::given_capacity>;
+    using router = moe::capacity<moe::grouped<moe::bias_balanced<moe::top_k<1, moe::score_rule<moe::sigmoid_score>>>>,
+                                 moe::given_capacity>;
     router r{.limit = {.rows = 1}, .order = moe::drop_order::score};
     testing::routing m(r, 2, 2, {0.5f, 0.4f, /**/ 0.6f, 0.1f});
     m.w.bias(1, 0) = 1;  // both choose expert 1; token 0 has the larger sigmoid there
@@ -149,7 +151,8 @@ TEST_SUITE("router/capacity") {
       testing::routing m(moe::capacity<moe::top_k<2>>{.limit = {.factor = factor}}, 37, 5, testing::normals(37 * 5, 7));
       m.forward();
       const dim room = moe::capacity_factor{.factor = factor}(m.sizes, 2);
-      for (dim e = 0; e < 5; ++e) CHECK(m.plan.offsets[static_cast<std::size_t>(e + 1)] - m.plan.offsets[static_cast<std::size_t>(e)] <= room);
+      for (dim e = 0; e < 5; ++e)
+        CHECK(m.plan.offsets[static_cast<std::size_t>(e + 1)] - m.plan.offsets[static_cast<std::size_t>(e)] <= room);
       CHECK(m.plan.rows() + moe::dropped(m.plan) == 37 * 2);
       CHECK(moe::fault(m.plan) == nullptr);
       std::vector<dim> load(5);
@@ -157,7 +160,8 @@ TEST_SUITE("router/capacity") {
       testing::routing<moe::top_k<2>> free({}, 37, 5, m.scores);
       free.forward();
       for (dim e = 0; e < 5; ++e)
-        CHECK(load[static_cast<std::size_t>(e)] == free.plan.offsets[static_cast<std::size_t>(e + 1)] - free.plan.offsets[static_cast<std::size_t>(e)]);
+        CHECK(load[static_cast<std::size_t>(e)] ==
+              free.plan.offsets[static_cast<std::size_t>(e + 1)] - free.plan.offsets[static_cast<std::size_t>(e)]);
     }
   }
   TEST_CASE("with room for all it is the router itself, bit for bit in the plan") {
@@ -177,8 +181,8 @@ TEST_SUITE("router/capacity") {
     CHECK(m.dscores[3] == 0);
   }
   TEST_CASE("scores that are not eligible or infinite under capacity") {
-    testing::routing m(given<1, moe::score_rule<moe::softmax_score>>{.limit = {.rows = 1}, .order = moe::drop_order::score}, 4, 2,
-                       {1, 0, /**/ not_a_number, -infinity, /**/ infinity, 0, /**/ not_a_number, 3});
+    testing::routing m(given<1, moe::score_rule<moe::softmax_score>>{.limit = {.rows = 1}, .order = moe::drop_order::score},
+                       4, 2, {1, 0, /**/ not_a_number, -infinity, /**/ infinity, 0, /**/ not_a_number, 3});
     m.forward();
     CHECK(all_experts(m) == std::vector<experts>{{0}, {}, {-1}, {1}});  // a probability that is NaN gives way first
     m.router.limit.rows = 2;
@@ -197,7 +201,8 @@ TEST_SUITE("router/capacity") {
   TEST_CASE("a limit that cannot work is refused") {
     using by_factor = moe::capacity<moe::top_k<2>>;
     CHECK(refusal(by_factor{.limit = {.factor = 0}}) == "capacity: factor is 0.000000, expected more than 0, finite");
-    CHECK(refusal(by_factor{.limit = {.factor = std::numeric_limits<double>::infinity()}}) == "capacity: factor is inf, expected more than 0, finite");
+    CHECK(refusal(by_factor{.limit = {.factor = std::numeric_limits<double>::infinity()}}) ==
+          "capacity: factor is inf, expected more than 0, finite");
     CHECK(refusal(by_factor{.limit = {.factor = -1}}) == "capacity: factor is -1.000000, expected more than 0, finite");
     CHECK(refusal(by_factor{.limit = {.at_least = -1}}) == "capacity: at_least is -1, expected at least 0");
     CHECK(refusal(given<2>{.limit = {.rows = 0}}) == "capacity: rows is 0, expected at least 1");
@@ -234,7 +239,8 @@ TEST_SUITE("router/renormalised") {
       };
       testing::expect_choices(m.choices(), route());
       const matrix coefficient(20, 6, g);
-      CHECK(reference::error(m.dscores, reference::gradient(z.values, [&] { return reference::loss(route(), coefficient); })) < 1e-5);
+      CHECK(reference::error(m.dscores,
+                             reference::gradient(z.values, [&] { return reference::loss(route(), coefficient); })) < 1e-5);
     }
   }
   TEST_CASE("a sum below float's epsilon divides by that, and then carries no gradient of its own") {
@@ -252,7 +258,8 @@ TEST_SUITE("router/replay") {
   template <class R>
   void expect_replay(R router, std::uint64_t seed) {
     const dim T = 24, E = 8;
-    const auto z = testing::apart(T, E, seed), fresh = testing::apart(T, E, seed + 50), g = testing::normals(T * E, seed + 60);
+    const auto z = testing::apart(T, E, seed), fresh = testing::apart(T, E, seed + 50),
+               g = testing::normals(T * E, seed + 60);
     testing::routing<R> original(router, T, E, z), again(router, T, E, z), other(router, T, E, fresh);
     original.forward().backward(g);
     const moe::recorded_plan recorded = moe::record(original.plan);

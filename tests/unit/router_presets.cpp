@@ -76,7 +76,8 @@ TEST_SUITE("router/presets") {
     expect_family(moe::llama4_router<3>{}, [](const vec& z, const vec&) { return reference::llama4(z, 3); });
   }
   TEST_CASE("DeepSeek-V2: the best groups by their largest probability, scaled by 16") {
-    expect_family(moe::deepseek_v2_router<>{}, [](const vec& z, const vec&) { return reference::deepseek_v2(z, 6, 8, 3, 16); });
+    expect_family(moe::deepseek_v2_router<>{},
+                  [](const vec& z, const vec&) { return reference::deepseek_v2(z, 6, 8, 3, 16); });
   }
   TEST_CASE("DeepSeek-V3: the best groups by their two largest biased sigmoids, renormalised, scaled by 2.5") {
     expect_family(moe::deepseek_v3_router<>{},
@@ -93,12 +94,16 @@ TEST_SUITE("router/presets") {
     expect_family(port, [](const vec& z, const vec& b) { return reference::deepseek_v3(z, b, 8, 8, 4, 2.5, 0); });
   }
   TEST_CASE("Kimi-K2, GLM-4.5, dots.llm1: the same without groups, each with its scale") {
-    expect_family(moe::kimi_k2_router<>{}, [](const vec& z, const vec& b) { return reference::deepseek_v3(z, b, 8, 1, 1, 2.827); });
-    expect_family(moe::glm4_moe_router<>{}, [](const vec& z, const vec& b) { return reference::deepseek_v3(z, b, 8, 1, 1, 1); });
-    expect_family(moe::dots1_router<>{}, [](const vec& z, const vec& b) { return reference::deepseek_v3(z, b, 6, 1, 1, 2.5); });
+    expect_family(moe::kimi_k2_router<>{},
+                  [](const vec& z, const vec& b) { return reference::deepseek_v3(z, b, 8, 1, 1, 2.827); });
+    expect_family(moe::glm4_moe_router<>{},
+                  [](const vec& z, const vec& b) { return reference::deepseek_v3(z, b, 8, 1, 1, 1); });
+    expect_family(moe::dots1_router<>{},
+                  [](const vec& z, const vec& b) { return reference::deepseek_v3(z, b, 6, 1, 1, 2.5); });
   }
   TEST_CASE("DeepSeek-V4: the square root of softplus") {
-    expect_family(moe::deepseek_v4_router<6>{}, [](const vec& z, const vec& b) { return reference::deepseek_v4(z, b, 6, 1); });
+    expect_family(moe::deepseek_v4_router<6>{},
+                  [](const vec& z, const vec& b) { return reference::deepseek_v4(z, b, 6, 1); });
   }
   TEST_CASE("ERNIE-4.5: a bias after the softmax, the sum floored") {
     expect_family(moe::ernie45_router<>{}, [](const vec& z, const vec& b) { return reference::ernie45(z, b, 6); });
@@ -123,7 +128,8 @@ TEST_SUITE("router/presets") {
       matrix z(tokens, experts, m.scores);
       const matrix coefficient(tokens, experts, g);
       testing::expect_choices(m.choices(), reference::switch_transformer(z, room));
-      const vec want = reference::gradient(z.values, [&] { return reference::loss(reference::switch_transformer(z, room), coefficient); });
+      const vec want = reference::gradient(
+          z.values, [&] { return reference::loss(reference::switch_transformer(z, room), coefficient); });
       CHECK(reference::error(m.dscores, want) < 1e-5);
       CHECK(moe::dropped(m.plan) == tokens - m.plan.rows());
     }

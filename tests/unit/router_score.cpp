@@ -64,7 +64,8 @@ TEST_SUITE("router/score") {
     const auto slope = [](auto f, double z) { return (f(z + 1e-6) - f(z - 1e-6)) / 2e-6; };
     for (const float z : {-8.f, -1.f, 0.f, 0.5f, 4.f}) {
       CAPTURE(z);
-      CHECK(moe::sigmoid_score{}.slope(z, at(moe::sigmoid_score{}, z)) == doctest::Approx(slope(reference::sigmoid, z)).epsilon(1e-4));
+      CHECK(moe::sigmoid_score{}.slope(z, at(moe::sigmoid_score{}, z)) ==
+            doctest::Approx(slope(reference::sigmoid, z)).epsilon(1e-4));
       CHECK(moe::sqrt_softplus_score{}.slope(z, at(moe::sqrt_softplus_score{}, z)) ==
             doctest::Approx(slope(reference::sqrt_softplus, z)).epsilon(1e-4));
     }
@@ -130,8 +131,9 @@ TEST_SUITE("router/top_k") {
     CHECK(m.weights_of(1)[0] == doctest::Approx(1. / 3));
   }
   TEST_CASE("what is not eligible is never chosen, and a token with fewer keeps fewer") {
-    testing::routing<moe::top_k<2>> m({}, 4, 3, {-infinity, 5, -infinity, /**/ not_a_number, 1, 2, /**/ not_a_number, -infinity,
-                                                 -infinity, /**/ -1, not_a_number, not_a_number});
+    testing::routing<moe::top_k<2>> m({}, 4, 3,
+                                      {-infinity, 5, -infinity, /**/ not_a_number, 1, 2, /**/ not_a_number, -infinity,
+                                       -infinity, /**/ -1, not_a_number, not_a_number});
     m.forward().backward(std::vector<float>(12, 1));
     CHECK(m.experts_of(0) == std::vector<dim>{1});
     CHECK(m.weights_of(0) == std::vector<float>{1});

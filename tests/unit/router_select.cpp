@@ -53,7 +53,8 @@ void expect_reference(testing::routing<R>& m, Route route) {
   matrix z(T, E, m.scores);
   const matrix coefficient(T, E, g);
   testing::expect_choices(m.choices(), route(z));
-  CHECK(reference::error(m.dscores, reference::gradient(z.values, [&] { return reference::loss(route(z), coefficient); })) < 1e-5);
+  CHECK(reference::error(m.dscores, reference::gradient(z.values, [&] { return reference::loss(route(z), coefficient); })) <
+        1e-5);
 }
 
 }  // namespace
@@ -91,9 +92,11 @@ TEST_SUITE("router/grouped") {
   TEST_CASE("what is not eligible does not count for its group, and a group of such experts is never kept") {
     moe::grouped<plain_top<2>> r{.groups = 3, .kept = 1};
     CHECK(testing::routing(r, 1, 6, {9, -infinity, 4, 4, not_a_number, 20}).forward().experts_of(0) == experts{5});
-    CHECK(testing::routing(r, 1, 6, {-infinity, -infinity, 1, not_a_number, -infinity, -infinity}).forward().experts_of(0) == experts{2});
+    CHECK(testing::routing(r, 1, 6, {-infinity, -infinity, 1, not_a_number, -infinity, -infinity}).forward().experts_of(0) ==
+          experts{2});
     r.kept = 2;
-    CHECK(testing::routing(r, 1, 6, {-infinity, not_a_number, -5, -6, -infinity, -infinity}).forward().experts_of(0) == experts{2, 3});
+    CHECK(testing::routing(r, 1, 6, {-infinity, not_a_number, -5, -6, -infinity, -infinity}).forward().experts_of(0) ==
+          experts{2, 3});
   }
   TEST_CASE("the masked keys: never chosen, or 0 as in the Hugging Face port, which differs where kept keys are negative") {
     // Keys sigmoid + bias = .5 -.4 | -.1 -.2: the first group is kept, and its second key is below 0.
@@ -120,7 +123,8 @@ TEST_SUITE("router/grouped") {
     CHECK(refusal(router{.groups = 4, .kept = 2}, 16) == "");
     CHECK(refusal(router{.groups = 3, .kept = 2}, 16) == "grouped: groups is 3, expected 1 to 64, a divisor of 16 (E)");
     CHECK(refusal(router{.groups = 0, .kept = 2}, 16) == "grouped: groups is 0, expected 1 to 64, a divisor of 16 (E)");
-    CHECK(refusal(router{.groups = 128, .kept = 2}, 256) == "grouped: groups is 128, expected 1 to 64, a divisor of 256 (E)");
+    CHECK(refusal(router{.groups = 128, .kept = 2}, 256) ==
+          "grouped: groups is 128, expected 1 to 64, a divisor of 256 (E)");
     CHECK(refusal(router{.groups = 4, .kept = 5}, 16) == "grouped: kept is 5, expected 1 to 4 (groups)");
     CHECK(refusal(router{.groups = 4, .kept = 0}, 16) == "grouped: kept is 0, expected 1 to 4 (groups)");
     CHECK(refusal(router{.groups = 8, .kept = 1}, 16) == "grouped: k is 3, expected at most 2 (experts of the kept groups)");
@@ -179,7 +183,8 @@ TEST_SUITE("router/bias_balanced") {
     const dim uneven[] = {1, 1, 1, 2};  // mean 1.25, between whole numbers
     moe::update_bias({bias, 4, 1}, uneven, 0.25f);
     CHECK(std::vector<float>(bias, bias + 4) == std::vector<float>{1, 1.5f, 1.25f, 1});
-    CHECK_THROWS_WITH_AS(moe::update_bias({bias, 3, 1}, load, 0.25f), "update_bias: bias is 3 x 1, expected 4 x 1 (E x 1)", moe::shape_error);
+    CHECK_THROWS_WITH_AS(moe::update_bias({bias, 3, 1}, load, 0.25f), "update_bias: bias is 3 x 1, expected 4 x 1 (E x 1)",
+                         moe::shape_error);
   }
   TEST_CASE("updates of the bias even out a skewed load") {
     std::vector<float> z = testing::normals(200 * 8, 11);
@@ -227,7 +232,8 @@ TEST_SUITE("router/top_p") {
     CHECK(normed.forward().weights_of(0)[1] == doctest::Approx(0.3 / 0.8));
   }
   TEST_CASE("what is not eligible has no probability; a token without eligible experts keeps none") {
-    testing::routing m(moe::top_p<3>{.p = 1}, 3, 3, {0, -infinity, not_a_number, /**/ not_a_number, not_a_number, -infinity, /**/ 1, 2, 3});
+    testing::routing m(moe::top_p<3>{.p = 1}, 3, 3,
+                       {0, -infinity, not_a_number, /**/ not_a_number, not_a_number, -infinity, /**/ 1, 2, 3});
     m.forward();
     CHECK(m.experts_of(0) == experts{0});
     CHECK(m.weights_of(0) == std::vector<float>{1});
@@ -237,7 +243,9 @@ TEST_SUITE("router/top_p") {
   TEST_CASE("choices, weights and gradients are those of the reference") {
     for (const float p : {0.3f, 0.7f, 0.95f}) {
       testing::routing m(moe::top_p<5>{.p = p}, 20, 9, testing::apart(20, 9, 21));
-      expect_reference(m, [&](const matrix& z) { return reference::route(z, [&](const vec& row) { return reference::top_p(row, double{p}, 5); }); });
+      expect_reference(m, [&](const matrix& z) {
+        return reference::route(z, [&](const vec& row) { return reference::top_p(row, double{p}, 5); });
+      });
     }
   }
   TEST_CASE("a p out of range and too many choices are refused") {
@@ -250,7 +258,8 @@ TEST_SUITE("router/top_p") {
 
 TEST_SUITE("router/threshold") {
   TEST_CASE("every expert at the threshold or above, best first; none is allowed") {
-    testing::routing m(moe::threshold<>{}, 4, 3, {0, -1, 2, /**/ -1, -2, -3, /**/ 1, 1, 1, /**/ infinity, -infinity, not_a_number});
+    testing::routing m(moe::threshold<>{}, 4, 3,
+                       {0, -1, 2, /**/ -1, -2, -3, /**/ 1, 1, 1, /**/ infinity, -infinity, not_a_number});
     m.forward();
     CHECK(m.experts_of(0) == experts{2, 0});  // sigmoid(0) is 1/2
     CHECK(m.experts_of(1).empty());
@@ -260,7 +269,8 @@ TEST_SUITE("router/threshold") {
     CHECK(m.plan.rows() == 6);
   }
   TEST_CASE("at least the best, where asked for, and where one is eligible") {
-    testing::routing m(moe::threshold<>{.at_least_one = true}, 3, 3, {-3, -1, -1, /**/ -infinity, not_a_number, -infinity, /**/ 1, 2, -1});
+    testing::routing m(moe::threshold<>{.at_least_one = true}, 3, 3,
+                       {-3, -1, -1, /**/ -infinity, not_a_number, -infinity, /**/ 1, 2, -1});
     m.forward();
     CHECK(m.experts_of(0) == experts{1});
     CHECK(m.experts_of(1).empty());
@@ -269,9 +279,11 @@ TEST_SUITE("router/threshold") {
   TEST_CASE("choices, weights and gradients are those of the reference") {
     testing::routing sigmoid(moe::threshold<>{.tau = 0.6f}, 15, 8, testing::apart(15, 8, 22));
     expect_reference(sigmoid, [](const matrix& z) {
-      return reference::route(z, [](const vec& row) { return reference::threshold(reference::map(row, reference::sigmoid), 0.6); });
+      return reference::route(
+          z, [](const vec& row) { return reference::threshold(reference::map(row, reference::sigmoid), 0.6); });
     });
-    testing::routing softmax(moe::threshold<moe::score_rule<moe::softmax_score>>{.tau = 0.12f}, 15, 8, testing::apart(15, 8, 23));
+    testing::routing softmax(moe::threshold<moe::score_rule<moe::softmax_score>>{.tau = 0.12f}, 15, 8,
+                             testing::apart(15, 8, 23));
     expect_reference(softmax, [](const matrix& z) {
       return reference::route(z, [](const vec& row) { return reference::threshold(reference::softmax(row), 0.12f); });
     });
@@ -292,7 +304,8 @@ TEST_SUITE("router/expert_choice") {
     CHECK(m.experts_of(3).empty());
   }
   TEST_CASE("an expert takes fewer where fewer are eligible") {
-    testing::routing m(moe::expert_choice<1, moe::select_only>{}, 4, 2, {-infinity, 5, /**/ not_a_number, 5, /**/ 3, -infinity, /**/ -infinity, infinity});
+    testing::routing m(moe::expert_choice<1, moe::select_only>{}, 4, 2,
+                       {-infinity, 5, /**/ not_a_number, 5, /**/ 3, -infinity, /**/ -infinity, infinity});
     m.forward();
     CHECK(m.plan.offsets[1] == 1);
     CHECK(m.experts_of(2) == experts{0});
@@ -341,7 +354,8 @@ TEST_SUITE("router/statistics") {
     moe::count_load(m.plan, load);
     CHECK(load == std::vector<dim>{13, 12, 11, 10});  // adds
     std::vector<dim> wrong(3);
-    CHECK_THROWS_WITH_AS(moe::count_load(m.plan, wrong), "count_load: load has 3 elements, expected 4 (E)", moe::shape_error);
+    CHECK_THROWS_WITH_AS(moe::count_load(m.plan, wrong), "count_load: load has 3 elements, expected 4 (E)",
+                         moe::shape_error);
   }
   TEST_CASE("an even load has imbalance 1 and entropy log E; no row has none") {
     testing::routing<plain_top<1>> m({}, 4, 4, {1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1});

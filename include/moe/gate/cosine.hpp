@@ -51,7 +51,7 @@ struct cosine_gate {
   }
   struct backward_scratch {
     rows directions;
-    rows dtokens;               ///< length: the share of the scale
+    rows dtokens;  ///< length: the share of the scale
     matrix_view<float> ddirections, dcosine;
   };
   backward_scratch make_backward_scratch(shape s, arena& mem) const noexcept {
@@ -148,7 +148,8 @@ struct cosine_gate {
   }
   /// d log_scale = sum of dscores scores = sum over tokens of <dunit, unit>; none where the cap holds.
   template <class B>
-  static void add_scale_gradient(const call<B>& on, const weights& p, matrix_view<float> shares, matrix_view<float> to) noexcept {
+  static void add_scale_gradient(const call<B>& on, const weights& p, matrix_view<float> shares,
+                                 matrix_view<float> to) noexcept {
     for_each_token(on, shares.rows, cap_share{p.log_scale, shares});
     sum_rows(on, dense_rows(on), matrix_view<const float>(shares), to);
   }

@@ -20,7 +20,8 @@ struct normal_noise {
 /// Shazeer et al. 2017, arXiv:1701.06538
 template <class G = linear_gate, class Noise = normal_noise>
 struct noisy {
-  static_assert(std::same_as<typename G::input, matrix_view<const float>>, "moe::noisy: its gate does not read a float matrix");
+  static_assert(std::same_as<typename G::input, matrix_view<const float>>,
+                "moe::noisy: its gate does not read a float matrix");
   using input = typename G::input;
   using input_grad = typename G::input_grad;
   struct weights {

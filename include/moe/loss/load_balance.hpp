@@ -12,7 +12,8 @@ namespace moe {
 
 /// The k largest probabilities, whatever bias, groups or noise the router's own selection has (Hugging Face).
 struct most_probable {
-  MOE_HD static void count(const detail::plan_pointers&, matrix_view<const float> scores, dim k, dim t, float* counts) noexcept {
+  MOE_HD static void count(const detail::plan_pointers&, matrix_view<const float> scores, dim k, dim t,
+                           float* counts) noexcept {
     const float* z = scores.row(t);
     const auto cut = detail::best_of(static_cast<idx>(scores.cols), k, [&](idx e) { return z[e]; });
     for (idx e = 0; e < scores.cols; ++e)
@@ -21,7 +22,8 @@ struct most_probable {
 };
 /// The most probable expert alone (Switch).
 struct first_choice {
-  MOE_HD static void count(const detail::plan_pointers& p, matrix_view<const float> scores, dim, dim t, float* counts) noexcept {
+  MOE_HD static void count(const detail::plan_pointers& p, matrix_view<const float> scores, dim, dim t,
+                           float* counts) noexcept {
     most_probable::count(p, scores, 1, t, counts);
   }
 };
@@ -55,7 +57,8 @@ struct basic_load_balance {
   }
   context make_context(shape s, arena& mem) const noexcept {
     const dim G = detail::token_groups(s.tokens, group).count();
-    return {{mem.matrix<float>("loss", 1, 1).data}, mem.matrix<float>("sums", G, 2 * s.experts + 1),
+    return {{mem.matrix<float>("loss", 1, 1).data},
+            mem.matrix<float>("sums", G, 2 * s.experts + 1),
             mem.matrix<float>("pull", G, s.experts)};
   }
   matrix_view<float> make_scratch(shape s, arena& mem) const noexcept {
@@ -69,7 +72,8 @@ struct basic_load_balance {
     for_each_token(on, 1, finish{coefficient, ctx.sums, ctx.pull, ctx.memory});
   }
   template <class B>
-  void add_gradient(const call<B>& on, matrix_view<const float> scores, const context& ctx, matrix_view<float> dscores) const noexcept {
+  void add_gradient(const call<B>& on, matrix_view<const float> scores, const context& ctx,
+                    matrix_view<float> dscores) const noexcept {
     for_each_token(on, scores.rows, differentiate{{scores.rows, group}, scores, ctx.pull, dscores});
   }
 
@@ -139,8 +143,7 @@ using switch_load_balance = basic_load_balance<first_choice>;
 ///
 /// errors   shape_error when a context has no memory, more than one group, or another number of experts
 template <class Counted>
-float join(const basic_load_balance<Counted>& loss,
-           std::span<typename basic_load_balance<Counted>::context* const> layers) {
+float join(const basic_load_balance<Counted>& loss, std::span<typename basic_load_balance<Counted>::context* const> layers) {
   double tokens = 0, total = 0;
   const dim E = layers.empty() ? 0 : layers[0]->pull.cols;
   for (const auto* layer : layers) {

@@ -32,7 +32,8 @@ struct z_loss {
     for_each_token(on, 1, finish{coefficient, ctx.sums, ctx.memory});
   }
   template <class B>
-  void add_gradient(const call<B>& on, matrix_view<const float> scores, const context& ctx, matrix_view<float> dscores) const noexcept {
+  void add_gradient(const call<B>& on, matrix_view<const float> scores, const context& ctx,
+                    matrix_view<float> dscores) const noexcept {
     for_each_token(on, scores.rows, differentiate{coefficient, scores, ctx.sums, dscores});
   }
 

@@ -7,7 +7,8 @@
 namespace moe {
 
 /// Ranks by key + bias[e]; the weights come from the router's own scores and the bias has no gradient. It is moved by
-/// `update_bias`, once a step, from the loads that forward gave. An optimizer leaves it where it is, but for its weight decay.
+/// `update_bias`, once a step, from the loads that forward gave. An optimizer leaves it where it is, but for its weight
+/// decay.
 ///
 /// weights  bias[E,1], zeros, after those of the router
 /// Wang et al. 2024, arXiv:2408.15664; DeepSeek-AI 2024, arXiv:2412.19437

@@ -17,9 +17,9 @@ enum class drop_order : std::uint8_t {
   score,    ///< the largest unbiased score of the rule: a probability, a sigmoid
 };
 
-/// The router R with at most C rows for an expert, C = limit(shape, k). What is beyond is dropped: it has no row, stays in the
-/// plan as position = -1 - e, and is counted by `dropped(plan)`. The weights of the others stay as they were, dropped choices
-/// counted in their norm; `renormalised` divides by what is left.
+/// The router R with at most C rows for an expert, C = limit(shape, k). What is beyond is dropped: it has no row, stays in
+/// the plan as position = -1 - e, and is counted by `dropped(plan)`. The weights of the others stay as they were, dropped
+/// choices counted in their norm; `renormalised` divides by what is left.
 ///
 /// saves    what R saves, and the scores in any case, 4 T E bytes
 /// errors   shape_error for a limit that cannot work
@@ -59,7 +59,9 @@ struct capacity {
   }
   auto make_backward_scratch(shape s, arena& mem) const noexcept
     requires requires { inner.make_backward_scratch(s, mem); }
-  { return inner.make_backward_scratch(s, mem); }
+  {
+    return inner.make_backward_scratch(s, mem);
+  }
 
   template <class B>
   void forward(const call<B>& on, const weights& w, matrix_view<const float> scores, plan& p, context& ctx) const noexcept {

@@ -35,7 +35,9 @@ struct renormalised {
   }
   auto make_scratch(shape s, arena& mem) const noexcept
     requires requires { inner.make_scratch(s, mem); }
-  { return inner.make_scratch(s, mem); }
+  {
+    return inner.make_scratch(s, mem);
+  }
   std::span<float> make_backward_scratch(shape s, arena& mem) const noexcept {
     const auto own = make_row_gradient(s, mem);
     detail::count_backward_scratch(inner, mem, s);
@@ -94,7 +96,9 @@ struct renormalised {
  private:
   static constexpr float least = std::numeric_limits<float>::epsilon();
 
-  std::span<float> make_row_gradient(shape s, arena& mem) const noexcept { return mem.vector<float>("dweight", max_rows(s)); }
+  std::span<float> make_row_gradient(shape s, arena& mem) const noexcept {
+    return mem.vector<float>("dweight", max_rows(s));
+  }
   template <class B>
   static void divide(const call<B>& on, plan& p, context& ctx) noexcept {
     for_each_token(on, p.tokens(), divide_token{detail::plan_pointers(p), ctx.sums.data()});

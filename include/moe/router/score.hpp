@@ -125,7 +125,7 @@ struct p_norm {
 /// checkpoint's configuration may say otherwise.
 template <class Score, class Norm = unnormalised, int Numerator = 1, int Denominator = 1>
 struct score_rule {
-  using score_type = Score;                     ///< unbiased: what capacity by score drops by
+  using score_type = Score;  ///< unbiased: what capacity by score drops by
   static constexpr reduction over = Score::over;
   static constexpr bool ranks_by_score = true;  ///< key orders as z does
   static constexpr bool keeps_scores = true;    ///< backward reads the scores again

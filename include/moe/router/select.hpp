@@ -69,16 +69,22 @@ void select_by_key(const call<B>& on, const R& r, const typename R::weights& w, 
 template <class R, class B>
 void select(const call<B>& on, const R& r, const typename R::weights& w, matrix_view<const float> scores,
             typename R::plan& p, typename R::context& ctx) noexcept {
-  if constexpr (requires { r.select(on, w, scores, p); }) r.select(on, w, scores, p);
-  else r.forward(on, w, scores, p, ctx);
+  if constexpr (requires { r.select(on, w, scores, p); })
+    r.select(on, w, scores, p);
+  else
+    r.forward(on, w, scores, p, ctx);
 }
 
 /// The unbiased score of a router: that of its rule.
 template <class R>
-struct score_of { using type = softmax_score; };
+struct score_of {
+  using type = softmax_score;
+};
 template <class R>
   requires requires(R r) { typename decltype(r.rule)::score_type; }
-struct score_of<R> { using type = typename decltype(R::rule)::score_type; };
+struct score_of<R> {
+  using type = typename decltype(R::rule)::score_type;
+};
 template <class R>
   requires requires(R r) { r.inner; }
 struct score_of<R> : score_of<decltype(R::inner)> {};
@@ -86,7 +92,8 @@ struct score_of<R> : score_of<decltype(R::inner)> {};
 /// Throws where a router would choose more experts than there are.
 inline void expect_choices(dim k, shape s, const char* what) {
   if (k > s.experts)
-    throw shape_error(std::string(what) + ": k is " + std::to_string(k) + ", expected at most " + std::to_string(s.experts) + " (E)");
+    throw shape_error(std::string(what) + ": k is " + std::to_string(k) + ", expected at most " + std::to_string(s.experts) +
+                      " (E)");
 }
 
 }  // namespace detail

@@ -21,10 +21,10 @@ inline void count_load(const routing_plan& p, std::span<dim> load) {
 
 /// How even the rows of a plan are: `routing_statistics s(ctx.plan)`. Dropped choices have no rows.
 struct routing_statistics {
-  dim rows = 0;        ///< A
-  dim dropped = 0;     ///< choices that capacity refused
-  dim busiest = 0;     ///< rows of the busiest expert
-  dim idle = 0;        ///< experts without rows
+  dim rows = 0;          ///< A
+  dim dropped = 0;       ///< choices that capacity refused
+  dim busiest = 0;       ///< rows of the busiest expert
+  dim idle = 0;          ///< experts without rows
   double imbalance = 0;  ///< busiest over the mean load; 1 at balance
   double entropy = 0;    ///< of the experts' shares, in nats; log E at balance
 

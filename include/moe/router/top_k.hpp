@@ -26,8 +26,10 @@ struct top_k {
   dim choices(shape) const noexcept { return K; }
   context make_context(shape s, arena& mem) const noexcept { return make_score_context<Rule>(s, mem); }
   key_scratch make_scratch(shape s, arena& mem) const noexcept {
-    if constexpr (Rule::ranks_by_score) return {};
-    else return {mem.matrix<float>("keys", s.tokens, s.experts)};
+    if constexpr (Rule::ranks_by_score)
+      return {};
+    else
+      return {mem.matrix<float>("keys", s.tokens, s.experts)};
   }
 
   template <class B>

@@ -14,8 +14,10 @@ struct score_context {
 };
 template <class Rule>
 score_context make_score_context(shape s, arena& mem) noexcept {
-  if constexpr (Rule::keeps_scores) return {mem.matrix<float>("scores", s.tokens, s.experts)};
-  else return {};
+  if constexpr (Rule::keeps_scores)
+    return {mem.matrix<float>("scores", s.tokens, s.experts)};
+  else
+    return {};
 }
 
 namespace detail {
@@ -24,16 +26,20 @@ namespace detail {
 /// weights alone do not give the gradient. Decorators that keep something of their own hold the router's context as `inner`.
 template <class Context>
 void keep_scores(Context& ctx, shape s, arena& mem) noexcept {
-  if constexpr (requires { ctx.inner; }) keep_scores(ctx.inner, s, mem);
+  if constexpr (requires { ctx.inner; })
+    keep_scores(ctx.inner, s, mem);
   else if constexpr (std::same_as<Context, score_context>)
     if (ctx.scores.cols == 0) ctx.scores = mem.matrix<float>("scores", s.tokens, s.experts);
 }
 /// The scores that a router's context keeps, or an empty view.
 template <class Context>
 matrix_view<float> kept_scores(const Context& ctx) noexcept {
-  if constexpr (requires { ctx.inner; }) return kept_scores(ctx.inner);
-  else if constexpr (std::same_as<Context, score_context>) return ctx.scores;
-  else return {};
+  if constexpr (requires { ctx.inner; })
+    return kept_scores(ctx.inner);
+  else if constexpr (std::same_as<Context, score_context>)
+    return ctx.scores;
+  else
+    return {};
 }
 
 /// A plan as device code reads it.
@@ -43,8 +49,11 @@ struct plan_pointers {
   idx experts;
 
   explicit plan_pointers(const routing_plan& p) noexcept
-      : offsets(p.offsets.data()), token_offsets(p.token_offsets.data()), position(p.position.data()),
-        weight(p.weight.data()), experts(static_cast<idx>(p.experts())) {}
+      : offsets(p.offsets.data()),
+        token_offsets(p.token_offsets.data()),
+        position(p.position.data()),
+        weight(p.weight.data()),
+        experts(static_cast<idx>(p.experts())) {}
   MOE_HD plan_pointers(const idx* o, const idx* to, const idx* p, float* w, idx n) noexcept
       : offsets(o), token_offsets(to), position(p), weight(w), experts(n) {}
 
@@ -52,8 +61,10 @@ struct plan_pointers {
     idx low = 0, high = experts;  // offsets[low] <= r < offsets[high]
     while (high - low > 1) {
       const idx middle = low + (high - low) / 2;
-      if (offsets[middle] <= r) low = middle;
-      else high = middle;
+      if (offsets[middle] <= r)
+        low = middle;
+      else
+        high = middle;
     }
     return low;
   }
@@ -127,8 +138,10 @@ struct weigh_token_backward {
   MOE_HD void operator()(dim t) const noexcept {
     float* dz = dscores.row(t);
     for (dim e = 0; e < dscores.cols; ++e) dz[e] = 0;
-    if (scores) from_scores(static_cast<idx>(t), dz);
-    else if constexpr (Rule::over == reduction::kept) from_weights(static_cast<idx>(t), dz);
+    if (scores)
+      from_scores(static_cast<idx>(t), dz);
+    else if constexpr (Rule::over == reduction::kept)
+      from_weights(static_cast<idx>(t), dz);
   }
 
  private:
@@ -167,7 +180,8 @@ struct weigh_token_backward {
 
 /// plan.weight from scores, by `rule`; keeps the scores in `ctx` where it has room for them.
 template <class B, class Rule>
-void weigh(const call<B>& on, const Rule& rule, matrix_view<const float> scores, routing_plan& p, score_context& ctx) noexcept {
+void weigh(const call<B>& on, const Rule& rule, matrix_view<const float> scores, routing_plan& p,
+           score_context& ctx) noexcept {
   if (ctx.scores) copy(on, scores, ctx.scores);
   for_each_token(on, p.tokens(), detail::weigh_token<Rule>{rule, detail::plan_pointers(p), scores});
 }
@@ -175,8 +189,8 @@ void weigh(const call<B>& on, const Rule& rule, matrix_view<const float> scores,
 template <class B, class Rule>
 void weigh_backward(const call<B>& on, const Rule& rule, const routing_plan& p, const score_context& ctx,
                     std::span<const float> dweight, matrix_view<float> dscores) noexcept {
-  for_each_token(on, p.tokens(), detail::weigh_token_backward<Rule>{rule, detail::plan_pointers(p), ctx.scores,
-                                                                    dweight.data(), dscores});
+  for_each_token(on, p.tokens(),
+                 detail::weigh_token_backward<Rule>{rule, detail::plan_pointers(p), ctx.scores, dweight.data(), dscores});
 }
 
 }  // namespace moe
