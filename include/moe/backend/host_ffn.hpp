@@ -16,22 +16,21 @@ void grouped_up(const call<B>& on, const bank_rows& rows, gathered<float> x, con
   typename B::arch arch{};
   const dim f = a.cols;
   detail::for_each_tile(on, rows.offsets, f, up.first.cols, 16, [&](const detail::tile& t) {
-    float local[2][detail::row_block * detail::panel];
-    const dim j = t.column, n = t.columns;
-    const auto rows_of = [&](int which) {
-      return z ? z.slice(t.row, t.rows).columns(which * f + j, n) : matrix_view<float>{local[which], t.rows, n};
+    detail::tile_result results[2];
+    const auto product = [&](int which, matrix_stack<const float> w, matrix_stack<const float> bias) {
+      const matrix_view<float> c = results[which].view(t);
+      detail::start(arch, c, t, bias);
+      gemm_nt(arch, x.from(t.row), w[t.expert].slice(t.column, t.columns), c);
+      if (z) detail::copy_tile(arch, c, detail::part_of(z.columns(which * f, f), t));
+      return c;
     };
-    const matrix_view<float> first = rows_of(0), second = Form::gated ? rows_of(1) : first;
-    if constexpr (Form::gated) {
-      detail::start(first, gate_bias, t.expert, j);
-      gemm_nt(arch, x.from(t.row), gate[t.expert].slice(j, n), first);
-    }
-    detail::start(second, up_bias, t.expert, j);
-    gemm_nt(arch, x.from(t.row), up[t.expert].slice(j, n), second);
-    for (dim i = 0; i < t.rows; ++i)
-      for_each_lane(arch, n, [&, g = first.row(i), u = second.row(i), to = a.row(t.row + i) + j](dim c, auto lane) {
-        if constexpr (Form::gated) lane.store(to + c, form(lane.load(g + c), lane.load(u + c)));
-        else lane.store(to + c, form(lane.load(u + c)));
+    matrix_view<float> g;
+    if constexpr (Form::gated) g = product(0, gate, gate_bias);
+    const matrix_view<float> u = product(Form::gated, up, up_bias), to = detail::part_of(a, t);
+    for (dim r = 0; r < t.rows; ++r)
+      for_each_lane(arch, t.columns, [&, r](dim j, auto lane) {
+        if constexpr (Form::gated) lane.store(to.row(r) + j, form(lane.load(g.row(r) + j), lane.load(u.row(r) + j)));
+        else lane.store(to.row(r) + j, form(lane.load(u.row(r) + j)));
       });
   });
 }

@@ -8,18 +8,39 @@ namespace moe {
 
 namespace detail {
 
-/// The rows of one tile, all equal to columns j .. of expert e's bias, v[e](j, 0), or 0 where there is none.
-inline void start(matrix_view<float> to, matrix_stack<const float> v, dim e, dim j) noexcept {
-  const matrix_view<const float> bias = v.first ? v[e] : v.first;
-  for (dim r = 0; r < to.rows; ++r)
-    for (dim c = 0; c < to.cols; ++c) to(r, c) = bias ? bias(j + c, 0) : 0.f;
+/// The result of one tile, close together while it grows.
+struct tile_result {
+  float data[row_block * panel];
+  matrix_view<float> view(const tile& t) noexcept { return {data, t.rows, t.columns}; }
+};
+inline matrix_view<float> part_of(matrix_view<float> m, const tile& t) noexcept {
+  return m.slice(t.row, t.rows).columns(t.column, t.columns);
 }
 
-/// f(tile, the tile of out) over the tiles of out[A,n] = a[A,k] b[e]^T.
-template <HostBackend B, class F>
-void for_each_product(const call<B>& on, const bank_rows& rows, matrix_stack<const float> b, matrix_view<float> out, F f) noexcept {
-  for_each_tile(on, rows.offsets, b.first.rows, b.first.cols, 16,
-                [&](const tile& t) { f(t, out.slice(t.row, t.rows).columns(t.column, t.columns)); });
+template <class Arch>
+void copy_tile(Arch arch, matrix_view<float> from, matrix_view<float> to) noexcept {
+  for (dim r = 0; r < to.rows; ++r)
+    for_each_lane(arch, to.cols, [&, r](dim j, auto lane) { lane.store(to.row(r) + j, lane.load(from.row(r) + j)); });
+}
+/// The rows of a tile, all equal to their columns of the bias v[e](j, 0), or 0 where there is none.
+template <class Arch>
+void start(Arch arch, matrix_view<float> c, const tile& t, matrix_stack<const float> v) noexcept {
+  float bias[panel] = {};
+  for (dim j = 0; v.first && j < t.columns; ++j) bias[j] = v[t.expert](t.column + j, 0);
+  copy_tile(arch, {bias, c.rows, c.cols, 0}, c);
+}
+
+/// store(tile, start + a b[e]^T) over the tiles of a result; start(c, tile) sets what is added to.
+template <HostBackend B, class Start, class Store>
+void for_each_product(const call<B>& on, const bank_rows& rows, gathered<float> a, matrix_stack<const float> b, Start start,
+                      Store store) noexcept {
+  for_each_tile(on, rows.offsets, b.first.rows, b.first.cols, 16, [&](const tile& t) {
+    tile_result result;
+    const matrix_view<float> c = result.view(t);
+    start(c, t);
+    gemm_nt(typename B::arch{}, a.from(t.row), b[t.expert].slice(t.column, t.columns), c);
+    store(t, c);
+  });
 }
 
 }  // namespace detail
@@ -28,26 +49,26 @@ void for_each_product(const call<B>& on, const bank_rows& rows, matrix_stack<con
 template <HostBackend B>
 void grouped_gemm_nt(const call<B>& on, const bank_rows& rows, gathered<float> a, matrix_stack<const float> b,
                      matrix_view<float> out) noexcept {
-  detail::for_each_product(on, rows, b, out, [&](const detail::tile& t, matrix_view<float> c) {
-    gemm_nt(typename B::arch{}, a.from(t.row), b[t.expert].slice(t.column, t.columns), c);
-  });
+  const typename B::arch arch{};
+  detail::for_each_product(
+      on, rows, a, b, [&](matrix_view<float> c, const detail::tile& t) { detail::copy_tile(arch, detail::part_of(out, t), c); },
+      [&](const detail::tile& t, matrix_view<float> c) { detail::copy_tile(arch, c, detail::part_of(out, t)); });
 }
 /// out[r] = a[r] b[e]^T + bias[e], the bias a column per expert or empty.
 template <HostBackend B>
 void grouped_gemm_nt(const call<B>& on, const bank_rows& rows, gathered<float> a, matrix_stack<const float> b,
                      matrix_stack<const float> bias, matrix_view<float> out) noexcept {
-  detail::for_each_product(on, rows, b, out, [&](const detail::tile& t, matrix_view<float> c) {
-    detail::start(c, bias, t.expert, t.column);
-    gemm_nt(typename B::arch{}, a.from(t.row), b[t.expert].slice(t.column, t.columns), c);
-  });
+  const typename B::arch arch{};
+  detail::for_each_product(
+      on, rows, a, b, [&](matrix_view<float> c, const detail::tile& t) { detail::start(arch, c, t, bias); },
+      [&](const detail::tile& t, matrix_view<float> c) { detail::copy_tile(arch, c, detail::part_of(out, t)); });
 }
 /// out[r] += a[r] b[e] for every row of a bank: a[A,k] read through the plan, b[e] of k x n, out[A,n].
 template <HostBackend B>
 void grouped_gemm_nn(const call<B>& on, const bank_rows& rows, gathered<float> a, matrix_stack<const float> b,
                      matrix_view<float> out) noexcept {
   detail::for_each_tile(on, rows.offsets, b.first.cols, b.first.rows, detail::panel, [&](const detail::tile& t) {
-    gemm_nn(typename B::arch{}, a.from(t.row), b[t.expert].columns(t.column, t.columns),
-            out.slice(t.row, t.rows).columns(t.column, t.columns));
+    gemm_nn(typename B::arch{}, a.from(t.row), b[t.expert].columns(t.column, t.columns), detail::part_of(out, t));
   });
 }
 /// c[e] += the sum over e's rows of a[r]^T b[r]: a[A,m] and b[A,n] read through the plan, c[e] of m x n.

@@ -23,18 +23,18 @@ struct tile {
 /// in small batches each weight is read once, by one thread, and an expert with many rows feeds all of them.
 class tile_grid {
  public:
-  /// Over results of `width` columns, each a sum of `depth` products. Panels are halved down to `narrowest`, then chunks cut,
-  /// while that gives threads more to share and a tile is still worth handing out.
+  /// Over results of `width` columns, each a sum of `depth` products. Where there are few tiles, chunks are cut, then panels
+  /// halved down to `narrowest`, as long as a tile is worth handing out.
   tile_grid(std::span<const idx> offsets, dim width, dim depth, dim narrowest) noexcept : offsets_(offsets), width_(width) {
     constexpr dim enough = 64, worthwhile = 1 << 15;
     const dim products = (dim{offsets.back()} - offsets.front()) * width * depth;
     const auto finer = [&] { return tiles() < enough && products > 2 * worthwhile * tiles(); };
     count();
-    for (; panel_ > narrowest && finer(); count()) panel_ /= 2;
     if (finer()) {
       chunk_ = row_block;
       count();
     }
+    while (panel_ > narrowest && finer()) panel_ /= 2;
     serial_ = products < 2 * worthwhile;
   }
 

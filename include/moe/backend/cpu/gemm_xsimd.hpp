@@ -54,10 +54,13 @@ void dot_block(gathered<float> a, dim i, dim first, dim k, const float* b, dim s
       }
     }
     if (part == 0) break;
-    for (int m = 0; m < M; ++m) store_vector(last[m], load_vector<V>(x[m] + whole, part));
-    for (int n = 0; n < N; ++n) store_vector(last[M + n], load_vector<V>(b + n * stride + whole, part));
     MOE_UNROLL
-    for (int m = 0; m < M; ++m) x[m] = last[m];
+    for (int n = 0; n < N; ++n) store_vector(last[M + n], load_last<V>(b + n * stride, k, part));
+    MOE_UNROLL
+    for (int m = 0; m < M; ++m) {
+      store_vector(last[m], load_last<V>(x[m], k, part));
+      x[m] = last[m];
+    }
     b = last[M];
     stride = W;
     part = 0;
@@ -68,6 +71,7 @@ void dot_block(gathered<float> a, dim i, dim first, dim k, const float* b, dim s
     float total[4];
     if constexpr (N == 4) sum_four(sum[m][0], sum[m][1], sum[m][2], sum[m][3], total);
     else sum_four(sum[m][0], V(0.f), V(0.f), V(0.f), total);
+    MOE_UNROLL
     for (int n = 0; n < N; ++n) c(i + m, n * step) += total[n];
   }
 }
@@ -86,14 +90,18 @@ void dot_columns(gathered<float> a, dim first, dim k, const float* b, dim stride
   with_constant<M - 1>(c.rows - i, [&](auto m) { dot_block<V, m, N>(a, i, first, k, b, stride, ahead, c, step); });
 }
 
+/// Few rows follow each weight row to its end, as it lies in memory; many stay within one depth, so that they, too, are read
+/// from a near cache.
 template <class V, int N>
 void dot_tile(gathered<float> a, matrix_view<const float> b, dim stride, matrix_view<float> c, dim step) noexcept {
-  for (dim j = 0; j < step; ++j)
-    for (dim first = 0; first < b.cols; first += dot_depth) {
-      const dim k = b.cols - first < dot_depth ? b.cols - first : dot_depth;
-      const float* next = first + k < b.cols ? b.row(j) + first + k : b.row(j + 1);
-      dot_columns<V, N>(a, first, k, b.row(j) + first, stride, next, c.columns(j, c.cols - j), step);
-    }
+  const dim cuts = (b.cols + dot_depth - 1) / dot_depth;
+  const bool few = c.rows <= block_rows<V>;
+  const auto row_of = [&](dim i) { return few ? i / cuts : i % step; };
+  const auto first_of = [&](dim i) { return (few ? i % cuts : i / step) * dot_depth; };
+  for (dim i = 0; i < step * cuts; ++i) {
+    const dim j = row_of(i), first = first_of(i), k = b.cols - first < dot_depth ? b.cols - first : dot_depth;
+    dot_columns<V, N>(a, first, k, b.row(j) + first, stride, b.row(row_of(i + 1)) + first_of(i + 1), c.columns(j, c.cols - j), step);
+  }
 }
 
 }  // namespace detail
@@ -109,39 +117,34 @@ void gemm_nt(simd<Set>, gathered<float> a, matrix_view<const float> b, matrix_vi
 
 namespace detail {
 
-inline constexpr int strips = 4;         // vectors side by side in a block of outer products, half of that with few registers
 inline constexpr dim outer_depth = 128;  // rows of b that are packed at once, to stay in the nearest cache
 
+/// Vectors side by side in a block of outer products, and their floats.
 template <class V>
-inline constexpr dim block_columns = (registers<V> >= 32 ? strips : strips / 2) * width<V>;
+inline constexpr int strips = registers<V> >= 32 ? 4 : 2;
+template <class V>
+inline constexpr dim block_columns = strips<V> * width<V>;
 
-/// Rows of floats side by side: row p holds source(p)[0 .. n], then zeros.
+/// Row p of `packed` = row(p)[0 .. n], then zeros up to the width of a block.
 template <class V, class Row>
-void pack(Row source, dim depth, dim n, float* packed) noexcept {
-  constexpr dim W = width<V>, columns = block_columns<V>;
-  for (dim p = 0; p < depth; ++p, packed += columns) {
-    const float* from = source(p);
-    dim j = 0;
-    for (; j + W <= n; j += W) store_vector(packed + j, load_vector<V>(from + j));
-    for (; j < columns; j += W) store_vector(packed + j, j < n ? load_vector<V>(from + j, n - j) : V(0.f));
-  }
+void pack(Row row, dim depth, dim n, float* packed) noexcept {
+  constexpr dim W = width<V>;
+  for (dim p = 0; p < depth; ++p)
+    for (dim j = 0; j < block_columns<V>; j += W, packed += W)
+      store_vector(packed, j + W <= n ? load_vector<V>(row(p) + j) : load_vector<V>(row(p) + j, n > j ? n - j : 0));
 }
 
-/// c(i + m, 0 .. n) += the sum over p of factor(m)[p * step] times row p of `packed`, one p after the other.
-template <class V, int M, class Factor>
-void outer_block(Factor factor, dim step, const float* packed, dim depth, matrix_view<float> c, dim i) noexcept {
-  constexpr int W = width<V>, N = static_cast<int>(block_columns<V>) / W;
-  const dim whole = c.cols / W, part = c.cols % W;
+/// c(i + m, all columns of a block) += the sum over p of a[i + m][first + p * step] times row p of `packed`, in order.
+template <class V, int M>
+void outer_block(gathered<float> a, dim i, dim first, dim step, const float* packed, dim depth, float* c, dim ld) noexcept {
+  constexpr int W = width<V>, N = strips<V>;
   const float* x[M];
   V sum[M][N];
   MOE_UNROLL
   for (int m = 0; m < M; ++m) {
-    x[m] = factor(i + m);
+    x[m] = a.row(i + m) + first;
     MOE_UNROLL
-    for (int n = 0; n < N; ++n) {
-      const float* at = c.row(i + m) + n * W;
-      sum[m][n] = n < whole ? load_vector<V>(at) : load_vector<V>(at, n == whole ? part : 0);
-    }
+    for (int n = 0; n < N; ++n) sum[m][n] = load_vector<V>(c + m * ld + n * W);
   }
   for (dim p = 0; p < depth; ++p, packed += N * W) {
     V v[N];
@@ -155,21 +158,28 @@ void outer_block(Factor factor, dim step, const float* packed, dim depth, matrix
     }
   }
   MOE_UNROLL
-  for (int m = 0; m < M; ++m) {
+  for (int m = 0; m < M; ++m)
     MOE_UNROLL
-    for (int n = 0; n < N; ++n) {
-      float* at = c.row(i + m) + n * W;
-      if (n < whole) store_vector(at, sum[m][n]);
-      else if (n == whole) store_vector(at, sum[m][n], part);
-    }
-  }
+    for (int n = 0; n < N; ++n) store_vector(c + m * ld + n * W, sum[m][n]);
 }
-template <class V, class Factor>
-void outer_rows(Factor factor, dim step, const float* packed, dim depth, matrix_view<float> c) noexcept {
+
+/// The same for all rows of c, which is at most a block wide.
+template <class V>
+void outer_rows(gathered<float> a, dim first, dim step, const float* packed, dim depth, matrix_view<float> c) noexcept {
   constexpr int M = block_rows<V>;
-  dim i = 0;
-  for (; i + M <= c.rows; i += M) outer_block<V, M>(factor, step, packed, depth, c, i);
-  with_constant<M - 1>(c.rows - i, [&](auto m) { outer_block<V, m>(factor, step, packed, depth, c, i); });
+  constexpr dim columns = block_columns<V>;
+  float padded[M * columns];
+  for (dim i = 0; i < c.rows; i += M) {
+    const dim m = c.rows - i < M ? c.rows - i : M;
+    const bool whole = c.cols == columns;
+    for (dim r = 0; !whole && r < m; ++r)
+      for (dim j = 0; j < columns; ++j) padded[r * columns + j] = j < c.cols ? c(i + r, j) : 0.f;
+    with_constant<M>(m, [&](auto rows) {
+      outer_block<V, rows>(a, i, first, step, packed, depth, whole ? c.row(i) : padded, whole ? c.ld : columns);
+    });
+    for (dim r = 0; !whole && r < m; ++r)
+      for (dim j = 0; j < c.cols; ++j) c(i + r, j) = padded[r * columns + j];
+  }
 }
 
 }  // namespace detail
@@ -185,7 +195,7 @@ void gemm_nn(simd<Set>, gathered<float> a, matrix_view<const float> b, matrix_vi
       const dim depth = b.rows - first < detail::outer_depth ? b.rows - first : detail::outer_depth;
       const dim n = c.cols - j < columns ? c.cols - j : columns;
       detail::pack<V>([&](dim p) { return b.row(first + p) + j; }, depth, n, packed);
-      detail::outer_rows<V>([&](dim i) { return a.row(i) + first; }, 1, packed, depth, c.columns(j, n));
+      detail::outer_rows<V>(a, first, 1, packed, depth, c.columns(j, n));
     }
 }
 
@@ -195,6 +205,7 @@ void gemm_tn(simd<Set>, gathered<float> a, gathered<float> b, dim depth, matrix_
   using V = typename simd<Set>::vector;
   constexpr dim columns = detail::block_columns<V>;
   float left[detail::outer_depth * columns], right[detail::outer_depth * columns];
+  const gathered<float> transposed{{left, columns, 1, 1}};
   for (dim first = 0; first < depth; first += detail::outer_depth)
     for (dim i = 0; i < c.rows; i += columns) {
       const dim k = depth - first < detail::outer_depth ? depth - first : detail::outer_depth;
@@ -203,7 +214,7 @@ void gemm_tn(simd<Set>, gathered<float> a, gathered<float> b, dim depth, matrix_
       for (dim j = 0; j < c.cols; j += columns) {
         const dim n = c.cols - j < columns ? c.cols - j : columns;
         detail::pack<V>([&](dim p) { return b.row(first + p) + j; }, k, n, right);
-        detail::outer_rows<V>([&](dim r) { return left + r; }, columns, right, k, c.slice(i, m).columns(j, n));
+        detail::outer_rows<V>(transposed, 0, columns, right, k, c.slice(i, m).columns(j, n));
       }
     }
 }

@@ -2,6 +2,7 @@
 /// The one header that knows xsimd, in its versions 8.1 to 14, and the level that the compiler's flags choose.
 #pragma once
 
+#include <array>
 #include <type_traits>
 #include <utility>
 
@@ -51,6 +52,18 @@ void store_vector(float* p, V v, dim n) noexcept {
   float lane[V::size];
   store_vector(lane, v);
   for (dim l = 0; l < n; ++l) p[l] = lane[l];
+}
+/// The last n < width floats of the row of k at p, each in the lane it would have in a vector that ends there, and zeros.
+template <class V>
+V load_last(const float* p, dim k, dim n) noexcept {
+  static constexpr auto lanes = [] {
+    std::array<float, V::size> number{};
+    for (std::size_t l = 0; l < V::size; ++l) number[l] = static_cast<float>(l);
+    return number;
+  }();
+  if (k < width<V>) return load_vector<V>(p, n);
+  const auto old = load_vector<V>(lanes.data()) < V(static_cast<float>(width<V> - n));
+  return xsimd::select(old, V(0.f), load_vector<V>(p + k - width<V>));
 }
 template <class V>
 V multiply_add(V x, V y, V z) noexcept { return xsimd::fma(x, y, z); }
