@@ -7,6 +7,37 @@
 
 namespace moe {
 
+/// a[j] = form(gate[j], up[j]) or form(up[j]) for j in 0 .. n.
+template <class Arch, class Form>
+void activate(Arch arch, const Form& form, const float* gate, const float* up, float* a, dim n) noexcept {
+  for_each_lane(arch, n, [&](dim j, auto lane) {
+    if constexpr (Form::gated) lane.store(a + j, form(lane.load(gate + j), lane.load(up + j)));
+    else lane.store(a + j, form(lane.load(up + j)));
+  });
+}
+/// Backward, where a holds da': dgate, dup = slope(gate, up, w a), then a = w form(gate, up). Returns <a as it was, form>.
+template <class Arch, class Form>
+float activate_backward(Arch arch, const Form& form, float w, const float* gate, const float* up, float* a, float* dgate,
+                        float* dup, dim n) noexcept {
+  float share = 0;
+  for_each_lane(arch, n, [&](dim j, auto lane) {
+    using V = typename decltype(lane)::value;
+    const V da = lane.load(a + j);
+    V value, du;
+    if constexpr (Form::gated) {
+      V dg;
+      value = form.slope(lane.load(gate + j), lane.load(up + j), V(w) * da, dg, du);
+      lane.store(dgate + j, dg);
+    } else {
+      value = form.slope(lane.load(up + j), V(w) * da, du);
+    }
+    lane.store(dup + j, du);
+    share += lane.sum(value * da);
+    lane.store(a + j, V(w) * value);
+  });
+  return share;
+}
+
 /// z = x W^T + b and a = form(z) for every row of a bank, a tile at a time. Gated forms take two stacks: z[A,2f] holds gate
 /// then up. z may be empty (inference): then it lives in the tile alone. Biases, a column per expert, may be empty.
 template <HostBackend B, class Form>
@@ -28,10 +59,7 @@ void grouped_up(const call<B>& on, const bank_rows& rows, gathered<float> x, con
     if constexpr (Form::gated) g = product(0, gate, gate_bias);
     const matrix_view<float> u = product(Form::gated, up, up_bias), to = detail::part_of(a, t);
     for (dim r = 0; r < t.rows; ++r)
-      for_each_lane(arch, t.columns, [&, r](dim j, auto lane) {
-        if constexpr (Form::gated) lane.store(to.row(r) + j, form(lane.load(g.row(r) + j), lane.load(u.row(r) + j)));
-        else lane.store(to.row(r) + j, form(lane.load(u.row(r) + j)));
-      });
+      activate(arch, form, Form::gated ? g.row(r) : nullptr, u.row(r), to.row(r), t.columns);
   });
 }
 
@@ -44,27 +72,10 @@ void grouped_up_backward(const call<B>& on, const bank_rows& rows, const Form& f
   typename B::arch arch{};
   const dim f = a.cols;
   for_each_row(on, rows, [&](dim, dim r) {
-    const float w = weight ? weight[r] : 1.f;
-    float sum = 0;
-    for_each_lane(arch, f, [&](dim c, auto lane) {
-      using V = typename decltype(lane)::value;
-      const V da = lane.load(a.row(r) + c);
-      V value;
-      if constexpr (Form::gated) {
-        const V g = lane.load(z.row(r) + c), u = lane.load(z.row(r) + f + c);
-        V dg, du;
-        value = form.slope(g, u, V(w) * da, dg, du);
-        lane.store(dz.row(r) + c, dg);
-        lane.store(dz.row(r) + f + c, du);
-      } else {
-        V dv;
-        value = form.slope(lane.load(z.row(r) + c), V(w) * da, dv);
-        lane.store(dz.row(r) + c, dv);
-      }
-      sum += lane.sum(value * da);
-      lane.store(a.row(r) + c, V(w) * value);
-    });
-    if (!dweight.empty()) dweight[static_cast<std::size_t>(r)] += sum;
+    const float* up = z.row(r) + (Form::gated ? f : 0);
+    float* dup = dz.row(r) + (Form::gated ? f : 0);
+    const float share = activate_backward(arch, form, weight ? weight[r] : 1.f, z.row(r), up, a.row(r), dz.row(r), dup, f);
+    if (!dweight.empty()) dweight[static_cast<std::size_t>(r)] += share;
   });
 }
 
