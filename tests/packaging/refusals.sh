@@ -20,6 +20,6 @@ refuses() {
 configure "REQUIRED"
 configure "REQUIRED COMPONENTS moe"
 configure "REQUIRED OPTIONAL_COMPONENTS nonsense"
-refuses "REQUIRED COMPONENTS nonsense" "there is no component nonsense, only moe, cpu and cuda"
+refuses "REQUIRED COMPONENTS nonsense" "there is no component nonsense, only moe, cpu, cuda and kernels"
 refuses "99.0 REQUIRED" 'compatible with requested version "99.0"'
 refuses "0.0.1 REQUIRED" 'compatible with requested version "0.0.1"'

@@ -2,6 +2,7 @@
 /// The CPU backend: float32 kernels on xsimd, at the level the compiler's flags choose.
 #pragma once
 
+#include "moe/backend/cpu/compiled.hpp"
 #include "moe/backend/cpu/gemm_xsimd.hpp"
 #include "moe/backend/cpu/rows_xsimd.hpp"
 #include "moe/backend/cpu/simd.hpp"

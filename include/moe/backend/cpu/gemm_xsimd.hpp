@@ -7,6 +7,8 @@
 
 #include "moe/backend/cpu/simd.hpp"
 
+#if !defined(MOE_SEPARATE_KERNELS)
+
 namespace moe::arch {
 
 namespace detail {
@@ -220,3 +222,5 @@ void gemm_tn(simd<Set>, gathered<float> a, gathered<float> b, dim depth, matrix_
 }
 
 }  // namespace moe::arch
+
+#endif

@@ -4,6 +4,8 @@
 
 #include "moe/backend/cpu/simd.hpp"
 
+#if !defined(MOE_SEPARATE_KERNELS)
+
 namespace moe::arch {
 
 /// y[j] += w x[j]
@@ -44,3 +46,5 @@ void for_each_lane(simd<Set>, dim n, F f) noexcept {
 }
 
 }  // namespace moe::arch
+
+#endif

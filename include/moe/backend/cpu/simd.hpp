@@ -8,6 +8,8 @@
 
 #include "moe/backend/scalar.hpp"
 
+#if !defined(MOE_SEPARATE_KERNELS)
+
 #include <xsimd/xsimd.hpp>
 
 namespace moe::arch {
@@ -125,3 +127,5 @@ struct simd_lane {
 };
 
 }  // namespace moe::arch
+
+#endif
