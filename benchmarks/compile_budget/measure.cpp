@@ -33,6 +33,7 @@ const budget budgets[] = {
     {"umbrella", "umbrella.cpp", {0.7, 160}},
     {"first CPU layer, forward and backward", "first_layer.cpp", {4, 450}},
     {"each further layer type in the file", "further_layers.cpp", {0.25, 10}, "first_layer.cpp", 8},
+    {"the first with MOE_SEPARATE_KERNELS", "separate_kernels.cpp", {0.9, 160}},
 };
 constexpr int most_lines = 15;  // of the message about a wrong composition
 constexpr double tolerance = 1.5;

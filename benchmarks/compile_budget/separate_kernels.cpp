@@ -1,0 +1,3 @@
+// SPDX-License-Identifier: Apache-2.0
+#define MOE_SEPARATE_KERNELS
+#include "first_layer.cpp"
