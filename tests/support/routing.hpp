@@ -4,6 +4,7 @@
 
 #include <doctest/doctest.h>
 
+#include "moe/backend/scalar.hpp"
 #include "moe/core/recorded_plan.hpp"
 #include "reference_routing.hpp"
 #include "testing.hpp"

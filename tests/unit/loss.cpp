@@ -232,6 +232,12 @@ TEST_SUITE("loss/importance") {
       return reference::route(z, [](const vec& row) { return reference::deepseek_v3(row, vec(6), 2, 1, 1, 2.5); });
     };
     expect_reference(s, kimi, [&](const matrix& z) { return 0.3 * importance(kimi(z), 6); });
+    const auto olmoe = [](const matrix& z) {
+      return reference::route(z, [](const vec& row) { return reference::olmoe(row, 2); });
+    };
+    testing::routing o(moe::with_loss<moe::olmoe_router<2>, moe::importance>{.loss = {.coefficient = 0.3f}}, 40, 6,
+                       testing::apart(40, 6, 53));
+    expect_reference(o, olmoe, [&](const matrix& z) { return 0.3 * importance(olmoe(z), 6); });
     testing::routing m(moe::with_loss<moe::top_k<3>, moe::importance>{.loss = {.coefficient = 0.3f}}, 40, 6,
                        testing::apart(40, 6, 52));
     expect_reference(m, mixtral(3), [&](const matrix& z) { return 0.3 * importance(mixtral(3)(z), 6); });

@@ -112,6 +112,12 @@ TEST_SUITE("router/grouped") {
     CHECK(chosen(moe::group_mask::never) == experts{0, 1});
     CHECK(chosen(moe::group_mask::zero) == experts{0, 2});
   }
+  TEST_CASE("a masked key of 0 does not make eligible what is not") {
+    using router = moe::grouped<plain_top<2>>;
+    testing::routing m(router{.groups = 2, .kept = 1, .mask = moe::group_mask::zero}, 1, 4,
+                       {3, -1, -infinity, not_a_number});
+    CHECK(m.forward().experts_of(0) == experts{0, 1});
+  }
   TEST_CASE("groups limit routers of any number of choices") {
     using router = moe::grouped<moe::top_p<4>, moe::largest_key>;
     router r{.inner = {.p = 0.9f}, .groups = 2, .kept = 1};
@@ -156,6 +162,8 @@ TEST_SUITE("router/bias_balanced") {
   TEST_CASE("a bias cannot make an expert eligible; one of -inf or NaN takes it out") {
     testing::routing<router> m({}, 1, 4, {-infinity, not_a_number, 1, 2});
     m.w.bias(0, 0) = m.w.bias(1, 0) = 100;
+    CHECK(m.forward().experts_of(0) == experts{3, 2});
+    m.w.bias(0, 0) = m.w.bias(1, 0) = infinity;
     CHECK(m.forward().experts_of(0) == experts{3, 2});
     m.w.bias(3, 0) = -infinity;
     CHECK(m.forward().experts_of(0) == experts{2});
@@ -302,6 +310,13 @@ TEST_SUITE("router/expert_choice") {
     CHECK(m.experts_of(1) == experts{0, 1});
     CHECK(m.experts_of(2) == experts{0});
     CHECK(m.experts_of(3).empty());
+  }
+  TEST_CASE("zero and minus zero are a tie") {
+    testing::routing m(moe::expert_choice<1, moe::select_only>{}, 4, 2, {-0.f, -1, /**/ 0, -1, /**/ 0, 2, /**/ -1, 3});
+    m.forward();
+    CHECK(m.experts_of(0) == experts{0});
+    CHECK(m.experts_of(1) == experts{0});
+    CHECK(m.experts_of(2) == experts{1});
   }
   TEST_CASE("an expert takes fewer where fewer are eligible") {
     testing::routing m(moe::expert_choice<1, moe::select_only>{}, 4, 2,

@@ -80,8 +80,7 @@ struct bias_balanced {
     matrix_view<float> keys;
     matrix_view<const float> bias;
     MOE_HD void operator()(dim t) const noexcept {
-      for (dim e = 0; e < keys.cols; ++e)
-        if (eligible(keys(t, e))) keys(t, e) += bias(e, 0);
+      for (dim e = 0; e < keys.cols; ++e) keys(t, e) += bias(e, 0);  // -inf and NaN stay not eligible
     }
   };
 };

@@ -103,7 +103,7 @@ struct grouped {
       for (dim g = 0; g < groups; ++g) {
         dim better = 0;
         for (dim h = 0; h < groups; ++h) better += score[h] > score[g] || (score[h] == score[g] && h < g);
-        if (eligible(score[g]) && better < kept) continue;
+        if (better < kept) continue;
         for (dim e = g * size; e < (g + 1) * size; ++e)
           if (eligible(keys(t, e))) keys(t, e) = masked;
       }
