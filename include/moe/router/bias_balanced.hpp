@@ -10,11 +10,11 @@ namespace moe {
 /// `update_bias`, once a step, from the loads that forward gave. An optimizer leaves it where it is, but for its weight
 /// decay.
 ///
+/// R selects by key (router/select.hpp).
 /// weights  bias[E,1], zeros, after those of the router
 /// Wang et al. 2024, arXiv:2408.15664; DeepSeek-AI 2024, arXiv:2412.19437
 template <class R>
 struct bias_balanced {
-  static_assert(detail::selects_by_key<R>, "moe::bias_balanced: its router does not select by key [docs/policies.md]");
   static constexpr bool selects_by_key = true;
   using plan = typename R::plan;
   struct weights {
@@ -48,6 +48,7 @@ struct bias_balanced {
   key_scratch make_scratch(shape s, arena& mem) const noexcept { return detail::make_keys(inner, s, mem); }
 
   template <class B>
+    requires detail::selects_by_key<R>
   void forward(const call<B>& on, const weights& w, matrix_view<const float> scores, plan& p, context& ctx) const noexcept {
     select(on, w, scores, p);
     weigh(on, w, scores, p, ctx);

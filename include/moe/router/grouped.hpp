@@ -26,11 +26,11 @@ enum class group_mask : std::uint8_t { never, zero };
 /// lower group, stay; the keys of all others are masked. Scores and masks act on the router's keys, its selection bias
 /// included. The starting values are template arguments, so that a model family is a type.
 ///
+/// R selects by key (router/select.hpp).
 /// errors   shape_error when the groups are not of equal size or too many, or when the kept ones hold fewer than k experts
 /// DeepSeek-AI 2024, arXiv:2405.04434 (largest) and arXiv:2412.19437 (two largest)
 template <class R, class GroupScore = two_largest_keys, int Groups = 1, int Kept = 1>
 struct grouped {
-  static_assert(detail::selects_by_key<R>, "moe::grouped: its router does not select by key [docs/policies.md]");
   static constexpr bool selects_by_key = true;
   static constexpr dim most_groups = 64;
   using plan = typename R::plan;
@@ -63,6 +63,7 @@ struct grouped {
   key_scratch make_scratch(shape s, arena& mem) const noexcept { return detail::make_keys(inner, s, mem); }
 
   template <class B>
+    requires detail::selects_by_key<R>
   void forward(const call<B>& on, const weights& w, matrix_view<const float> scores, plan& p, context& ctx) const noexcept {
     select(on, w, scores, p);
     weigh(on, w, scores, p, ctx);

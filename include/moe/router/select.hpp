@@ -43,10 +43,7 @@ struct rank_token {
 };
 
 template <class R>
-inline constexpr bool selects_by_key = false;
-template <class R>
-  requires requires { R::selects_by_key; }
-inline constexpr bool selects_by_key<R> = R::selects_by_key;
+concept selects_by_key = R::selects_by_key;
 
 /// Scratch for a decorator of keys: what its router takes, with room for keys in any case.
 template <class R>
