@@ -268,6 +268,8 @@ TEST_SUITE("gate/cosine") {
     expect_reference(m, tensors, cosine);
     CHECK(m.gradient("log_scale")[0] == 0);
     for (const float v : m.scores) CHECK(std::abs(v) <= 100.001f);
+    m.w.log_scale(0, 0) = std::numeric_limits<float>::quiet_NaN();
+    for (const float v : m.forward().scores) CHECK(std::isnan(v));  // the cap hides nothing
   }
   TEST_CASE("the length of a token or of a direction does not matter; that of a zero token is floored") {
     gating m(moe::cosine_gate{.width = 7}, 2, 5, 4, 15);

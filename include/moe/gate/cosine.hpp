@@ -109,7 +109,7 @@ struct cosine_gate {
     matrix_view<const float> log_scale, from;
     matrix_view<float> to;
     MOE_HD void operator()(dim t) const noexcept {
-      const float scale = std::exp(log_scale(0, 0)), capped = scale < largest_scale ? scale : largest_scale;
+      const float scale = std::exp(log_scale(0, 0)), capped = scale > largest_scale ? largest_scale : scale;
       for (dim e = 0; e < to.cols; ++e) to(t, e) = capped * from(t, e);
     }
   };

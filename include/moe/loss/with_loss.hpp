@@ -13,7 +13,8 @@ struct routed_tokens {
   dim choices;  ///< k
 };
 
-/// The value of a loss in its context, its coefficient applied; 0 in an inference context.
+/// The value of a loss in its context, its coefficient applied; 0 in an inference context. It lies in the memory of the
+/// backend, so `value()` is for the host.
 struct loss_value {
   float* memory = nullptr;
   float value() const noexcept { return memory ? *memory : 0.f; }

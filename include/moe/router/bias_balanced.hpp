@@ -44,7 +44,7 @@ struct bias_balanced {
     const auto own = detail::make_gradients(inner, s, mem);
     return {own, mem.matrix<float>("bias", s.experts, 1)};
   }
-  context make_context(shape s, arena& mem) const noexcept { return inner.make_context(s, mem); }
+  context make_context(shape s, arena& mem) const noexcept { return detail::make_context(inner, s, mem); }
   key_scratch make_scratch(shape s, arena& mem) const noexcept { return detail::make_keys(inner, s, mem); }
 
   template <class B>

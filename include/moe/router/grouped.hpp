@@ -59,7 +59,7 @@ struct grouped {
   dim choices(shape s) const noexcept { return inner.choices(s); }
   weights make_weights(shape s, arena& mem) const noexcept { return detail::make_weights(inner, s, mem); }
   weights_grad make_gradients(shape s, arena& mem) const noexcept { return detail::make_gradients(inner, s, mem); }
-  context make_context(shape s, arena& mem) const noexcept { return inner.make_context(s, mem); }
+  context make_context(shape s, arena& mem) const noexcept { return detail::make_context(inner, s, mem); }
   key_scratch make_scratch(shape s, arena& mem) const noexcept { return detail::make_keys(inner, s, mem); }
 
   template <class B>

@@ -98,8 +98,8 @@ struct sum_plus : sum_norm {
 /// max(sum raw, 10^Exponent)
 template <int Exponent>
 struct sum_at_least : sum_norm {
-  MOE_HD float divisor(float sum) const noexcept { return sum > least ? sum : least; }
-  MOE_HD float divisor_slope(float sum) const noexcept { return sum > least ? 1.f : 0.f; }
+  MOE_HD float divisor(float sum) const noexcept { return sum < least ? least : sum; }
+  MOE_HD float divisor_slope(float sum) const noexcept { return sum < least ? 0.f : 1.f; }
 
  private:
   static constexpr float least = detail::power_of_ten(Exponent);

@@ -6,7 +6,6 @@
 #include <span>
 
 #include "moe/core/plan.hpp"
-#include "moe/router/weigh.hpp"
 
 namespace moe {
 
