@@ -6,105 +6,96 @@
 /// operand unweighted; floats accumulate in float.
 #pragma once
 
+#include <cstring>
+
 #include "moe/backend/host.hpp"
+#include "moe/backend/host_blocks.hpp"
 
 namespace moe {
 
 namespace arch {
 
-struct scalar {};
+/// Level is a part of the name of every function that depends on the compiler's flags, so files of one program that are
+/// compiled for different processors share none of them.
+template <int Level>
+struct basic_scalar {};
+using scalar = basic_scalar<moe::detail::build_level>;
 
 namespace detail {
 
-inline constexpr int lanes = 8;  // independent partial sums, so that the compiler can vectorise a dot product
+/// Floats side by side, as wide as the compiler makes them fast.
+template <int Level>
+struct plain_lanes {
+  using vector = moe::detail::float_group;
+  static constexpr int width = sizeof(vector) / sizeof(float);
+  static constexpr bool many_registers = Level >= 3;
 
-/// M x N dot products at once. Each element has one order of additions; which of them fuse is the compiler's choice.
-template <int M, int N>
-void dot_block(gathered<float> a, dim i, matrix_view<const float> b, dim j, matrix_view<float> c) noexcept {
-  float sum[M][N][lanes] = {};
-  const float *pa[M], *pb[N];
-  for (int m = 0; m < M; ++m) pa[m] = a.row(i + m);
-  for (int n = 0; n < N; ++n) pb[n] = b.row(j + n);
-  const dim whole = b.cols / lanes * lanes;
-  for (dim k = 0; k < whole; k += lanes)
-    for (int m = 0; m < M; ++m)
-      for (int n = 0; n < N; ++n)
-        for (int l = 0; l < lanes; ++l) sum[m][n][l] += pa[m][k + l] * pb[n][k + l];
-  for (int m = 0; m < M; ++m)
-    for (int n = 0; n < N; ++n) {
-      float* s = sum[m][n];
-      for (dim k = whole; k < b.cols; ++k) s[k - whole] += pa[m][k] * pb[n][k];
-      c(i + m, j + n) += ((s[0] + s[4]) + (s[1] + s[5])) + ((s[2] + s[6]) + (s[3] + s[7]));
-    }
-}
+  static vector all(float v) noexcept { return vector{} + v; }
+  static vector load(const float* p) noexcept {
+    vector v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+  }
+  /// The first n < width floats at p, then zeros.
+  static vector load(const float* p, dim n) noexcept {
+    float lane[width];
+    for (int l = 0; l < width; ++l) lane[l] = l < n ? p[l] : 0.f;
+    return load(lane);
+  }
+  /// The last n < width floats of the row of k at p, and zeros.
+  static vector load_last(const float* p, dim k, dim n) noexcept { return load(p + k - n, n); }
+  static void store(float* p, vector v) noexcept { std::memcpy(p, &v, sizeof v); }
+  static void store(float* p, vector v, dim n) noexcept {
+    for (dim l = 0; l < n; ++l) p[l] = v[l];
+  }
+  static vector multiply_add(vector x, vector y, vector z) noexcept { return x * y + z; }
+  /// s[0 .. 4] = the sums of the lanes of a, b, c and d.
+  static void sum_four(vector a, vector b, vector c, vector d, float* s) noexcept {
+    s[0] = sum(a);
+    s[1] = sum(b);
+    s[2] = sum(c);
+    s[3] = sum(d);
+  }
 
-/// M x (N lanes) outer products summed over k; element(k, m) is a's factor, row(k) is b's row.
-template <int M, class Element, class Row>
-void outer_block(dim depth, Element element, Row row, dim i, dim j, dim n, matrix_view<float> c) noexcept {
-  constexpr int width = 2 * lanes;
-  float sum[M][width] = {};
-  if (n == width) {
-    for (dim k = 0; k < depth; ++k) {
-      const float* b = row(k) + j;
-      for (int m = 0; m < M; ++m)
-        for (int l = 0; l < width; ++l) sum[m][l] += element(k, i + m) * b[l];
-    }
-  } else {
-    for (dim k = 0; k < depth; ++k) {
-      const float* b = row(k) + j;
-      for (int m = 0; m < M; ++m)
-        for (dim l = 0; l < n; ++l) sum[m][l] += element(k, i + m) * b[l];
-    }
+ private:
+  static float sum(vector v) noexcept {
+    float lane[4];
+    MOE_UNROLL
+    for (int l = 0; l < 4; ++l) lane[l] = width > 4 ? v[l] + v[width - 4 + l] : v[l];
+    return (lane[0] + lane[2]) + (lane[1] + lane[3]);
   }
-  for (int m = 0; m < M; ++m)
-    for (dim l = 0; l < n; ++l) c(i + m, j + l) += sum[m][l];
-}
-template <class Element, class Row>
-void outer_tile(dim depth, Element element, Row row, matrix_view<float> c) noexcept {
-  for (dim j = 0; j < c.cols; j += 2 * lanes) {
-    const dim n = c.cols - j < 2 * lanes ? c.cols - j : 2 * lanes;
-    dim i = 0;
-    for (; i + 4 <= c.rows; i += 4) outer_block<4>(depth, element, row, i, j, n, c);
-    for (; i < c.rows; ++i) outer_block<1>(depth, element, row, i, j, n, c);
-  }
-}
+};
 
 }  // namespace detail
 
 /// c[m,n] += a[m,k] b[n,k]^T
-inline void gemm_nt(scalar, gathered<float> a, matrix_view<const float> b, matrix_view<float> c) noexcept {
-  for (dim j = 0; j < c.cols;) {
-    const dim n = c.cols - j >= 4 ? 4 : 1;
-    dim i = 0;
-    for (; i + 2 <= c.rows; i += 2) n == 4 ? detail::dot_block<2, 4>(a, i, b, j, c) : detail::dot_block<2, 1>(a, i, b, j, c);
-    for (; i < c.rows; ++i) n == 4 ? detail::dot_block<1, 4>(a, i, b, j, c) : detail::dot_block<1, 1>(a, i, b, j, c);
-    j += n;
-  }
+template <int Level>
+void gemm_nt(basic_scalar<Level>, gathered<float> a, matrix_view<const float> b, matrix_view<float> c) noexcept {
+  detail::product_nt<detail::plain_lanes<Level>>(a, b, c);
 }
 /// c[m,n] += a[m,k] b[k,n]
-inline void gemm_nn(scalar, gathered<float> a, matrix_view<const float> b, matrix_view<float> c) noexcept {
-  detail::outer_tile(b.rows, [&](dim k, dim i) { return a.row(i)[k]; }, [&](dim k) { return b.row(k); }, c);
+template <int Level>
+void gemm_nn(basic_scalar<Level>, gathered<float> a, matrix_view<const float> b, matrix_view<float> c) noexcept {
+  detail::product_nn<detail::plain_lanes<Level>>(a, b, c);
 }
 /// c[m,n] += a[k,m]^T b[k,n], both over `depth` rows
-inline void gemm_tn(scalar, gathered<float> a, gathered<float> b, dim depth, matrix_view<float> c) noexcept {
-  detail::outer_tile(depth, [&](dim k, dim i) { return a.row(k)[i]; }, [&](dim k) { return b.row(k); }, c);
+template <int Level>
+void gemm_tn(basic_scalar<Level>, gathered<float> a, gathered<float> b, dim depth, matrix_view<float> c) noexcept {
+  detail::product_tn<detail::plain_lanes<Level>>(a, b, depth, c);
 }
 /// y[j] += w x[j]
-MOE_HD inline void axpy(scalar, float w, const float* x, float* y, dim n) noexcept {
-  for (dim j = 0; j < n; ++j) y[j] += w * x[j];
+template <int Level>
+void axpy(basic_scalar<Level>, float w, const float* x, float* y, dim n) noexcept {
+  detail::add_scaled<detail::plain_lanes<Level>>(w, x, y, n);
 }
 /// sum of x[j] y[j]
-MOE_HD inline float dot(scalar, const float* x, const float* y, dim n) noexcept {
-  float sum[detail::lanes] = {};
-  dim j = 0;
-  for (; j + detail::lanes <= n; j += detail::lanes)
-    for (int l = 0; l < detail::lanes; ++l) sum[l] += x[j + l] * y[j + l];
-  for (; j < n; ++j) sum[j % detail::lanes] += x[j] * y[j];
-  return ((sum[0] + sum[4]) + (sum[1] + sum[5])) + ((sum[2] + sum[6]) + (sum[3] + sum[7]));
+template <int Level>
+float dot(basic_scalar<Level>, const float* x, const float* y, dim n) noexcept {
+  return detail::dot_product<detail::plain_lanes<Level>>(x, y, n);
 }
 /// f(j, lane) for j in 0 .. n in steps of the lane's width: how an elementwise rule runs at the level of the build.
-template <class F>
-void for_each_lane(scalar, dim n, F f) noexcept {
+template <int Level, class F>
+void for_each_lane(basic_scalar<Level>, dim n, F f) noexcept {
   for (dim j = 0; j < n; ++j) f(j, scalar_lane{});
 }
 

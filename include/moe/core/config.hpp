@@ -26,11 +26,22 @@
 #define MOE_NO_UNROLL
 #endif
 
+/// A function with a loop that needs all registers to itself.
+#if defined(_MSC_VER)
+#define MOE_NO_INLINE __declspec(noinline)
+#elif defined(__GNUC__)
+#define MOE_NO_INLINE __attribute__((noinline))
+#else
+#define MOE_NO_INLINE
+#endif
+
 /// Checks an internal precondition in debug builds. Errors of a caller are exceptions instead (core/error.hpp).
 #ifndef MOE_ASSERT
 #include <cassert>
 #define MOE_ASSERT(condition) assert(condition)
 #endif
+
+#include <cstddef>
 
 namespace moe::detail {
 
@@ -42,6 +53,40 @@ inline void spin_pause() noexcept {
   __asm__ volatile("yield");
 #endif
 }
+
+/// Floats that the compiler computes with side by side, as many as its flags make fast, and a number for those flags.
+#if defined(__GNUC__) && !defined(__CUDACC__)
+#if defined(__AVX__)
+typedef float float_group __attribute__((vector_size(32)));
+#else
+typedef float float_group __attribute__((vector_size(16)));
+#endif
+#else
+struct float_group {
+  float lane[4];
+  float& operator[](std::ptrdiff_t l) noexcept { return lane[l]; }
+  friend float_group operator+(float_group x, float_group y) noexcept {
+    for (int l = 0; l < 4; ++l) x.lane[l] += y.lane[l];
+    return x;
+  }
+  friend float_group operator*(float_group x, float_group y) noexcept {
+    for (int l = 0; l < 4; ++l) x.lane[l] *= y.lane[l];
+    return x;
+  }
+  friend float_group operator+(float_group x, float y) noexcept { return x + float_group{{y, y, y, y}}; }
+};
+#endif
+#if defined(__aarch64__)
+constexpr int build_level = 4;
+#elif defined(__AVX512F__)
+constexpr int build_level = 3;
+#elif defined(__AVX2__) && defined(__FMA__)
+constexpr int build_level = 2;
+#elif defined(__AVX__)
+constexpr int build_level = 1;
+#else
+constexpr int build_level = 0;
+#endif
 
 /// Asks for the memory at p ahead of its use. Any address will do.
 inline void prefetch([[maybe_unused]] const void* p) noexcept {
