@@ -18,7 +18,7 @@ using gpt_oss = moe::layer<moe::biased_linear_gate, moe::gpt_oss_router<4>, moe:
 using llama4 = moe::layer<moe::linear_gate, moe::llama4_router<1>, moe::weigh_input<moe::ffn_expert>, moe::unweighted_sum, B>;
 // Feature-wise modulation, mixed before one shared trunk.
 using film = moe::layer<moe::cosine_gate, moe::top_k<2>, moe::film_expert, moe::mix_before_trunk<moe::ffn_expert>, B>;
-// At most 1.25 times the mean load for an expert; a token that finds no room passes unchanged.
+// At most the mean load for an expert; a token that finds no room passes unchanged.
 using bounded = moe::layer<moe::linear_gate, moe::capacity<moe::top_k<2>>, moe::ffn_expert, moe::residual<>, B>;
 // [/parts]
 
