@@ -23,7 +23,7 @@ int main() {
 
   ffn::context ctx = layer.make_context(T, mem);
   layer.forward(w, view(x), view(y), ctx, mem);
-  const moe::routing_statistics s = moe::measure(ctx.plan);
+  const moe::routing_statistics s(ctx.plan);
   std::printf("rows %td, dropped %td; busiest expert %td of %td (%.2f times the mean), entropy %.2f of %.2f nats\n", s.rows,
               s.dropped, s.busiest, T, s.imbalance, s.entropy, 2.08);
 
@@ -41,5 +41,6 @@ int main() {
   std::printf("replayed: %td of %td assignments are the same, %td have another weight\n", kept, s.rows, moved);
 
   layer.forward(w, view(x), view(y), fresh, mem);
-  std::printf("routed anew: rows %td, dropped %td\n", moe::measure(fresh.plan).rows, moe::measure(fresh.plan).dropped);
+  const moe::routing_statistics now(fresh.plan);
+  std::printf("routed anew: rows %td, dropped %td\n", now.rows, now.dropped);
 }
