@@ -2,6 +2,8 @@
 /// The only place that asks which compiler this is (docs/backends.md).
 #pragma once
 
+#include <cstddef>
+
 #if defined(MOE_SINGLE_INCLUDE)
 #error "moe: the folder of headers and the single header are both included"
 #endif
@@ -40,8 +42,6 @@
 #include <cassert>
 #define MOE_ASSERT(condition) assert(condition)
 #endif
-
-#include <cstddef>
 
 namespace moe::detail {
 
