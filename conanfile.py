@@ -18,7 +18,7 @@ class MoeConan(ConanFile):
     settings = "os", "arch", "compiler", "build_type"
     options = {"with_cpu": [True, False]}
     default_options = {"with_cpu": True}
-    options_description = {"with_cpu": "moe::cpu, the backend that uses Eigen and xsimd"}
+    options_description = {"with_cpu": "moe::cpu, the backend that uses xsimd"}
     exports_sources = "include/*", "LICENSE"
     no_copy_source = True
     test_package_folder = "tests/packaging/conan/test_package"
@@ -29,7 +29,6 @@ class MoeConan(ConanFile):
 
     def requirements(self):
         if self.options.with_cpu:
-            self.requires("eigen/[>=3.4 <6]")
             self.requires("xsimd/[>=8.1 <15]")
 
     def validate(self):
@@ -56,6 +55,6 @@ class MoeConan(ConanFile):
             cpu = self.cpp_info.components["cpu"]
             cpu.set_property("cmake_target_name", "moe::cpu")
             cpu.set_property("pkg_config_name", "moe-cpu")
-            cpu.requires = ["core", "eigen::eigen", "xsimd::xsimd"]
+            cpu.requires = ["core", "xsimd::xsimd"]
         for component in self.cpp_info.components.values():
             component.bindirs, component.libdirs = [], []

@@ -12,7 +12,7 @@
 #include "support/allocations.hpp"
 #include "support/testing.hpp"
 
-#if __has_include("moe/backend/cpu.hpp") && __has_include(<Eigen/Core>)
+#if __has_include("moe/backend/cpu.hpp") && __has_include(<xsimd/xsimd.hpp>)
 #define MOE_TEST_CPU 1
 #include "moe/backend/cpu.hpp"
 #endif

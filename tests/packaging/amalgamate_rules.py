@@ -47,9 +47,9 @@ class Writes(unittest.TestCase):
     def test_the_cpu_output_includes_the_first_and_holds_the_rest(self):
         texts = build({"moe.hpp": '#include "moe/a.hpp"\n#include "moe/version.hpp"\n', "a.hpp": "int a;\n",
                        "backend/cpu.hpp": '#include "moe/a.hpp"\n#include "moe/backend/cpu/b.hpp"\nint c = a;\n',
-                       "backend/cpu/b.hpp": "#include <Eigen/Core>\nint b;\n"})
+                       "backend/cpu/b.hpp": "#include <xsimd/xsimd.hpp>\nint b;\n"})
         text = texts["moe/backend/cpu.hpp"]
-        self.assertIn('#include "../moe.hpp"\n\n#include <Eigen/Core>\n', text)
+        self.assertIn('#include "../moe.hpp"\n\n#include <xsimd/xsimd.hpp>\n', text)
         self.assertIn("int b;", text)
         self.assertNotIn("int a;", text)
         self.assertNotIn("int b;", texts["moe/moe.hpp"])
@@ -94,8 +94,8 @@ class Refuses(unittest.TestCase):
         self.refuses("moe/backend/cpu.hpp does not reach moe/backend/cpu/lost.hpp", {"backend/cpu/lost.hpp": "int x;\n"})
 
     def test_third_party_headers_outside_the_accelerated_backends(self):
-        self.refuses("moe/a.hpp is part of .*Eigen/Core", {"moe.hpp": '#include "moe/a.hpp"\n#include "moe/version.hpp"\n',
-                                                           "a.hpp": "#include <Eigen/Core>\n"})
+        self.refuses("moe/a.hpp is part of .*xsimd/xsimd.hpp",
+                     {"moe.hpp": '#include "moe/a.hpp"\n#include "moe/version.hpp"\n', "a.hpp": "#include <xsimd/xsimd.hpp>\n"})
         self.refuses("moe/backend/cpu.hpp is part of", {"io/file.hpp": '#include "moe/backend/cpu.hpp"\n'})
 
     def test_headers_that_do_not_exist(self):

@@ -36,7 +36,6 @@ want_build_tools() {
   want g++ have_command "${CXX:-c++}"
   want cmake have_cmake
   want ninja-build have_generator
-  want libeigen3-dev have_header Eigen/Core
   want libxsimd-dev have_header xsimd/xsimd.hpp
 }
 
