@@ -40,11 +40,11 @@ inline std::string printable(std::string_view s) {
   return out;
 }
 
-/// `prompt` and `length` bytes that the model writes after it. The same seed gives the same text.
+/// `length` bytes that the model writes after a text of at least `text::margin` bytes. The same seed gives the same bytes.
 template <class Block>
-std::string generate(const language_model_instance<Block>& m, const std::string& prompt, std::size_t length, float temperature,
+std::string generate(const language_model_instance<Block>& m, std::string_view before, std::size_t length, float temperature,
                      moe::rng random) {
-  std::string all = std::string(text::margin, '\n') + prompt;
+  std::string all(before);
   moe::buffer work(m.net.work_bytes(1));
   for (std::size_t i = 0; i < length; ++i) {
     all += '\0';  // the byte to predict
@@ -54,7 +54,21 @@ std::string generate(const language_model_instance<Block>& m, const std::string&
     m.net.forward(m.w, ctx, mem);
     all.back() = static_cast<char>(sample({ctx.logits.data, 256}, temperature, random.uniform(i)));
   }
-  return printable(std::string_view(all).substr(text::margin));
+  return all.substr(before.size());
+}
+
+/// Goes on where a stretch of each language's text ends: "… the end of the stretch | what the model writes".
+template <class Block>
+std::string continue_texts(const language_model_instance<Block>& m, const text& t, std::size_t length) {
+  const std::string_view all(reinterpret_cast<const char*>(t.bytes.data()), t.bytes.size());
+  std::string out;
+  for (std::size_t l = 0; l < t.languages(); ++l) {
+    std::string_view before = all.substr(t.begin[l] + text::margin, 2 * text::margin);
+    before = before.substr(0, before.rfind(' ') + 1);
+    const std::string_view end = before.substr(before.find(' ', before.size() - 70) + 1);
+    out += "... " + printable(end) + "| " + printable(generate(m, before, length, 0.6f, moe::rng(7))) + "\n\n";
+  }
+  return out;
 }
 
 }  // namespace demo

@@ -42,8 +42,8 @@ constexpr settings quick{.bytes_per_language = 60'000, .blocks = 2, .window = 8,
                          .block = {.tokens = 256, .d = 32, .f = 32, .experts = 8},
                          .training = {.steps = 24, .tokens = 256, .validation = 512}};
 
-/// Validation bits per byte by which the mixture must beat the dense model.
-constexpr double margin = 0.02;
+/// Validation bits per byte by which the mixture must beat the dense model. Measured: 0.106.
+constexpr double margin = 0.05;
 
 template <class Block>
 demo::language_model_instance<Block> make_model(const settings& s, dim experts, dim f) {
@@ -85,14 +85,6 @@ bool reloads_exactly(const demo::language_model_instance<Block>& m, const std::s
   return std::memcmp(a.logits.data, b.logits.data, sizeof(float) * 256 * 256) == 0;
 }
 
-template <class Block>
-std::string write_text(const demo::language_model_instance<Block>& m, std::size_t length) {
-  std::string all;
-  for (const char* prompt : {"And the LORD said unto ", "La commande permet de ", "Diese Datei enthält die "})
-    all += demo::generate(m, prompt, length, 0.6f, moe::rng(7)) + "\n\n";
-  return all;
-}
-
 void print_table(const demo::evaluation& m, const demo::evaluation& d) {
   std::printf("\nbits per byte, validation   ");
   for (const char* language : demo::corpus::languages) std::printf("%9s", language);
@@ -125,8 +117,8 @@ int demonstrate(const settings& s, bool is_quick, const std::filesystem::path& f
   const std::string checkpoint = (folder / "mixture.safetensors").string();
   save(moe_model, checkpoint);
   const bool same = reloads_exactly(moe_model, checkpoint, text.valid);
-  const std::string written = write_text(moe_model, is_quick ? 40 : 240);
-  std::printf("\nThe mixture writes:\n\n%s", written.c_str());
+  const std::string written = demo::continue_texts(moe_model, text.valid, is_quick ? 40 : 240);
+  std::printf("\nWhere a text it has not seen ends (|), the mixture goes on:\n\n%s", written.c_str());
   write_file(folder / "text.txt", written);
   write_file(folder / "loss.svg", demo::draw_loss(moe_curve, dense_curve));
   write_file(folder / "experts.svg", demo::draw_experts(moe_result));

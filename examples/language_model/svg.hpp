@@ -84,9 +84,9 @@ inline std::string number(double v, double step) {
   return s;
 }
 
-/// White to dark blue, by way of a light one; monotone in lightness.
+/// White to dark blue; pale up to a third, so that what is above stands out.
 inline std::string shade(double v) {
-  static constexpr double stops[4][3] = {{247, 250, 253}, {158, 202, 225}, {49, 130, 189}, {8, 48, 107}};
+  static constexpr double stops[4][3] = {{255, 255, 255}, {222, 235, 247}, {66, 146, 198}, {8, 48, 107}};
   const double at = std::clamp(v, 0.0, 1.0) * 3;
   const int i = std::min(2, static_cast<int>(at));
   int rgb[3];
@@ -154,7 +154,7 @@ inline std::string heat_map(const std::string& title, const std::string& subtitl
   const double panel_h = cell_h * static_cast<double>(rows.size());
   const double grid_w = cell_w * static_cast<double>(columns);
   const double width = std::max(left + grid_w + bar, 24 + 7.2 * static_cast<double>(subtitle.size()));
-  const double height = top + static_cast<double>(panels.size()) * (panel_h + gap);
+  const double height = top + static_cast<double>(panels.size()) * (panel_h + gap) - 24;
   detail::drawing d(width, height);
   d.label(24, 30, title, "start", detail::ink, 17, true);
   d.label(24, 51, subtitle, "start", detail::faint);
@@ -168,9 +168,9 @@ inline std::string heat_map(const std::string& title, const std::string& subtitl
       d.label(left - 10, y + cell_h / 2 + 4.5, rows[r], "end");
       for (std::size_t c = 0; c < p.columns.size(); ++c) {
         const double v = p.values[r][c], x = left + cell_w * static_cast<double>(c);
-        d.add("<rect x=\"%.1f\" y=\"%.1f\" width=\"%.1f\" height=\"%.1f\" fill=\"%s\" stroke=\"#ffffff\"/>\n", x, y, cell_w, cell_h,
-              detail::shade(v).c_str());
-        d.label(x + cell_w / 2, y + cell_h / 2 + 4, detail::number(100 * v, 1), "middle", v > 0.5 ? "#ffffff" : detail::ink, 12);
+        d.add("<rect x=\"%.1f\" y=\"%.1f\" width=\"%.1f\" height=\"%.1f\" fill=\"%s\" stroke=\"%s\"/>\n", x, y, cell_w, cell_h,
+              detail::shade(v).c_str(), detail::grid);
+        d.label(x + cell_w / 2, y + cell_h / 2 + 4, detail::number(100 * v, 1), "middle", v > 0.55 ? "#ffffff" : detail::ink, 12);
       }
     }
     for (const auto& [line, y] : {std::pair(&p.columns, y0 + panel_h + 18), std::pair(&p.notes, y0 + panel_h + 35)}) {

@@ -13,7 +13,7 @@ namespace demo {
 /// Texts of several languages, one after the other: language l is bytes begin[l] .. begin[l+1]. Each begins with `margin`
 /// newlines, so that every byte has that many before it.
 struct text {
-  static constexpr std::size_t margin = 64;
+  static constexpr std::size_t margin = 256;
   std::vector<std::uint8_t> bytes;
   std::vector<std::size_t> begin{0};
 

@@ -22,7 +22,7 @@ static_assert(text::margin >= window_embedding::reach, "every byte of a text nee
 struct recipe {
   moe::dim steps, tokens;  ///< tokens of one step
   moe::dim validation;     ///< tokens of an evaluation on the way
-  float rate = 8e-3f;
+  float rate = 5e-3f;
   std::uint64_t seed = 1;
 
   moe::dim interval() const noexcept { return steps < 24 ? 1 : steps / 24; }  ///< steps between evaluations

@@ -23,12 +23,12 @@ struct windows {
 
 /// y[t] = the sum over i = 1 .. window of table_i[byte i before t]  +  counts[t] bag
 ///
-/// with counts[t,b]: how often byte b is among the last `reach` bytes, divided by 16. Only the table of the last byte and the
+/// with counts[t,b]: how often byte b is among the last `reach` bytes, times 4 / reach. Only the table of the last byte and the
 /// bag start at random. What the bytes before it add is then learned, not first unlearned.
 ///
 /// weights  last[256,d] earlier[(window-1)*256,d] bag[256,d]      saves  counts[T,256]      adds to  all three
 struct window_embedding {
-  static constexpr moe::dim reach = 64;
+  static constexpr moe::dim reach = 256;
   moe::dim window = 8;
 
   struct weights {
@@ -55,7 +55,7 @@ struct window_embedding {
     fill(on, ctx.counts, 0.f);
     for_each_token(on, in.tokens(), [&](moe::dim t) {
       for (moe::dim i = 1; i <= window; ++i) axpy(typename B::arch{}, 1.f, w.row(in, t, i), y.row(t), y.cols);
-      for (moe::dim i = 1; i <= reach; ++i) ctx.counts(t, in.byte(t, i)) += 1.f / 16;
+      for (moe::dim i = 1; i <= reach; ++i) ctx.counts(t, in.byte(t, i)) += 4.f / static_cast<float>(reach);
     });
     gemm_nn(on, ctx.counts, w.bag, y);
   }

@@ -48,9 +48,9 @@ double slope(std::vector<double> v, std::size_t i, F f) {
   return (up - f(v)) / (2 * h);
 }
 
-/// A text of 100 small bytes; positions from 64 on have enough before them.
+/// A text of small bytes; positions from 256 on have enough before them.
 const std::vector<std::uint8_t> bytes = [] {
-  std::vector<std::uint8_t> v(100);
+  std::vector<std::uint8_t> v(300);
   for (std::size_t i = 0; i < v.size(); ++i) v[i] = static_cast<std::uint8_t>(moe::rng(9)(i) % 10);
   return v;
 }();
@@ -95,7 +95,7 @@ TEST_SUITE("examples/language_model") {
   TEST_CASE("the embedding adds a row for each of the last bytes and one for each count") {
     auto last = numbers(256 * 3, 1), earlier = numbers(256 * 3, 2), bag = numbers(256 * 3, 3);
     std::vector<float> y(6), counts(2 * 256);
-    const std::vector<moe::idx> position = {64, 90};
+    const std::vector<moe::idx> position = {256, 290};
     const demo::window_embedding embedding{2};
     demo::window_embedding::weights w{matrix(last, 256), matrix(earlier, 256), matrix(bag, 256)};
     demo::window_embedding::context ctx{matrix(counts, 2)};
@@ -107,7 +107,7 @@ TEST_SUITE("examples/language_model") {
       for (dim j = 0; j < 3; ++j) {
         const auto at = static_cast<std::size_t>(position[t]);
         double wanted = double{w.last(bytes[at - 1], j)} + double{w.earlier(bytes[at - 2], j)};
-        for (std::size_t i = 1; i <= 64; ++i) wanted += double{w.bag(bytes[at - i], j)} / 16;
+        for (std::size_t i = 1; i <= 256; ++i) wanted += double{w.bag(bytes[at - i], j)} / 64;
         CHECK(std::fabs(double{y[t * 3 + static_cast<std::size_t>(j)]} - wanted) < 1e-5);
       }
   }
@@ -115,7 +115,7 @@ TEST_SUITE("examples/language_model") {
     constexpr dim d = 3, T = 3;
     auto last = numbers(256 * d, 1), earlier = numbers(512 * d, 2), bag = numbers(256 * d, 3), dy = numbers(T * d, 4);
     std::vector<float> y(T * d), counts(T * 256), dlast(last.size()), dearlier(earlier.size()), dbag(bag.size());
-    const std::vector<moe::idx> position = {70, 64, 99};
+    const std::vector<moe::idx> position = {270, 256, 299};
     const demo::windows in{bytes, position};
     const demo::window_embedding embedding{3};
     demo::window_embedding::weights w{matrix(last, 256), matrix(earlier, 512), matrix(bag, 256)};
@@ -166,7 +166,7 @@ TEST_SUITE("examples/language_model") {
     constexpr dim T = 2;
     auto logits = numbers(T * 256, 5);
     std::vector<float> bits(T);
-    const std::vector<moe::idx> position = {74, 99};
+    const std::vector<moe::idx> position = {274, 299};
     const demo::windows in{bytes, position};
     const auto f = [&](const std::vector<double>& v) {
       double nats = 0;
@@ -189,7 +189,7 @@ TEST_SUITE("examples/language_model") {
 
   TEST_CASE("gradients of the whole model match finite differences") {
     const model net(2, 3, block({.tokens = 8, .d = 8, .f = 6, .experts = 2}));  // k = E: no probe changes the plan
-    const std::vector<moe::idx> position = {64, 71, 72, 80, 99};
+    const std::vector<moe::idx> position = {256, 271, 272, 280, 299};
     const demo::windows in{bytes, position};
     moe::buffer params(net.weight_bytes()), grads(net.weight_bytes()), work(net.work_bytes(5));
     moe::arena p(params.bytes()), g(grads.bytes());
