@@ -148,7 +148,7 @@ TEST_SUITE("backend/cpu/grouped") {
   }
   TEST_CASE("with whole numbers grouped products are exactly what they are by definition") {
     for (const auto& rows : groupings)
-      for (const auto& [d, f] : {std::pair<dim, dim>{5, 3}, {33, 70}, {64, 16}}) {
+      for (const auto& [d, f] : {std::pair<dim, dim>{5, 3}, {33, 70}, {270, 9}}) {
         const grouping g(rows);
         const operands o{.g = g, .d = d, .f = f, .whole = true};
         const auto want = by_definition(o);
