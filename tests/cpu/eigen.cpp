@@ -87,7 +87,8 @@ struct plan {
 
 TEST_SUITE("backend/cpu") {
   TEST_CASE("products agree with Eigen's in double precision and stay within their block") {
-    for (const auto [m, n, k] : products) {
+    for (const sizes& of : products) {
+      const dim m = of.m, n = of.n, k = of.k;
       CAPTURE(m);
       CAPTURE(n);
       CAPTURE(k);
@@ -103,7 +104,8 @@ TEST_SUITE("backend/cpu") {
     }
   }
   TEST_CASE("grouped products agree with Eigen's, expert by expert") {
-    for (const auto [rows, n, k] : products) {
+    for (const sizes& of : products) {
+      const dim rows = of.m, n = of.n, k = of.k;
       CAPTURE(rows);
       CAPTURE(n);
       CAPTURE(k);
