@@ -63,7 +63,8 @@ struct sizes {
 };
 /// Odd, and each at times below, at or above a panel and a register block.
 constexpr sizes products[] = {{1, 1, 1},    {1, 17, 64},  {3, 5, 7},     {8, 16, 32},   {13, 65, 31},
-                              {72, 64, 33}, {73, 129, 9}, {5, 300, 257}, {131, 67, 70}, {257, 31, 513}};
+                              {72, 64, 33}, {73, 129, 9}, {5, 300, 257}, {131, 67, 70}, {257, 31, 513},
+                              {2, 9, 1041}, {9, 21, 1041}};
 
 /// Rows of three experts, the middle one without any; row r reads token (5 r + 2) mod tokens.
 struct plan {
