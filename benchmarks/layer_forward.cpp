@@ -5,11 +5,9 @@
 //
 // Small batches rotate over layers and inputs, so that weights come from memory as they do in a model. A `!` marks a row
 // during which other programs had the processor; `loop` says how the Eigen loop compares with what it is known to do.
-#include <omp.h>
-
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <string_view>
 #include <vector>
 
@@ -27,7 +25,14 @@ namespace {
 
 using moe::dim;
 
-constexpr int max_threads = 2, rounds = 5, tries = 20;
+#if defined(_OPENMP)
+constexpr int max_threads = 2;
+void use_threads(int n) { omp_set_num_threads(n); }
+#else
+constexpr int max_threads = 1;
+void use_threads(int) {}
+#endif
+constexpr int rounds = 5, tries = 20;
 constexpr std::size_t resident = std::size_t{600} << 20;  // weights that small batches rotate over
 
 // Numbers of mean 0: a block of random ones, over and over.
@@ -63,10 +68,11 @@ class contest {
 
  private:
   void row(dim T, bool skewed, int threads, double known) {
-    omp_set_num_threads(threads);
+    use_threads(threads);
     const dim inputs = T <= 128 ? 64 : 1;
     const std::size_t layers = T <= 128 ? weights_.size() : 1;
-    moe::buffer tokens(static_cast<std::size_t>(inputs * T * shape_.d) * sizeof(float)), result(tokens.size() / static_cast<std::size_t>(inputs));
+    moe::buffer tokens(static_cast<std::size_t>(inputs * T * shape_.d) * sizeof(float)),
+        result(tokens.size() / static_cast<std::size_t>(inputs));
     moe::buffer work(net_.inference_context_bytes(T) + net_.scratch_bytes(T));
     moe::arena mem(work.bytes());
     auto ctx = net_.make_inference_context(T, mem);
@@ -91,9 +97,10 @@ class contest {
     const auto ours = [&](int call) { net_.forward(weights(call), input(call), y, ctx, mem); };
     agree(by_hand, ours, result.as<float>());
     const auto t = support::interleaved(threads, rounds, tries, ours, by_hand);
-    const double T_ = static_cast<double>(T), roof = support::roof(shape_, T, K, active / static_cast<double>(calls), threads);
-    std::printf("%-3s %-6s %5td %8d %9.0f %9.0f %6.2f %5.0f%%", shape_.name, skewed ? "skewed" : "even", T, threads, T_ / t.a, T_ / t.b,
-                t.b / t.a, 100 * T_ / t.a / roof);
+    const double T_ = static_cast<double>(T),
+                 roof = support::roof(shape_, T, K, active / static_cast<double>(calls), threads);
+    std::printf("%-3s %-6s %5td %8d %9.0f %9.0f %6.2f %5.0f%%", shape_.name, skewed ? "skewed" : "even", T, threads,
+                T_ / t.a, T_ / t.b, t.b / t.a, 100 * T_ / t.a / roof);
     if (!skewed && threads == max_threads) std::printf("  loop %+4.0f%%", 100 * (T_ / t.b / known - 1));
     std::printf("%s\n", t.quiet ? "" : "  !");
     std::fflush(stdout);

@@ -4,7 +4,6 @@
 #pragma once
 
 #include <Eigen/Core>
-
 #include <algorithm>
 #include <numeric>
 #include <vector>
@@ -68,7 +67,9 @@ class eigen_loop {
     order_.resize(static_cast<std::size_t>(scores_.cols()));
     for (Eigen::Index t = 0; t < scores_.rows(); ++t) {
       std::iota(order_.begin(), order_.end(), 0);
-      const auto better = [&](int a, int b) { return scores_(t, a) != scores_(t, b) ? scores_(t, a) > scores_(t, b) : a < b; };
+      const auto better = [&](int a, int b) {
+        return scores_(t, a) != scores_(t, b) ? scores_(t, a) > scores_(t, b) : a < b;
+      };
       std::partial_sort(order_.begin(), order_.begin() + k_, order_.end(), better);
       float sum = 0;
       for (int j = 0; j < k_; ++j) sum += std::exp(scores_(t, order_[static_cast<std::size_t>(j)]) - scores_(t, order_[0]));

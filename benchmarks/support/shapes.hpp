@@ -25,10 +25,10 @@ struct model_shape {
 };
 
 inline constexpr std::array<dim, 6> batches{1, 4, 32, 128, 512, 2048};
-inline constexpr model_shape s1{"S1", 1024, 3584, 8, {185, 134, 481, 1999, 4647, 5112}};     // k = 2
-inline constexpr model_shape s2{"S2", 2048, 768, 128, {104, 99, 112, 319, 1184, 2455}};      // k = 8
-inline constexpr model_shape s3{"S3", 2048, 1024, 64, {78, 67, 106, 462, 1499, 2119}};       // k = 8
-inline constexpr model_shape s4{"S4", 1024, 512, 96, {2318, 2309, 2239, 2521, 5309, 17800}}; // k = 1
+inline constexpr model_shape s1{"S1", 1024, 3584, 8, {185, 134, 481, 1999, 4647, 5112}};      // k = 2
+inline constexpr model_shape s2{"S2", 2048, 768, 128, {104, 99, 112, 319, 1184, 2455}};       // k = 8
+inline constexpr model_shape s3{"S3", 2048, 1024, 64, {78, 67, 106, 462, 1499, 2119}};        // k = 8
+inline constexpr model_shape s4{"S4", 1024, 512, 96, {2318, 2309, 2239, 2521, 5309, 17800}};  // k = 1
 
 /// The roof of one thread: bytes from memory and float32 operations per second (90 % of the multiply-add rate).
 inline constexpr double roof_bytes = 18.3e9, roof_flops = 192e9;

@@ -39,7 +39,8 @@ struct grouping {
 };
 
 /// Every expert empty; some; one row each; one expert with all rows, in more than one chunk; many experts; no rows at all.
-const std::vector<std::vector<idx>> groupings{{0, 0}, {0, 3, 0, 1}, {1, 1, 1}, {0, 600}, std::vector<idx>(40, 2), {0, 75, 8}};
+const std::vector<std::vector<idx>> groupings{{0, 0},    {0, 3, 0, 1}, {1, 1, 1}, {0, 600}, std::vector<idx>(40, 2),
+                                              {0, 75, 8}};
 
 struct grouped_results {
   std::vector<float> nt, biased, nn, tn, up, z;
@@ -52,8 +53,8 @@ struct operands {
   bool whole;
   std::vector<float> x = numbers(A * d, 1), w = numbers(E * f * d, 2), v = numbers(E * f * d, 3), bias = numbers(E * f, 4),
                      h = numbers(A * f, 5);
-  grouped_results start{numbers(A * f, 6), numbers(A * f, 7), numbers(A * d, 8), numbers(E * f * d, 9), numbers(A * f, 10),
-                        numbers(2 * A * f, 11)};
+  grouped_results start{numbers(A * f, 6),   numbers(A* f, 7),  numbers(A* d, 8),
+                        numbers(E* f* d, 9), numbers(A* f, 10), numbers(2 * A * f, 11)};
 
   std::vector<float> numbers(dim n, std::uint64_t seed) const {
     return whole ? testing::integers(n, seed, 2) : testing::normals(n, seed);

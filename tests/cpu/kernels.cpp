@@ -31,10 +31,19 @@ struct operands {
 
   /// left is [rows, across] with a gap of 3, right [rows, across] with a gap of 1, c [m, n] with a gap of 2
   operands(dim m_, dim n_, dim k_, dim left_rows, dim left_across, dim right_rows, dim right_across, bool whole)
-      : m(m_), n(n_), k(k_), left(numbers((left_rows + 2) * (left_across + 3), 1, whole)),
-        right(numbers(right_rows * (right_across + 1), 2, whole)), start(numbers(m * (n + 2), 3, whole)),
-        token(static_cast<std::size_t>(left_rows)), across(left_across), rows(left_rows), side(right_across), other(right_rows) {
-    for (std::size_t r = 0; r < token.size(); ++r) token[r] = static_cast<idx>((r * 5 + 2) % static_cast<std::size_t>(left_rows + 2));
+      : m(m_),
+        n(n_),
+        k(k_),
+        left(numbers((left_rows + 2) * (left_across + 3), 1, whole)),
+        right(numbers(right_rows * (right_across + 1), 2, whole)),
+        start(numbers(m * (n + 2), 3, whole)),
+        token(static_cast<std::size_t>(left_rows)),
+        across(left_across),
+        rows(left_rows),
+        side(right_across),
+        other(right_rows) {
+    for (std::size_t r = 0; r < token.size(); ++r)
+      token[r] = static_cast<idx>((r * 5 + 2) % static_cast<std::size_t>(left_rows + 2));
   }
   gathered<float> a() const { return {{left.data(), rows + 2, across, across + 3}, token.data()}; }
   matrix_view<const float> b() const { return {right.data(), other, side, side + 1}; }
@@ -56,9 +65,12 @@ operands make(product p, dim m, dim n, dim k, bool whole) {
 template <class Arch>
 std::vector<float> run(Arch arch, product p, const operands& o) {
   std::vector<float> result = o.start;
-  if (p == product::nt) gemm_nt(arch, o.a(), o.b(), o.c(result));
-  else if (p == product::nn) gemm_nn(arch, o.a(), o.b(), o.c(result));
-  else gemm_tn(arch, o.a(), gathered<float>{o.b()}, o.k, o.c(result));
+  if (p == product::nt)
+    gemm_nt(arch, o.a(), o.b(), o.c(result));
+  else if (p == product::nn)
+    gemm_nn(arch, o.a(), o.b(), o.c(result));
+  else
+    gemm_tn(arch, o.a(), gathered<float>{o.b()}, o.k, o.c(result));
   return result;
 }
 /// Largest |c - wanted| over the largest sum of |terms|; infinite where the gap between rows was written to.
@@ -143,12 +155,17 @@ TEST_SUITE("backend/cpu/kernels") {
             const matrix_view<float> c(&alone, 1, 1);
             auto a = o.a();
             auto b = o.b();
-            if (p == product::tn) a.source = a.source.columns(i, 1);
-            else a = a.from(i);
+            if (p == product::tn)
+              a.source = a.source.columns(i, 1);
+            else
+              a = a.from(i);
             b = p == product::nt ? b.slice(j, 1) : b.columns(j, 1);
-            if (p == product::nt) gemm_nt(native{}, a, b, c);
-            else if (p == product::nn) gemm_nn(native{}, a, b, c);
-            else gemm_tn(native{}, a, gathered<float>{b}, k, c);
+            if (p == product::nt)
+              gemm_nt(native{}, a, b, c);
+            else if (p == product::nn)
+              gemm_nn(native{}, a, b, c);
+            else
+              gemm_tn(native{}, a, gathered<float>{b}, k, c);
             same = same && alone == all[static_cast<std::size_t>(i * 69 + j)];
           }
         CHECK(same);
@@ -176,17 +193,21 @@ TEST_SUITE("backend/cpu/kernels") {
       CHECK(std::abs(dot(native{}, x.data(), y.data(), n) - sum) < 1e-5);
     }
   }
-  TEST_CASE("an elementwise rule agrees with the scalar level for every tail length, and gives each element the same value "
-            "wherever it stands") {
+  TEST_CASE(
+      "an elementwise rule agrees with the scalar level for every tail length, and gives each element the same value "
+      "wherever it stands") {
     const auto z = testing::normals(70, 3, 2), da = testing::normals(70, 4);
     const auto whole = activate(native{}, z, da);
     for (std::size_t n = 1; n < 70; ++n) {
-      const std::vector<float> some(z.end() - static_cast<std::ptrdiff_t>(n), z.end()), d(da.end() - static_cast<std::ptrdiff_t>(n), da.end());
+      const std::vector<float> some(z.end() - static_cast<std::ptrdiff_t>(n), z.end()),
+          d(da.end() - static_cast<std::ptrdiff_t>(n), da.end());
       const auto got = activate(native{}, some, d), want = activate(scalar{}, some, d);
       bool close = true;
-      for (std::size_t j = 0; j < got.size(); ++j) close = close && std::abs(got[j] - want[j]) < 1e-5f * (1 + std::abs(want[j]));
+      for (std::size_t j = 0; j < got.size(); ++j)
+        close = close && std::abs(got[j] - want[j]) < 1e-5f * (1 + std::abs(want[j]));
       CHECK(close);
-      CHECK(std::equal(got.begin(), got.begin() + static_cast<std::ptrdiff_t>(n), whole.begin() + static_cast<std::ptrdiff_t>(70 - n)));
+      CHECK(std::equal(got.begin(), got.begin() + static_cast<std::ptrdiff_t>(n),
+                       whole.begin() + static_cast<std::ptrdiff_t>(70 - n)));
     }
   }
   TEST_CASE("the level is the widest that the compiler's flags allow") {

@@ -3,7 +3,7 @@
 /// and its operations. One tile of work on one thread; nothing is allocated.
 ///
 /// Each element of a result has one order of additions, which depends on the reduced dimension alone: neither on the other
-/// rows and columns of the tile nor on the element's place among them. A token's result is the same bit for bit in any batch.
+/// rows and columns of the tile nor on its place among them. A token's result is the same bit for bit in any batch.
 #pragma once
 
 #include <cstring>
@@ -39,8 +39,8 @@ struct prefetch_walk {
 /// c(i + m, n * step) += the dot product of rows a[i + m] and b[n], both over k floats from `first`; b's rows are `stride`
 /// floats apart.
 template <class L, int M, int N>
-MOE_NO_INLINE void dot_block(gathered<float> a, dim i, dim first, dim k, const float* b, dim stride, prefetch_walk ahead, matrix_view<float> c,
-               dim step) noexcept {
+MOE_NO_INLINE void dot_block(gathered<float> a, dim i, dim first, dim k, const float* b, dim stride, prefetch_walk ahead,
+                             matrix_view<float> c, dim step) noexcept {
   using V = typename L::vector;
   constexpr int W = L::width;
   const float* x[M];
@@ -81,21 +81,23 @@ MOE_NO_INLINE void dot_block(gathered<float> a, dim i, dim first, dim k, const f
   MOE_UNROLL
   for (int m = 0; m < M; ++m) {
     float total[4];
-    if constexpr (N == 4) L::sum_four(sum[m][0], sum[m][1], sum[m][2], sum[m][3], total);
-    else L::sum_four(sum[m][0], L::all(0), L::all(0), L::all(0), total);
+    if constexpr (N == 4)
+      L::sum_four(sum[m][0], sum[m][1], sum[m][2], sum[m][3], total);
+    else
+      L::sum_four(sum[m][0], L::all(0), L::all(0), L::all(0), total);
     MOE_UNROLL
     for (int n = 0; n < N; ++n) c(i + m, n * step) += total[n];
   }
 }
 
 /// All rows of a tile against N columns of it. While one block works, the weights of the next come nearer: `next` is where
-/// they lie, and each block of rows asks for its share.
+/// they lie, and each block of rows asks for its share. A block alone asks for its own, a kilobyte ahead.
 template <class L, int N>
 void dot_columns(gathered<float> a, dim first, dim k, const float* b, dim stride, const float* next, matrix_view<float> c,
                  dim step) noexcept {
   constexpr int M = dot_rows<L>;
   const dim blocks = (c.rows + M - 1) / M, line = dim{sizeof(typename L::vector)}, pace = (line + blocks - 1) / blocks;
-  prefetch_walk ahead{reinterpret_cast<const char*>(blocks == 1 ? b + 256 : next), pace};
+  prefetch_walk ahead{reinterpret_cast<const char*>(blocks == 1 ? b + 1024 / sizeof(float) : next), pace};
   dim i = 0;
   for (; i + M <= c.rows; i += M, ahead.at += pace * (k / L::width))
     dot_block<L, M, N>(a, i, first, k, b, stride, ahead, c, step);
@@ -112,7 +114,8 @@ void dot_tile(gathered<float> a, matrix_view<const float> b, dim stride, matrix_
   const auto first_of = [&](dim i) { return (few ? i % cuts : i / step) * dot_depth; };
   for (dim i = 0; i < step * cuts; ++i) {
     const dim j = row_of(i), first = first_of(i), k = b.cols - first < dot_depth ? b.cols - first : dot_depth;
-    dot_columns<L, N>(a, first, k, b.row(j) + first, stride, b.row(row_of(i + 1)) + first_of(i + 1), c.columns(j, c.cols - j), step);
+    dot_columns<L, N>(a, first, k, b.row(j) + first, stride, b.row(row_of(i + 1)) + first_of(i + 1),
+                      c.columns(j, c.cols - j), step);
   }
 }
 
@@ -149,7 +152,8 @@ void pack(Row row, dim depth, dim n, float* packed) noexcept {
 
 /// c(i + m, all columns of a block) += the sum over p of a[i + m][first + p * step] times row p of `packed`, in order.
 template <class L, int M>
-MOE_NO_INLINE void outer_block(gathered<float> a, dim i, dim first, dim step, const float* packed, dim depth, float* c, dim ld) noexcept {
+MOE_NO_INLINE void outer_block(gathered<float> a, dim i, dim first, dim step, const float* packed, dim depth, float* c,
+                               dim ld) noexcept {
   using V = typename L::vector;
   constexpr int W = L::width, N = strips<L>;
   const float* x[M];
@@ -172,9 +176,10 @@ MOE_NO_INLINE void outer_block(gathered<float> a, dim i, dim first, dim step, co
     }
   }
   MOE_UNROLL
-  for (int m = 0; m < M; ++m)
+  for (int m = 0; m < M; ++m) {
     MOE_UNROLL
     for (int n = 0; n < N; ++n) L::store(c + m * ld + n * W, sum[m][n]);
+  }
 }
 
 /// The same for all of c, which is as wide as what was packed.
@@ -219,7 +224,8 @@ void product_tn(gathered<float> a, gathered<float> b, dim depth, matrix_view<flo
     for (dim i = 0; i < c.rows; i += outer_columns) {
       const dim k = depth - first < outer_depth ? depth - first : outer_depth;
       const dim m = c.rows - i < outer_columns ? c.rows - i : outer_columns;
-      for (dim p = 0; p < k; ++p) std::memcpy(left + p * outer_columns, a.row(first + p) + i, static_cast<std::size_t>(m) * sizeof(float));
+      for (dim p = 0; p < k; ++p)
+        std::memcpy(left + p * outer_columns, a.row(first + p) + i, static_cast<std::size_t>(m) * sizeof(float));
       for (dim j = 0; j < c.cols; j += outer_columns) {
         const dim n = c.cols - j < outer_columns ? c.cols - j : outer_columns;
         pack<L>([&](dim p) { return b.row(first + p) + j; }, k, n, right);
@@ -246,9 +252,10 @@ float dot_product(const float* x, const float* y, dim n) noexcept {
   constexpr dim W = L::width;
   typename L::vector sum[4] = {L::all(0), L::all(0), L::all(0), L::all(0)};
   dim j = 0;
-  for (; j + 4 * W <= n; j += 4 * W)
+  for (; j + 4 * W <= n; j += 4 * W) {
     MOE_UNROLL
     for (int i = 0; i < 4; ++i) sum[i] = L::multiply_add(L::load(x + j + i * W), L::load(y + j + i * W), sum[i]);
+  }
   for (; j + W <= n; j += W) sum[0] = L::multiply_add(L::load(x + j), L::load(y + j), sum[0]);
   if (j < n) sum[1] = L::multiply_add(L::load(x + j, n - j), L::load(y + j, n - j), sum[1]);
   float total[4];

@@ -11,8 +11,10 @@ namespace moe {
 template <class Arch, class Form>
 void activate(Arch arch, const Form& form, const float* gate, const float* up, float* a, dim n) noexcept {
   for_each_lane(arch, n, [&](dim j, auto lane) {
-    if constexpr (Form::gated) lane.store(a + j, form(lane.load(gate + j), lane.load(up + j)));
-    else lane.store(a + j, form(lane.load(up + j)));
+    if constexpr (Form::gated)
+      lane.store(a + j, form(lane.load(gate + j), lane.load(up + j)));
+    else
+      lane.store(a + j, form(lane.load(up + j)));
   });
 }
 /// Backward, where a holds da': dgate, dup = slope(gate, up, w a), then a = w form(gate, up). Returns <a as it was, form>.
@@ -58,8 +60,7 @@ void grouped_up(const call<B>& on, const bank_rows& rows, gathered<float> x, con
     matrix_view<float> g;
     if constexpr (Form::gated) g = product(0, gate, gate_bias);
     const matrix_view<float> u = product(Form::gated, up, up_bias), to = detail::part_of(a, t);
-    for (dim r = 0; r < t.rows; ++r)
-      activate(arch, form, Form::gated ? g.row(r) : nullptr, u.row(r), to.row(r), t.columns);
+    for (dim r = 0; r < t.rows; ++r) activate(arch, form, Form::gated ? g.row(r) : nullptr, u.row(r), to.row(r), t.columns);
   });
 }
 

@@ -51,7 +51,8 @@ void grouped_gemm_nt(const call<B>& on, const bank_rows& rows, gathered<float> a
                      matrix_view<float> out) noexcept {
   const typename B::arch arch{};
   detail::for_each_product(
-      on, rows, a, b, [&](matrix_view<float> c, const detail::tile& t) { detail::copy_tile(arch, detail::part_of(out, t), c); },
+      on, rows, a, b,
+      [&](matrix_view<float> c, const detail::tile& t) { detail::copy_tile(arch, detail::part_of(out, t), c); },
       [&](const detail::tile& t, matrix_view<float> c) { detail::copy_tile(arch, c, detail::part_of(out, t)); });
 }
 /// out[r] = a[r] b[e]^T + bias[e], the bias a column per expert or empty.

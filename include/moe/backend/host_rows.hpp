@@ -124,7 +124,8 @@ void dot_rows(const call<B>& on, const bank_rows& rows, gathered<float> xs, matr
 }
 /// s[r] += <x[r], z[r]> for every row of a bank, unweighted.
 template <HostBackend B>
-void dot_rows(const call<B>& on, const bank_rows& rows, gathered<float> xs, gathered<float> zs, std::span<float> s) noexcept {
+void dot_rows(const call<B>& on, const bank_rows& rows, gathered<float> xs, gathered<float> zs,
+              std::span<float> s) noexcept {
   for_each_row(on, rows, [&](dim, dim r) {
     s[static_cast<std::size_t>(r)] += dot(typename B::arch{}, xs.row(r), zs.row(r), xs.cols());
   });
@@ -135,7 +136,8 @@ void for_each_row_by_token(const call<B>& on, const bank_rows& rows, F f) noexce
   const dim first = rows.first(), last = rows.last();
   if (rows.token_offsets.empty()) return for_each_token(on, last - first, [&](dim i) { f(i + first, i + first); });
   for_each_token(on, rows.tokens(), [&](dim t) {
-    for (idx i = rows.token_offsets[static_cast<std::size_t>(t)]; i < rows.token_offsets[static_cast<std::size_t>(t) + 1]; ++i)
+    for (idx i = rows.token_offsets[static_cast<std::size_t>(t)]; i < rows.token_offsets[static_cast<std::size_t>(t) + 1];
+         ++i)
       if (const dim r = rows.position[static_cast<std::size_t>(i)]; r >= first && r < last) f(t, r);
   });
 }
@@ -143,9 +145,8 @@ void for_each_row_by_token(const call<B>& on, const bank_rows& rows, F f) noexce
 /// token's choices. Without token_offsets row r is token r.
 template <HostBackend B>
 void scatter_add_rows(const call<B>& on, const bank_rows& rows, gathered<float> from, matrix_view<float> to) noexcept {
-  for_each_row_by_token(on, rows, [&](dim t, dim r) {
-    axpy(typename B::arch{}, from.scale(r), from.row(r), to.row(t), to.cols);
-  });
+  for_each_row_by_token(on, rows,
+                        [&](dim t, dim r) { axpy(typename B::arch{}, from.scale(r), from.row(r), to.row(t), to.cols); });
 }
 
 /// y[t] = the sum over t's rows of weight[r] ys[r], in the order of its choices; 0 for a token without rows.

@@ -28,7 +28,7 @@ class tile_grid {
   tile_grid(std::span<const idx> offsets, dim width, dim depth, dim narrowest) noexcept : offsets_(offsets), width_(width) {
     constexpr dim enough = 64, worthwhile = 1 << 15;
     const dim products = (dim{offsets.back()} - offsets.front()) * width * depth;
-    const auto finer = [&] { return tiles() < enough && products > 2 * worthwhile * tiles(); };
+    const auto finer = [&] { return tiles() < enough && products >= 2 * worthwhile * tiles(); };
     count();
     if (finer()) {
       chunk_ = row_block;
@@ -48,7 +48,8 @@ class tile_grid {
     const dim panels = blocks(width_, panel_), column = i % panels * panel_;
     dim chunk = i / panels, e = 0;
     for (dim n; chunk >= (n = chunks_of(e)); ++e) chunk -= n;
-    const dim height = blocks(rows(e), chunks_of(e)), first = at(e) + chunk * height, last = at_most(first + height, at(e + 1));
+    const dim height = blocks(rows(e), chunks_of(e)), first = at(e) + chunk * height,
+              last = at_most(first + height, at(e + 1));
     for (dim r = first; r < last; r += row_block)
       f(tile{e, r, at_most(last - r, row_block), column, at_most(width_ - column, panel_)});
   }

@@ -55,8 +55,10 @@ struct simd_lanes {
     for (dim l = 0; l < n; ++l) p[l] = lane[l];
   }
   static vector multiply_add(vector x, vector y, vector z) noexcept {
-    if constexpr (width == 16) return multiply_add_512(x, y, z);
-    else return xsimd::fma(x, y, z);
+    if constexpr (width == 16)
+      return multiply_add_512(x, y, z);
+    else
+      return xsimd::fma(x, y, z);
   }
   /// s[0 .. 4] = the sums of the lanes of a, b, c and d, each in the same order.
   static void sum_four(vector a, vector b, vector c, vector d, float* s) noexcept {
