@@ -5,12 +5,9 @@
 #include <chrono>
 #include <cstdio>
 #include <string>
+#include <utility>
 
-#if defined(_WIN32)
-#include <io.h>
-#else
 #include <unistd.h>
-#endif
 
 namespace demo {
 
@@ -33,10 +30,10 @@ class progress {
       const int filled = static_cast<int>(width * done / total_);
       std::string bar;
       for (int i = 0; i < width; ++i) bar += i < filled ? "█" : "░";
-      std::printf("\r%-6s %s %3ld %%  %.3f bits per byte  %6.0f tokens/s  %3.0f s %s\033[K%s", name_.c_str(), bar.c_str(),
+      std::printf("\r%-8s %s %3ld %%  %.3f bits per byte  %6.0f tokens/s  %3.0f s %s\033[K%s", name_.c_str(), bar.c_str(),
                   100 * done / total_, loss, speed, last ? seconds : left, last ? "in all" : "to go", last ? "\n" : "");
     } else {
-      std::printf("%-6s %3ld %%  %.3f bits per byte  %6.0f tokens/s  %3.0f s\n", name_.c_str(), 100 * done / total_, loss, speed,
+      std::printf("%-8s %3ld %%  %.3f bits per byte  %6.0f tokens/s  %3.0f s\n", name_.c_str(), 100 * done / total_, loss, speed,
                   seconds);
     }
     std::fflush(stdout);
@@ -46,11 +43,7 @@ class progress {
  private:
   using clock = std::chrono::steady_clock;
   static bool terminal() {
-#if defined(_WIN32)
-    static const bool is = _isatty(_fileno(stdout)) != 0;
-#else
     static const bool is = isatty(STDOUT_FILENO) != 0;
-#endif
     return is;
   }
 

@@ -6,6 +6,7 @@
 #include <array>
 #include <numeric>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "corpus.hpp"
@@ -75,9 +76,12 @@ inline std::string draw_experts(const evaluation& e) {
     const auto favourite = [&](std::size_t i) { return std::max_element(use[i].begin(), use[i].end()) - use[i].begin(); };
     std::vector<std::size_t> order(use.size());
     std::iota(order.begin(), order.end(), std::size_t{0});
-    std::stable_sort(order.begin(), order.end(), [&](std::size_t i, std::size_t j) {
-      const auto fi = favourite(i), fj = favourite(j);
-      return fi != fj ? fi < fj : share(i, static_cast<std::size_t>(fi)) > share(j, static_cast<std::size_t>(fj));
+    std::sort(order.begin(), order.end(), [&](std::size_t i, std::size_t j) {
+      const auto key = [&](std::size_t e) {
+        const auto l = favourite(e);
+        return std::tuple(l, -share(e, static_cast<std::size_t>(l)), e);
+      };
+      return key(i) < key(j);
     });
     double all = 0;
     for (const std::size_t i : order) all += total(i);
