@@ -83,15 +83,22 @@ template <int Level>
 void gemm_tn(basic_scalar<Level>, gathered<float> a, gathered<float> b, dim depth, matrix_view<float> c) noexcept {
   detail::product_tn<detail::plain_lanes<Level>>(a, b, depth, c);
 }
-/// y[j] += w x[j]
+/// y[j] += w x[j]. This one and the next are plain loops: function objects that a device runs as well call them.
 template <int Level>
-void axpy(basic_scalar<Level>, float w, const float* x, float* y, dim n) noexcept {
-  detail::add_scaled<detail::plain_lanes<Level>>(w, x, y, n);
+MOE_HD void axpy(basic_scalar<Level>, float w, const float* x, float* y, dim n) noexcept {
+  for (dim j = 0; j < n; ++j) y[j] += w * x[j];
 }
 /// sum of x[j] y[j]
 template <int Level>
-float dot(basic_scalar<Level>, const float* x, const float* y, dim n) noexcept {
-  return detail::dot_product<detail::plain_lanes<Level>>(x, y, n);
+MOE_HD float dot(basic_scalar<Level>, const float* x, const float* y, dim n) noexcept {
+  float sum[8] = {};
+  dim j = 0;
+  for (; j + 8 <= n; j += 8) {
+    MOE_UNROLL
+    for (int l = 0; l < 8; ++l) sum[l] += x[j + l] * y[j + l];
+  }
+  for (; j < n; ++j) sum[j % 8] += x[j] * y[j];
+  return ((sum[0] + sum[4]) + (sum[1] + sum[5])) + ((sum[2] + sum[6]) + (sum[3] + sum[7]));
 }
 /// f(j, lane) for j in 0 .. n in steps of the lane's width: how an elementwise rule runs at the level of the build.
 template <int Level, class F>
