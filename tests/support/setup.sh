@@ -39,6 +39,16 @@ want_build_tools() {
   want libxsimd-dev have_header xsimd/xsimd.hpp
 }
 
+# What the main demonstration reads. Images of minimal systems tell dpkg to leave manual pages out: they are brought back,
+# also in packages that have lost them.
+want_texts() {
+  apt_options=" --reinstall -o Dpkg::Options::=--path-include=/usr/share/man/*"
+  want bible-kjv have_command bible
+  want bible-kjv-text have_files /usr/lib/bible.data
+  want manpages-fr have_files /usr/share/man/fr/man7/ascii.7.gz
+  want manpages-de have_files /usr/share/man/de/man7/ascii.7.gz
+}
+
 # Installs what `requirements`, a function of the caller, finds missing.
 provide() {
   requirements
