@@ -37,6 +37,17 @@
 #define MOE_NO_INLINE
 #endif
 
+/// A function for processors with the named features, whatever the compiler's flags; called only where they are. Its callees
+/// are intrinsics and other such functions: the attribute does not reach into lambdas. MSVC takes every intrinsic anywhere.
+#if (defined(__x86_64__) || defined(_M_X64)) && !defined(__CUDACC__)
+#define MOE_X86 1
+#endif
+#if defined(MOE_X86) && defined(__GNUC__)
+#define MOE_TARGET(features) __attribute__((target(features)))
+#else
+#define MOE_TARGET(features)
+#endif
+
 /// Checks an internal precondition in debug builds. Errors of a caller are exceptions instead (core/error.hpp).
 #ifndef MOE_ASSERT
 #include <cassert>

@@ -1,0 +1,28 @@
+// SPDX-License-Identifier: Apache-2.0
+/// The tags of the levels of moe::cpu_level. Overloads for a tag need the machine to have its level; what a level lacks falls
+/// back to the one it stands on. `Build` names the compiler's flags, as in arch::scalar: features of a function's target come
+/// on top of them.
+#pragma once
+
+#include "moe/backend/scalar.hpp"
+
+namespace moe::arch {
+
+template <int Build>
+struct basic_avx2 : basic_scalar<Build> {};
+template <int Build>
+struct basic_avx512 : basic_avx2<Build> {};
+template <int Build>
+struct basic_avx512_vnni : basic_avx512<Build> {};
+template <int Build>
+struct basic_amx : basic_avx512_vnni<Build> {};
+template <int Build>
+struct basic_neon : basic_scalar<Build> {};
+
+using avx2 = basic_avx2<moe::detail::build_level>;
+using avx512 = basic_avx512<moe::detail::build_level>;
+using avx512_vnni = basic_avx512_vnni<moe::detail::build_level>;
+using amx = basic_amx<moe::detail::build_level>;
+using neon = basic_neon<moe::detail::build_level>;
+
+}  // namespace moe::arch
