@@ -6,11 +6,12 @@
 #include <Eigen/Core>
 #include <algorithm>
 #include <numeric>
+#include <span>
 #include <vector>
 
 #include "moe/core/view.hpp"
 
-namespace support {
+namespace bench {
 
 using row_major = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
 
@@ -21,13 +22,15 @@ class eigen_loop {
  public:
   eigen_loop(moe::dim experts, int k) : rows_(static_cast<std::size_t>(experts)), k_(k) {}
 
-  /// y = the layer with softmax over the k best; weights as expert/ffn.hpp lays them out.
-  void forward(moe::matrix_view<const float> router, moe::matrix_view<const float> gate, moe::matrix_view<const float> up,
-               moe::matrix_view<const float> down, moe::matrix_view<const float> x, moe::matrix_view<float> y) {
+  /// y = the layer with softmax over the k best of the scores plus `bias`; weights as expert/ffn.hpp lays them out.
+  void forward(moe::matrix_view<const float> router, std::span<const float> bias, moe::matrix_view<const float> gate,
+               moe::matrix_view<const float> up, moe::matrix_view<const float> down, moe::matrix_view<const float> x,
+               moe::matrix_view<float> y) {
     const auto in = as_eigen(x);
     auto out = as_eigen(y);
     const moe::dim experts = router.rows, d = x.cols, f = up.rows / experts;
     scores_.noalias() = in * as_eigen(router).transpose();
+    scores_.rowwise() += Eigen::Map<const Eigen::RowVectorXf>(bias.data(), experts);
     route();
     out.setZero();
     for (moe::dim e = 0; e < experts; ++e) {
@@ -45,15 +48,6 @@ class eigen_loop {
         out.row(a.token) += a.weight * ys_.row(r);
       }
     }
-  }
-  /// Experts with at least one row in the last call.
-  moe::dim active() const {
-    return std::count_if(rows_.begin(), rows_.end(), [](const auto& r) { return !r.empty(); });
-  }
-  moe::dim tallest() const {
-    std::size_t n = 0;
-    for (const auto& r : rows_) n = std::max(n, r.size());
-    return static_cast<moe::dim>(n);
   }
 
  private:
@@ -86,4 +80,4 @@ class eigen_loop {
   int k_;
 };
 
-}  // namespace support
+}  // namespace bench

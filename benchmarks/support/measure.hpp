@@ -5,10 +5,11 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <functional>
 #include <thread>
 #include <vector>
 
-namespace support {
+namespace bench {
 
 inline double seconds() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
@@ -18,25 +19,44 @@ inline double median(std::vector<double> v) {
   return v[v.size() / 2];
 }
 
+/// Runs f(thread) on `threads` threads, which all start at once; returns the seconds until the last is done.
+inline double together(int threads, const std::function<void(int)>& f) {
+  std::atomic<int> ready{0};
+  std::atomic<bool> go{false};
+  const auto wait_and_run = [&](int thread) {
+    ++ready;
+    while (!go) {
+    }
+    f(thread);
+  };
+  std::vector<std::thread> others;
+  for (int i = 1; i < threads; ++i) others.emplace_back(wait_and_run, i);
+  while (ready < threads - 1) {
+  }
+  const double start = seconds();
+  go = true;
+  f(0);
+  for (auto& t : others) t.join();
+  return seconds() - start;
+}
+
 /// The share of its threads that a program is given at the moment: every thread watches the clock for a tenth of a second,
 /// and what passes between two looks longer than a few microseconds was somebody else's.
 inline double availability(int threads) {
-  std::atomic<double> own{0};
   constexpr double span = 0.1, gap = 20e-6;
-  const auto watch = [&] {
+  std::vector<double> own(static_cast<std::size_t>(threads));
+  together(threads, [&](int thread) {
     const double start = seconds();
     double mine = 0;
     for (double last = start, now; last - start < span; last = now) {
       now = seconds();
       if (now - last < gap) mine += now - last;
     }
-    own += mine;
-  };
-  std::vector<std::thread> others;
-  for (int i = 1; i < threads; ++i) others.emplace_back(watch);
-  watch();
-  for (auto& t : others) t.join();
-  return own / (span * threads);
+    own[static_cast<std::size_t>(thread)] = mine;
+  });
+  double sum = 0;
+  for (const double mine : own) sum += mine;
+  return sum / (span * threads);
 }
 
 /// Waits, but not for ever, until the threads are there; false where they never were.
@@ -46,30 +66,4 @@ inline bool wait_for_quiet(int threads, int tries) {
   return false;
 }
 
-struct pair_of_times {
-  double a, b;  ///< medians of one call, in seconds
-  bool quiet;
-};
-
-/// Times f and g in turn, each long enough to be measured, `rounds` times. Both are called with a counter of calls.
-template <class F, class G>
-pair_of_times interleaved(int threads, int rounds, int tries, F f, G g) {
-  int calls[2] = {0, 0};
-  const auto time = [&](auto& h, int which, int n) {
-    const double start = seconds();
-    for (int i = 0; i < n; ++i) h(calls[which]++);
-    return (seconds() - start) / n;
-  };
-  const double once = std::max(time(f, 0, 1), time(g, 1, 1));
-  const int n = std::max(1, static_cast<int>(0.05 / once));
-  std::vector<double> a, b;
-  int noisy = 0;
-  for (int r = 0; r < rounds; ++r) {
-    noisy += !wait_for_quiet(threads, tries);
-    a.push_back(time(f, 0, n));
-    b.push_back(time(g, 1, n));
-  }
-  return {median(a), median(b), 2 * noisy < rounds};
-}
-
-}  // namespace support
+}  // namespace bench

@@ -1,42 +1,57 @@
 // SPDX-License-Identifier: Apache-2.0
-/// Layers of published models, and the limits of the machine that the tables were made on.
+/// Layers of published models, and what a row of the table is about.
 #pragma once
 
-#include <algorithm>
 #include <array>
+#include <string>
+#include <string_view>
 
 #include "moe/core/types.hpp"
 
-namespace support {
+namespace bench {
 
 using moe::dim;
 
-/// A layer of gated feed-forward experts, and what a loop of Eigen products over its experts did on the machine of
-/// docs/performance.md when nothing else ran: tokens per second at each of `batches`, two threads.
-struct model_shape {
-  const char* name;
-  dim d, f, experts;
-  std::array<double, 6> known_loop;
+inline constexpr std::array<dim, 6> default_tokens{1, 4, 32, 128, 512, 2048};
 
-  double weight_bytes(double active) const {
-    return 4 * (static_cast<double>(3 * d * f) * active + static_cast<double>(experts * d));
-  }
-  double flops(dim tokens, int k) const { return 2. * static_cast<double>(3 * d * f * tokens * k + experts * d * tokens); }
+/// A layer of gated feed-forward experts. `known_loop` is what a loop of Eigen products over the experts did on two quiet
+/// cores of a 2.3 GHz Xeon with AVX-512 at each of `default_tokens`, in tokens per second; zeros where nobody measured.
+struct model_shape {
+  std::string name;
+  dim d = 0, f = 0, experts = 0, k = 0;
+  std::array<double, 6> known_loop{};
+
+  double router_weights() const { return static_cast<double>(experts * d); }
+  double expert_weights() const { return static_cast<double>(3 * d * f); }
+  /// Of the products of the experts; those of the router do not count as work.
+  double flops(dim tokens) const { return 2 * expert_weights() * static_cast<double>(k * tokens); }
 };
 
-inline constexpr std::array<dim, 6> batches{1, 4, 32, 128, 512, 2048};
-inline constexpr model_shape s1{"S1", 1024, 3584, 8, {185, 134, 481, 1999, 4647, 5112}};      // k = 2
-inline constexpr model_shape s2{"S2", 2048, 768, 128, {104, 99, 112, 319, 1184, 2455}};       // k = 8
-inline constexpr model_shape s3{"S3", 2048, 1024, 64, {78, 67, 106, 462, 1499, 2119}};        // k = 8
-inline constexpr model_shape s4{"S4", 1024, 512, 96, {2318, 2309, 2239, 2521, 5309, 17800}};  // k = 1
-
-/// The roof of one thread: bytes from memory and float32 operations per second (90 % of the multiply-add rate).
-inline constexpr double roof_bytes = 18.3e9, roof_flops = 192e9;
-
-/// Tokens per second at the roof: each active expert's weights read once, or the operations, whichever takes longer.
-inline double roof(const model_shape& s, dim tokens, int k, double active, int threads) {
-  const double seconds = std::max(s.weight_bytes(active) / roof_bytes, s.flops(tokens, k) / roof_flops) / threads;
-  return static_cast<double>(tokens) / seconds;
+inline const std::array<model_shape, 4>& named_shapes() {
+  static const std::array<model_shape, 4> shapes{{{"S1", 1024, 3584, 8, 2, {185, 134, 481, 1999, 4647, 5112}},
+                                                  {"S2", 2048, 768, 128, 8, {104, 99, 112, 319, 1184, 2455}},
+                                                  {"S3", 2048, 1024, 64, 8, {78, 67, 106, 462, 1499, 2119}},
+                                                  {"S4", 1024, 512, 96, 1, {}}}};
+  return shapes;
 }
 
-}  // namespace support
+/// The unit whose peak is the roof of a type's products.
+enum class unit { fma, amx_bf16, amx_int8 };
+
+/// A type of weights: its name in tables and files, the bytes of a weight with its scales, the unit that multiplies it, and
+/// the largest relative error that its outputs may have against float32 products of the unrounded weights.
+struct weight_type {
+  std::string_view name;
+  double bytes;
+  unit multiplies;
+  double tolerance;
+};
+
+inline constexpr std::array<weight_type, 6> weight_types{{{"f32", 4, unit::fma, 1e-4},
+                                                          {"bf16", 2, unit::amx_bf16, 2e-2},
+                                                          {"f16", 2, unit::fma, 2e-3},
+                                                          {"int8", 1, unit::amx_int8, 4e-2},
+                                                          {"int4", 0.5625, unit::amx_int8, 0.2},
+                                                          {"ternary", 0.25, unit::amx_int8, 1}}};
+
+}  // namespace bench

@@ -1,0 +1,20 @@
+// SPDX-License-Identifier: Apache-2.0
+/// The types of weights that the library runs.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "support/contestant.hpp"
+
+namespace bench {
+
+/// Those with a layer for inference, or, where `backward`, for training.
+std::vector<weight_type> library_types(bool backward);
+
+/// The library's layer at one of those types.
+std::unique_ptr<contestant> library_layer_of(const model_shape& s, std::string_view type, bool backward);
+
+std::unique_ptr<contestant> make_f32(const model_shape& s, bool backward);
+
+}  // namespace bench

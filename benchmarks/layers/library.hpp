@@ -1,0 +1,113 @@
+// SPDX-License-Identifier: Apache-2.0
+/// The library's layers as contestants. A new type of weights is one file beside this one that says how an expert gets its
+/// weights, and a line in layers.cpp.
+#pragma once
+
+#include <cmath>
+
+#include "layers/layers.hpp"
+#include "moe/backend/cpu.hpp"
+#include "moe/combine/weighted_sum.hpp"
+#include "moe/expert/ffn.hpp"
+#include "moe/gate/linear.hpp"
+#include "moe/layer.hpp"
+#include "moe/router/top_k.hpp"
+
+namespace bench {
+
+/// `Weights` is what an expert needs of a layer: constructed from a layer_source, its shape and the policy; `views` are the
+/// expert's weights, `bytes` their size. `name` is that of the type.
+template <int K, class Expert, class Weights>
+class library_layer : public contestant {
+ protected:
+  using net = moe::layer<moe::biased_linear_gate, moe::top_k<K>, Expert, moe::weighted_sum, moe::cpu<>>;
+
+ public:
+  explicit library_layer(const model_shape& s) : contestant("moe"), net_({.d = s.d, .f = s.f, .experts = s.experts}) {}
+
+  void prepare(std::span<const batch> batches, int) override {
+    const dim T = batches[0].x.rows;
+    work_ = moe::buffer(net_.inference_context_bytes(T) + net_.scratch_bytes(T));
+    mem_ = moe::arena(work_.bytes());
+    context_ = net_.make_inference_context(T, mem_);
+    bind(batches);
+  }
+  void run(std::size_t i, matrix_view<float> y) override { net_.forward(weights_[i], batches_[i].x, y, context_, mem_); }
+
+ protected:
+  void bind(std::span<const batch> batches) {
+    batches_ = batches;
+    weights_.clear();
+    for (const batch& b : batches) {
+      typename net::weights w{};
+      w.gate.w = mutable_view(b.router.data, b.router.rows, b.router.cols);
+      w.gate.bias = mutable_view(b.bias.data(), b.router.rows, 1);
+      w.experts = layers_[static_cast<std::size_t>(b.layer % this->layers())].views;
+      weights_.push_back(w);
+    }
+  }
+
+  net net_;
+  moe::buffer work_;
+  moe::arena mem_;
+  typename net::context context_{};
+  std::span<const batch> batches_;
+  std::vector<typename net::weights> weights_;  ///< of each batch
+
+ private:
+  double add(const std::shared_ptr<const layer_source>& w) override {
+    layers_.emplace_back(w, net_.sizes(), net_.experts());
+    return layers_.back().bytes;
+  }
+  // The gate's weights are views of the kind that training writes to; forward only reads them.
+  static matrix_view<float> mutable_view(const float* p, dim rows, dim cols) { return {const_cast<float*>(p), rows, cols}; }
+
+  std::vector<Weights> layers_;
+};
+
+/// A training step: forward, then the gradients of everything. y is the result of forward; gradients add up from call to call.
+template <int K, class Expert, class Weights>
+class library_training : public library_layer<K, Expert, Weights> {
+  using base = library_layer<K, Expert, Weights>;
+  using typename base::net;
+
+ public:
+  using base::base;
+
+  void prepare(std::span<const batch> batches, int) override {
+    const dim T = batches[0].x.rows, d = batches[0].x.cols;
+    this->work_ = moe::buffer(this->net_.context_bytes(T) + this->net_.scratch_bytes(T));
+    this->mem_ = moe::arena(this->work_.bytes());
+    this->context_ = this->net_.make_context(T, this->mem_);
+    gradients_ = moe::buffer(this->net_.weight_bytes());
+    moe::arena mem(gradients_.bytes());
+    dw_ = this->net_.make_gradients(mem);
+    dx_ = moe::buffer(static_cast<std::size_t>(T * d) * sizeof(float));
+    this->bind(batches);
+  }
+  void run(std::size_t i, matrix_view<float> y) override {
+    const auto x = this->batches_[i].x;
+    const matrix_view<float> dx(dx_.template as<float>().data(), x.rows, x.cols);
+    this->net_.forward(this->weights_[i], x, y, this->context_, this->mem_);
+    this->net_.backward(this->weights_[i], x, this->context_, x, dx, dw_, this->mem_);
+  }
+
+ private:
+  moe::buffer gradients_, dx_;
+  typename net::gradients dw_{};
+};
+
+/// One contestant for the k of a shape, which the library wants at compile time.
+template <template <int, class, class> class Contestant, class Expert, class Weights>
+std::unique_ptr<contestant> for_k(const model_shape& s) {
+  switch (s.k) {
+    case 1: return std::make_unique<Contestant<1, Expert, Weights>>(s);
+    case 2: return std::make_unique<Contestant<2, Expert, Weights>>(s);
+    case 4: return std::make_unique<Contestant<4, Expert, Weights>>(s);
+    case 6: return std::make_unique<Contestant<6, Expert, Weights>>(s);
+    case 8: return std::make_unique<Contestant<8, Expert, Weights>>(s);
+  }
+  return nullptr;
+}
+
+}  // namespace bench

@@ -1,0 +1,88 @@
+// SPDX-License-Identifier: Apache-2.0
+// Whole layers beside their peers and the limits of the machine: `benchmarks/run --help`.
+#include <algorithm>
+#include <cstdio>
+#include <thread>
+
+#include "layers/layers.hpp"
+#include "moe/backend/cpu/level.hpp"
+#include "peers/peers.hpp"
+#include "support/contest.hpp"
+#include "support/options.hpp"
+#include "support/report.hpp"
+
+namespace {
+
+using namespace bench;
+
+// Says where the Eigen loop is weaker than it is known to be: a ratio to it would flatter.
+void judge_loop(const std::vector<row>& rows) {
+  constexpr double wanted = 0.85;
+  for (const row& r : rows)
+    for (const peer_result& p : r.peers) {
+      const auto at = std::find(default_tokens.begin(), default_tokens.end(), r.tokens);
+      if (p.name != "eigen" || r.threads != 2 || r.skew != 0 || r.backward || at == default_tokens.end()) continue;
+      const double known = r.shape.known_loop[static_cast<std::size_t>(at - default_tokens.begin())];
+      if (p.tokens_per_s < wanted * known)
+        std::printf("the Eigen loop reached %.0f tokens/s on %s, T = %td (%s): %.0f%% of the %.0f that it is known for\n",
+                    p.tokens_per_s, r.shape.name.c_str(), r.tokens, std::string(r.type.name).c_str(),
+                    100 * p.tokens_per_s / known, known);
+    }
+}
+
+std::vector<machine_limits> measure_all_limits(std::vector<int> threads) {
+  std::sort(threads.begin(), threads.end());
+  threads.erase(std::unique(threads.begin(), threads.end()), threads.end());
+  std::vector<machine_limits> all;
+  for (const int n : threads) all.push_back(measure_limits(n));
+  return all;
+}
+
+int run(const options& o) {
+  moe::check_cpu_level();
+  const moe::cpu_level_report level = moe::report_cpu_level();
+  const std::vector<machine_limits> limits = measure_all_limits(o.threads);
+  std::vector<std::string> peers;
+  for (const auto& p : peers_of(o.shapes[0], o.types[0])) peers.push_back(p->name());
+  const table out(o.backward ? std::vector<std::string>{} : peers);
+  std::printf("level %s: %s\n", std::string(moe::name(level.level)).c_str(), level.why);
+  for (const machine_limits& l : limits) out.limits(l);
+  out.heading();
+
+  std::vector<row> rows;
+  const auto of = [&](int threads) -> const machine_limits& {
+    return *std::find_if(limits.begin(), limits.end(), [&](const machine_limits& l) { return l.threads == threads; });
+  };
+  for (const model_shape& s : o.shapes)
+    for (const weight_type& type : o.types)
+      compete(s, type, o, of, [&](const row& r) {
+        out.add(r);
+        rows.push_back(r);
+      });
+  judge_loop(rows);
+
+  if (o.json.empty()) return 0;
+  std::FILE* file = std::fopen(o.json.c_str(), "w");
+  if (file == nullptr) throw std::runtime_error("--json: cannot write " + o.json);
+  write_json(file, limits, rows);
+  if (std::fclose(file) != 0) throw std::runtime_error("--json: cannot write " + o.json);
+  return 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  try {
+    const bool backward = std::any_of(argv + 1, argv + argc, [](const char* a) { return std::string_view(a) == "--backward"; });
+    const int cores = std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+    const options o = parse(argc, argv, library_types(backward), cores);
+    if (o.help) return std::fputs(usage, stdout) < 0;
+    return run(o);
+  } catch (const usage_error& e) {
+    std::fprintf(stderr, "%s\n\n%s", e.what(), usage);
+    return 2;
+  } catch (const std::exception& e) {
+    std::fprintf(stderr, "%s\n", e.what());
+    return 1;
+  }
+}

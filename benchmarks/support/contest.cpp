@@ -1,0 +1,255 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "support/contest.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+#include <stdexcept>
+
+#include "layers/layers.hpp"
+#include "moe/core/arena.hpp"
+#include "moe/core/rng.hpp"
+#include "peers/peers.hpp"
+#include "support/measure.hpp"
+#include "support/routing.hpp"
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+namespace bench {
+namespace {
+
+constexpr double turn = 0.1;  // seconds of a contestant's turn, where a call takes less
+
+void use_threads([[maybe_unused]] int n) {
+#if defined(_OPENMP)
+  omp_set_num_threads(n);
+#endif
+}
+
+// Normal numbers of mean 0: a block of random ones over and over, of a length that no row is a multiple of.
+void fill(std::span<float> to, float deviation, std::uint64_t seed) {
+  constexpr std::size_t block = 65521;
+  const moe::rng random(seed);
+  for (std::size_t i = 0; i < to.size(); ++i) to[i] = i < block ? deviation * random.normal(i) : to[i - block];
+}
+
+// A layer in float32, with its memory.
+struct owned_layer : layer_source {
+  moe::buffer memory;
+  owned_layer(const model_shape& s, std::uint64_t seed) {
+    const auto carve = [&](moe::arena& mem) {
+      router = mem.matrix<float>("router", s.experts, s.d);
+      gate = mem.matrix<float>("gate", s.experts * s.f, s.d);
+      up = mem.matrix<float>("up", s.experts * s.f, s.d);
+      down = mem.matrix<float>("down", s.experts * s.d, s.f);
+    };
+    moe::arena count;
+    carve(count);
+    memory = moe::buffer(count.used());
+    moe::arena mem(memory.bytes());
+    carve(mem);
+    std::uint64_t tensor = 0;
+    for (const matrix_view<float> m : {router, gate, up, down})
+      fill({m.data, static_cast<std::size_t>(m.rows * m.cols)}, 1 / std::sqrt(static_cast<float>(m.cols)), 4 * seed + tensor++);
+  }
+};
+
+// The relative error of a token's row, at most, but for one token in a hundred: rounding may send a token on the edge
+// between two experts to the other one.
+double relative_error(std::span<const float> y, std::span<const float> wanted, dim tokens) {
+  const std::size_t n = static_cast<std::size_t>(tokens), d = y.size() / n;
+  std::vector<double> errors(n);
+  for (std::size_t t = 0; t < n; ++t) {
+    double error = 0, size = 0;
+    for (std::size_t i = t * d; i < (t + 1) * d; ++i) {
+      error += static_cast<double>(y[i] - wanted[i]) * (y[i] - wanted[i]);
+      size += static_cast<double>(wanted[i]) * wanted[i];
+    }
+    errors[t] = std::sqrt(error / size);
+    if (!(errors[t] < 1e30)) return 1e30;
+  }
+  std::sort(errors.begin(), errors.end());
+  return errors[n - 1 - n / 100];
+}
+
+// Takes from Google Benchmark what a run took; prints nothing.
+class collector : public benchmark::BenchmarkReporter {
+ public:
+  std::vector<double> seconds_per_call;
+  bool ReportContext(const Context&) override { return true; }
+  void ReportRuns(const std::vector<Run>& runs) override {
+    for (const Run& r : runs)
+      seconds_per_call.push_back(r.real_accumulated_time / static_cast<double>(r.iterations));
+  }
+};
+
+struct entrant {
+  explicit entrant(std::unique_ptr<contestant> c) : who(std::move(c)) {}
+  std::unique_ptr<contestant> who;
+  long calls = 1;          // in a turn
+  std::size_t next = 0;    // batch
+  bool agrees = true;
+  std::vector<double> times;
+};
+
+class contest {
+ public:
+  contest(const model_shape& s, const weight_type& type, const options& o) : shape_(s), type_(type), options_(o) {
+    entrants_.emplace_back(library_layer_of(s, type.name, o.backward));
+    if (!o.backward)
+      for (auto& p : peers_of(s, type)) entrants_.emplace_back(std::move(p));
+    build_layers();
+  }
+
+  void run(const std::function<const machine_limits&(int)>& of, const std::function<void(const row&)>& done) {
+    for (const double skew : options_.skews) {
+      const std::vector<float> by_rank = popularity_bias(shape_.experts, shape_.k, skew);
+      for (const dim T : options_.tokens) {
+        make_batches(T, by_rank);
+        for (const int threads : options_.threads) done(measure(T, skew, of(threads)));
+      }
+    }
+  }
+
+ private:
+  // Every entrant takes layers until `rotate` bytes of others lie between two uses of one.
+  void build_layers() {
+    for (bool more = true; more;) {
+      const auto w = std::make_shared<const owned_layer>(shape_, routers_.size());
+      moe::buffer router(static_cast<std::size_t>(w->router.rows * w->router.cols) * sizeof(float));
+      std::copy_n(w->router.data, w->router.rows * w->router.cols, router.as<float>().data());
+      routers_.push_back(std::move(router));
+      more = false;
+      for (entrant& e : entrants_) {
+        const double bytes = e.who->bytes(), one = e.who->layers() == 0 ? 0 : bytes / e.who->layers();
+        if (e.who->layers() > 0 && bytes - one >= options_.rotate) continue;
+        e.who->take(w);
+        more = more || e.who->bytes() * (e.who->layers() - 1) / e.who->layers() < options_.rotate;
+      }
+    }
+  }
+
+  // As many calls as it takes that inputs come from memory too, and that the choice of experts is an average one; at least
+  // one for every layer.
+  void make_batches(dim T, std::span<const float> bias_by_rank) {
+    const std::size_t layers = routers_.size(), wanted = T <= 128 ? 64 : 2, n = (wanted + layers - 1) / layers * layers;
+    const std::size_t E = static_cast<std::size_t>(shape_.experts), size = static_cast<std::size_t>(T * shape_.d);
+    inputs_ = moe::buffer(n * size * sizeof(float));
+    result_ = moe::buffer(size * sizeof(float));
+    fill(inputs_.as<float>(), 1, 1000003);
+    biases_.assign(n * E, 0);
+    batches_.clear();
+    active_ = 0;
+    for (std::size_t i = 0; i < n; ++i) {
+      const std::span<float> bias(biases_.data() + i * E, E);
+      shuffle(bias_by_rank, bias, i);
+      batch b{.layer = static_cast<int>(i % layers),
+              .x = {inputs_.as<float>().data() + i * size, T, shape_.d},
+              .router = {routers_[i % layers].as<float>().data(), shape_.experts, shape_.d},
+              .bias = bias, .expert = {}, .weight = {}};
+      plan(b, shape_.k);
+      active_ += static_cast<double>(active_experts(b)) / static_cast<double>(n);
+      batches_.push_back(std::move(b));
+    }
+  }
+  static void shuffle(std::span<const float> from, std::span<float> to, std::uint64_t seed) {
+    std::copy(from.begin(), from.end(), to.begin());
+    const moe::rng random(seed, 17);
+    for (std::size_t i = to.size(); i > 1; --i) std::swap(to[i - 1], to[random(i) % i]);
+  }
+
+  row measure(dim T, double skew, const machine_limits& limits) {
+    use_threads(limits.threads);
+    warm_up(T, limits.threads);
+    int noisy = 0;
+    for (int r = 0; r < options_.rounds; ++r) noisy += !take_turns(limits.threads);
+    return result(T, skew, limits, 2 * noisy < options_.rounds);
+  }
+
+  matrix_view<float> y() const { return {result_.as<float>().data(), batches_[0].x.rows, shape_.d}; }
+
+  // One call to compare outputs, one to know how long it takes. The second entrant, a float32 loop, is the reference where there is one.
+  void warm_up(dim T, int threads) {
+    std::vector<std::vector<float>> outputs;
+    for (entrant& e : entrants_) {
+      e.times.clear();
+      e.next = 0;
+      e.who->prepare(batches_, threads);
+      e.who->run(0, y());
+      outputs.emplace_back(result_.as<float>().begin(), result_.as<float>().end());
+      const double start = seconds();
+      e.who->run(1 % batches_.size(), y());
+      e.calls = std::max(1l, std::lround(turn / (seconds() - start)));
+    }
+    const std::size_t reference = entrants_.size() > 1 ? 1 : 0;
+    for (std::size_t i = 0; i < entrants_.size(); ++i) {
+      const double error = relative_error(outputs[i], outputs[reference], T);
+      entrants_[i].agrees = error <= type_.tolerance;
+      if (entrants_[i].agrees) continue;
+      const std::string what = entrants_[i].who->name() + " and " + entrants_[reference].who->name() + " disagree on " +
+                               shape_.name + ", T = " + std::to_string(T) + ", " + std::string(type_.name) +
+                               ": relative error " + std::to_string(error);
+      if (i == 0) throw std::runtime_error(what);
+      std::fprintf(stderr, "%s\n", what.c_str());
+    }
+  }
+
+  // Google Benchmark runs each entrant's loop in the order in which they are registered; a round is one such run, so that
+  // rounds go A B C A B C. (Its own repetitions would go A A B B, or in random order.) False where others were busy.
+  bool take_turns(int threads) {
+    const bool quiet = wait_for_quiet(threads, 4 * options_.rounds);
+    collector times;
+    benchmark::ClearRegisteredBenchmarks();
+    for (entrant& e : entrants_) {
+      if (!e.agrees) continue;
+      auto* b = benchmark::RegisterBenchmark(e.who->name().c_str(), [&e, this](benchmark::State& state) {
+        e.who->repeat(state, e.next, batches_.size(), y());
+        e.next += static_cast<std::size_t>(state.iterations());
+      });
+      b->Iterations(e.calls);
+      if (e.who->keeps_time()) b->UseManualTime();
+      else b->UseRealTime();
+    }
+    benchmark::RunSpecifiedBenchmarks(&times);
+    auto time = times.seconds_per_call.begin();
+    for (entrant& e : entrants_)
+      if (e.agrees) e.times.push_back(*time++);
+    return quiet;
+  }
+
+  row result(dim T, double skew, const machine_limits& limits, bool quiet) const {
+    const double tokens = static_cast<double>(T), time = median(entrants_[0].times), router = 4 * shape_.router_weights();
+    const double weights = active_ * shape_.expert_weights() * type_.bytes + router;
+    const double gradients = active_ * shape_.expert_weights() * 4 + router, rows = 4 * tokens * static_cast<double>(shape_.d);
+    const double moved = options_.backward ? 2 * weights + 2 * gradients + 4 * rows : weights + 2 * rows;
+    const double flops = shape_.flops(T) * (options_.backward ? 3 : 1);
+    const double by_memory = moved / limits.dram_read, by_compute = flops / limits.peak(type_.multiplies);
+    row r{shape_, type_, T, limits.threads, skew, options_.backward, tokens / time, flops / time,
+          (options_.backward ? 2 : 1) * weights / time, tokens / std::max(by_memory, by_compute), by_memory >= by_compute,
+          quiet, {}};
+    for (std::size_t i = 1; i < entrants_.size(); ++i)
+      if (entrants_[i].agrees) r.peers.push_back({entrants_[i].who->name(), tokens / median(entrants_[i].times)});
+    return r;
+  }
+
+  model_shape shape_;
+  weight_type type_;
+  const options& options_;
+  std::vector<entrant> entrants_;     // the library first, then the reference
+  std::vector<moe::buffer> routers_;  // of every layer
+  moe::buffer inputs_, result_;
+  std::vector<float> biases_;
+  std::vector<batch> batches_;
+  double active_ = 0;  // experts that a call uses, on average
+};
+
+}  // namespace
+
+void compete(const model_shape& s, const weight_type& type, const options& o,
+             const std::function<const machine_limits&(int)>& of, const std::function<void(const row&)>& done) {
+  contest(s, type, o).run(of, done);
+}
+
+}  // namespace bench

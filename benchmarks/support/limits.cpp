@@ -1,0 +1,234 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "support/limits.hpp"
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+
+#include "moe/backend/cpu/level.hpp"
+#include "support/measure.hpp"
+
+#if defined(MOE_X86)
+#include <immintrin.h>
+#endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace bench {
+namespace {
+
+constexpr int tries = 7, quiet_tries = 20;
+
+// --- Reading from memory ---
+
+struct freed {
+  void operator()(std::byte* p) const { std::free(p); }
+};
+using big_block = std::unique_ptr<std::byte, freed>;
+
+// More than any cache holds, in huge pages where the system has them.
+constexpr std::size_t block_bytes = std::size_t{1} << 30;
+
+big_block make_block() {
+  big_block block(static_cast<std::byte*>(std::aligned_alloc(std::size_t{2} << 20, block_bytes)));
+#if defined(__linux__)
+  if (block) madvise(block.get(), block_bytes, MADV_HUGEPAGE);
+#endif
+  if (block) std::fill_n(block.get(), block_bytes, std::byte{1});
+  return block;
+}
+
+// Keeps the compiler from leaving out what nobody reads.
+template <class T>
+void keep(const T& value) {
+#if defined(__GNUC__)
+  __asm__ volatile("" : : "m"(value) : "memory");
+#else
+  static volatile unsigned char sink;
+  sink = *reinterpret_cast<const volatile unsigned char*>(&value);
+#endif
+}
+
+// Reads `bytes` as `Streams` streams side by side, asking for what comes 1 KiB later in each: the fastest found on the
+// machines this was tried on.
+template <int Streams>
+void read_plain(const std::byte* p, std::size_t bytes) {
+  constexpr std::size_t ahead = 1024, words = 64 / sizeof(std::uint64_t);
+  const std::size_t part = bytes / Streams;
+  std::uint64_t sum[words] = {};
+  for (std::size_t i = 0; i < part; i += 64)
+    for (int s = 0; s < Streams; ++s) {
+      const std::byte* line = p + static_cast<std::size_t>(s) * part + i;
+#if defined(__GNUC__)
+      __builtin_prefetch(line + ahead);
+#endif
+      const auto* v = reinterpret_cast<const std::uint64_t*>(line);
+      for (std::size_t j = 0; j < words; ++j) sum[j] += v[j];
+    }
+  keep(sum);
+}
+
+#if defined(MOE_X86)
+template <int Streams>
+MOE_TARGET("avx512f") void read_avx512(const std::byte* p, std::size_t bytes) {
+  constexpr std::size_t ahead = 1024;
+  const std::size_t part = bytes / Streams;
+  __m512i sum[Streams];
+  for (int s = 0; s < Streams; ++s) sum[s] = _mm512_setzero_si512();
+  for (std::size_t i = 0; i < part; i += 64)
+    for (int s = 0; s < Streams; ++s) {
+      const std::byte* line = p + static_cast<std::size_t>(s) * part + i;
+      _mm_prefetch(reinterpret_cast<const char*>(line + ahead), _MM_HINT_T0);
+      sum[s] = _mm512_add_epi64(sum[s], _mm512_load_si512(line));
+    }
+  keep(sum);
+}
+#endif
+
+bool has(moe::cpu_level l) { return moe::includes(moe::cpu_level_in_use(), l); }
+
+// --- Multiply-adds with everything in registers ---
+
+constexpr long turns = 1 << 20;
+
+double fma_plain() {
+  constexpr int lanes = 64;
+  float a[lanes], x = 1.0000001f, y = 1e-9f;
+  std::fill_n(a, lanes, 1.f);
+  keep(x);
+  for (long i = 0; i < turns; ++i)
+    for (int j = 0; j < lanes; ++j) a[j] = a[j] * x + y;
+  keep(a);
+  return 2. * lanes * turns;
+}
+
+#if defined(MOE_X86)
+MOE_TARGET("avx2,fma") double fma_avx2() {
+  const __m256 x = _mm256_set1_ps(1.0000001f), y = _mm256_set1_ps(1e-9f);
+  __m256 a[12];
+  for (auto& v : a) v = _mm256_set1_ps(1.f);
+  for (long i = 0; i < turns; ++i) {
+#pragma GCC unroll 12
+    for (int j = 0; j < 12; ++j) a[j] = _mm256_fmadd_ps(a[j], x, y);
+  }
+  keep(a);
+  return 2. * 12 * 8 * turns;
+}
+MOE_TARGET("avx512f") double fma_avx512() {
+  const __m512 x = _mm512_set1_ps(1.0000001f), y = _mm512_set1_ps(1e-9f);
+  __m512 a[16];
+  for (auto& v : a) v = _mm512_set1_ps(1.f);
+  for (long i = 0; i < turns; ++i) {
+#pragma GCC unroll 16
+    for (int j = 0; j < 16; ++j) a[j] = _mm512_fmadd_ps(a[j], x, y);
+  }
+  keep(a);
+  return 2. * 16 * 16 * turns;
+}
+
+#if defined(__GNUC__) && defined(__x86_64__)
+struct alignas(64) tile_config {
+  std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  std::uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+// Static: GCC 12 takes the instruction for one that reads 8 bytes, and leaves out the stores to a local one.
+const tile_config whole_tiles;
+
+MOE_TARGET("amx-tile") void load_zero_tiles() {
+  _tile_loadconfig(&whole_tiles);
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  _tile_zero(4);
+  _tile_zero(5);
+  _tile_zero(6);
+  _tile_zero(7);
+}
+// Four products of two tiles by two: 16 x 16 results, 64 bytes of k.
+MOE_TARGET("amx-tile,amx-bf16") double tiles_bf16() {
+  load_zero_tiles();
+  for (long i = 0; i < turns / 16; ++i) {
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_release();
+  return 4. * 2 * 16 * 16 * 32 * (turns / 16);
+}
+MOE_TARGET("amx-tile,amx-int8") double tiles_int8() {
+  load_zero_tiles();
+  for (long i = 0; i < turns / 16; ++i) {
+    _tile_dpbusd(0, 4, 6);
+    _tile_dpbusd(1, 4, 7);
+    _tile_dpbusd(2, 5, 6);
+    _tile_dpbusd(3, 5, 7);
+  }
+  _tile_release();
+  return 4. * 2 * 16 * 16 * 64 * (turns / 16);
+}
+#endif
+#endif
+
+// Operations per second of `work`, which returns the operations that it does, on every thread at once.
+double rate(int threads, double (*work)()) {
+  double best = 0;
+  for (int t = 0; t < tries; ++t) {
+    double done = 0;
+    const double time = together(threads, [&](int thread) {
+      double mine = 0;
+      for (int i = 0; i < 4; ++i) mine += work();
+      if (thread == 0) done = mine * threads;
+    });
+    best = std::max(best, done / time);
+  }
+  return best;
+}
+
+double read_rate(int threads, const std::byte* block, void (*read)(const std::byte*, std::size_t)) {
+  double best = 0;
+  const std::size_t part = block_bytes / static_cast<std::size_t>(threads) / 4096 * 4096;
+  for (int t = 0; t < tries; ++t) {
+    const double time = together(threads, [&](int thread) { read(block + static_cast<std::size_t>(thread) * part, part); });
+    best = std::max(best, static_cast<double>(part) * threads / time);
+  }
+  return best;
+}
+
+}  // namespace
+
+machine_limits measure_limits(int threads) {
+  machine_limits found{.threads = threads};
+  const big_block block = make_block();
+  found.quiet = wait_for_quiet(threads, quiet_tries);
+  const auto read = [&](auto... ways) {
+    if (block) found.dram_read = std::max({read_rate(threads, block.get(), ways)...});
+  };
+#if defined(MOE_X86)
+  if (has(moe::cpu_level::avx512))
+    read(read_avx512<1>, read_avx512<2>, read_avx512<4>);
+  else
+#endif
+    read(read_plain<1>, read_plain<2>, read_plain<4>);
+
+  found.fma_f32 = rate(threads, fma_plain);
+#if defined(MOE_X86)
+  if (has(moe::cpu_level::avx2)) found.fma_f32 = rate(threads, fma_avx2);
+  if (has(moe::cpu_level::avx512)) found.fma_f32 = rate(threads, fma_avx512);
+#if defined(__GNUC__) && defined(__x86_64__)
+  if (has(moe::cpu_level::amx)) {
+    found.amx_bf16 = rate(threads, tiles_bf16);
+    found.amx_int8 = rate(threads, tiles_int8);
+  }
+#endif
+#endif
+  found.quiet = found.quiet && availability(threads) >= 0.93;
+  return found;
+}
+
+}  // namespace bench

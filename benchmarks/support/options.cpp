@@ -1,0 +1,133 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "support/options.hpp"
+
+#include <charconv>
+#include <string_view>
+#include <utility>
+
+namespace bench {
+
+const char* const usage = R"(usage: benchmarks/run [flags]
+
+Measures the limits of the machine, then whole layers (gate, softmax over the k best, gated experts, weighted sum) beside
+other implementations of them, all in turn in one process; prints medians.
+
+  --shape SHAPE     S1, S2, S3, S4, or d=2048,f=768,E=128,k=8 (k is 1, 2, 4, 6 or 8); may be repeated. Default: S1 to S4
+  --tokens LIST     tokens of a call. Default: 1,4,32,128,512,2048
+  --type LIST       types of weights: f32, bf16, f16, int8, int4, ternary. Default: all that there are
+  --threads LIST    Default: as many as there are cores
+  --skew LIST       how uneven the routing is. 0: every expert is chosen equally often. S: the chance that a token chooses an
+                    expert is proportional to rank^-S, where the experts' ranks are shuffled anew for every call, and no chance
+                    is above 1: what the first would have above it goes to the others in proportion. A bias on the scores
+                    makes it so; every peer gets the same scores. Default: 0
+  --backward        a training step without its optimizer: forward, then all gradients
+  --json FILE       writes every row as JSON, too
+  --plot FOLDER     draws roofline.svg and ratios.svg
+  --peers           also what benchmarks/peers can install and drive (slow the first time)
+  --rounds N        turns that each implementation gets. Default: 5
+  --rotate MIB      weights of other layers that are used before those of a layer come again. Default: 1024. With less, what is
+                    measured is a cache
+  --help
+
+The roof of a row is what the machine's measured limits allow: the weights of the experts that are used, the router, x and y
+moved once at the speed of memory, or the multiply-adds of the experts at the peak of the unit of that type, whichever takes
+longer. A training step moves the weights twice, for forward and for backward, and reads and writes the gradients once.
+A `!` marks a row during which other programs had the processor.
+)";
+
+namespace {
+
+[[noreturn]] void refuse(std::string_view flag, std::string_view came, std::string_view wanted) {
+  throw usage_error(std::string(flag) + ": \"" + std::string(came) + "\", expected " + std::string(wanted));
+}
+
+std::vector<std::string_view> split(std::string_view text, char at) {
+  std::vector<std::string_view> parts;
+  for (std::size_t end; (end = text.find(at)) != text.npos; text.remove_prefix(end + 1)) parts.push_back(text.substr(0, end));
+  parts.push_back(text);
+  return parts;
+}
+
+/// A whole number of at least 1; `text` may be a part of `came`.
+dim whole(std::string_view flag, std::string_view text, std::string_view came) {
+  dim n = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), n);
+  if (error != std::errc() || end != text.data() + text.size() || n < 1 || n > (1 << 24))
+    refuse(flag, came, "whole numbers from 1 to 16777216");
+  return n;
+}
+double exponent(std::string_view flag, std::string_view text, std::string_view came) {
+  double v = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), v);
+  if (error != std::errc() || end != text.data() + text.size() || !(v >= 0 && v <= 10))
+    refuse(flag, came, "numbers from 0 to 10");
+  return v;
+}
+
+/// One of the named shapes, or d=,f=,E=,k=.
+model_shape shape_of(std::string_view text) {
+  constexpr std::string_view wanted = "S1, S2, S3, S4 or d=2048,f=768,E=128,k=8, where k is 1, 2, 4, 6 or 8 and at most E";
+  for (const model_shape& s : named_shapes())
+    if (s.name == text) return s;
+  model_shape s;
+  for (const std::string_view part : split(text, ',')) {
+    const std::size_t at = part.find('=');
+    if (at == part.npos) refuse("--shape", text, wanted);
+    const std::string_view key = part.substr(0, at);
+    dim* field = key == "d" ? &s.d : key == "f" ? &s.f : key == "E" ? &s.experts : key == "k" ? &s.k : nullptr;
+    if (field == nullptr || *field != 0) refuse("--shape", text, wanted);
+    *field = whole("--shape", part.substr(at + 1), text);
+  }
+  const bool has_k = s.k == 1 || s.k == 2 || s.k == 4 || s.k == 6 || s.k == 8;
+  if (s.d == 0 || s.f == 0 || !has_k || s.k > s.experts) refuse("--shape", text, wanted);
+  for (const auto& [letter, n] : {std::pair{'d', s.d}, {'f', s.f}, {'E', s.experts}, {'k', s.k}})
+    s.name.append(1, letter).append(std::to_string(n));
+  return s;
+}
+
+weight_type type_of(std::string_view text, const std::vector<weight_type>& types) {
+  std::string names;
+  for (const weight_type& t : types) {
+    if (t.name == text) return t;
+    names.append(names.empty() ? "" : ", ").append(t.name);
+  }
+  refuse("--type", text, names);
+}
+
+}  // namespace
+
+options parse(int argc, char** argv, const std::vector<weight_type>& types, int cores) {
+  options o;
+  const std::vector<std::string_view> words(argv + 1, argv + argc);
+  for (std::size_t i = 0; i < words.size(); ++i) {
+    const std::string_view flag = words[i];
+    if (flag == "--help" || flag == "-h") o.help = true;
+    else if (flag == "--backward") o.backward = true;
+    else if (flag == "--shape" || flag == "--tokens" || flag == "--type" || flag == "--threads" || flag == "--skew" ||
+             flag == "--json" || flag == "--rounds" || flag == "--rotate") {
+      if (i + 1 == words.size()) throw usage_error(std::string(flag) + " lacks its value");
+      const std::string_view value = words[++i];
+      if (flag == "--shape") o.shapes.push_back(shape_of(value));
+      else if (flag == "--json") o.json = value;
+      else if (flag == "--rotate") o.rotate = static_cast<double>(whole(flag, value, value)) * (1 << 20);
+      else if (flag == "--rounds") o.rounds = static_cast<int>(whole(flag, value, value));
+      else
+        for (const std::string_view part : split(value, ',')) {
+          if (flag == "--tokens") o.tokens.push_back(whole(flag, part, value));
+          else if (flag == "--threads") o.threads.push_back(static_cast<int>(whole(flag, part, value)));
+          else if (flag == "--type") o.types.push_back(type_of(part, types));
+          else o.skews.push_back(exponent(flag, part, value));
+        }
+    } else {
+      throw usage_error("there is no flag " + std::string(flag));
+    }
+  }
+  if (o.shapes.empty()) o.shapes.assign(named_shapes().begin(), named_shapes().end());
+  if (o.tokens.empty()) o.tokens.assign(default_tokens.begin(), default_tokens.end());
+  if (o.types.empty()) o.types = types;
+  if (o.threads.empty()) o.threads = {cores};
+  if (o.skews.empty()) o.skews = {0};
+  return o;
+}
+
+}  // namespace bench

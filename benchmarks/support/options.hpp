@@ -1,0 +1,35 @@
+// SPDX-License-Identifier: Apache-2.0
+/// The command line.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "support/shapes.hpp"
+
+namespace bench {
+
+struct usage_error : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+struct options {
+  std::vector<model_shape> shapes;
+  std::vector<dim> tokens;
+  std::vector<weight_type> types;
+  std::vector<int> threads;
+  std::vector<double> skews;
+  std::string json;         ///< empty: none
+  double rotate = 1 << 30;  ///< bytes of other layers between two calls of one
+  int rounds = 5;
+  bool backward = false, help = false;
+};
+
+/// `types` are those that this program knows how to run. Throws usage_error, which names the flag, what came and what was
+/// wanted.
+options parse(int argc, char** argv, const std::vector<weight_type>& types, int cores);
+
+extern const char* const usage;
+
+}  // namespace bench

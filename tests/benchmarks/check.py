@@ -1,0 +1,75 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""Runs the benchmarks on a tiny layer and looks at what they write: tests/benchmarks/check.py PROGRAM
+
+How fast anything was is not looked at.
+"""
+import itertools
+import json
+import math
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+LIMITS = {"case", "threads", "dram_read_bytes_per_s", "fma_f32_flops_per_s", "amx_bf16_flops_per_s", "amx_int8_ops_per_s"}
+ROW = {"case", "d", "f", "E", "k", "T", "type", "threads", "skew", "backward", "tokens_per_s", "flops_per_s",
+       "weight_bytes_per_s", "roof_tokens_per_s", "roof", "share", "peers"}
+TYPES = {"f32", "bf16", "f16", "int8", "int4", "ternary"}
+SHAPE = {"d": 48, "f": 40, "E": 8, "k": 2}
+SMALL = ["--shape", ",".join(f"{name}={n}" for name, n in SHAPE.items()), "--rotate", "1", "--rounds", "1"]
+
+
+def expect(holds, what):
+    if not holds:
+        sys.exit(f"benchmarks: {what}")
+
+
+def run(program, *flags):
+    return subprocess.run([program, *SMALL, *flags], capture_output=True, text=True, check=False)
+
+
+def rows_of(program, *flags):
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "rows.json"
+        ran = run(program, *flags, "--json", str(path))
+        expect(ran.returncode == 0, f"{' '.join(flags)} failed: {ran.stderr}")
+        limits, *rows = json.loads(path.read_text(encoding="utf-8"))
+    expect(LIMITS <= limits.keys() and limits["case"] == "limits", f"limits are {limits}")
+    expect(limits["dram_read_bytes_per_s"] > 0 and limits["fma_f32_flops_per_s"] > 0, f"limits are {limits}")
+    return rows, ran.stdout
+
+
+def check_row(row):
+    expect(ROW <= row.keys(), f"a row lacks {ROW - row.keys()}")
+    expect(all(row[name] == n for name, n in SHAPE.items()), f"the shape is not {SHAPE} in {row}")
+    expect(row["type"] in TYPES and row["roof"] in ("memory", "compute"), f"type or roof in {row}")
+    rates = [row[name] for name in ("tokens_per_s", "flops_per_s", "weight_bytes_per_s", "roof_tokens_per_s", "share")]
+    rates += row["peers"].values()
+    expect(all(math.isfinite(rate) and rate > 0 for rate in rates), f"a rate is not one in {row}")
+    expect(math.isclose(row["share"], row["tokens_per_s"] / row["roof_tokens_per_s"], rel_tol=1e-3), f"share in {row}")
+    work = 2 * 3 * row["d"] * row["f"] * row["k"] * (3 if row["backward"] else 1)
+    expect(math.isclose(row["flops_per_s"], work * row["tokens_per_s"], rel_tol=1e-3), f"flops_per_s in {row}")
+
+
+def main():
+    program = sys.argv[1]
+    rows, table = rows_of(program, "--tokens", "3,150", "--threads", "1", "--skew", "0,1.2")
+    for row in rows:
+        check_row(row)
+    got = sorted((row["type"], row["skew"], row["T"]) for row in rows)
+    types = sorted({row["type"] for row in rows})
+    expect("f32" in types and got == list(itertools.product(types, (0, 1.2), (3, 150))), f"rows are {got}")
+    expect(len([line for line in table.splitlines() if line.startswith("layer")]) == len(rows), f"the table is\n{table}")
+
+    rows, _ = rows_of(program, "--tokens", "5", "--threads", "1", "--type", "f32", "--backward")
+    expect([row["backward"] for row in rows] == [True], f"rows are {rows}")
+    check_row(rows[0])
+
+    for flags in (["--shape", "d=8,f=8,E=2,k=4"], ["--type", "f33"], ["--tokens", "0"], ["--skew", "x"], ["--threads"], ["--fast"]):
+        ran = run(program, *flags)
+        expect(ran.returncode == 2 and flags[0] in ran.stderr and "usage:" in ran.stderr, f"{flags} gave {ran}")
+
+
+if __name__ == "__main__":
+    main()
