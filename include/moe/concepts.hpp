@@ -9,7 +9,8 @@
 /// Optional members, used where present:
 ///   check(shape)                          throws shape_error for sizes or a configuration that cannot work
 ///   check(const weights&, shape)          throws shape_error for weights that do not fit
-///   make_scratch(shape[, rows], arena&)            what forward takes from on.scratch
+///   make_scratch([backend,] shape[, rows], arena&) what forward takes from on.scratch; with the backend where each of its
+///                                                  threads takes a part
 ///   make_backward_scratch(shape[, rows], arena&)   what backward takes from on.scratch
 #pragma once
 
@@ -229,6 +230,12 @@ template <class P, class... Rows>
 void count_scratch(const P& p, arena& mem, shape s, Rows... rows) noexcept {
   scratch_frame frame(mem);
   if constexpr (requires { p.make_scratch(s, rows..., mem); }) (void)p.make_scratch(s, rows..., mem);
+}
+template <class B, class P, class... Rows>
+void count_scratch_on(const B& backend, const P& p, arena& mem, shape s, Rows... rows) noexcept {
+  scratch_frame frame(mem);
+  if constexpr (requires { p.make_scratch(backend, s, rows..., mem); }) (void)p.make_scratch(backend, s, rows..., mem);
+  else count_scratch(p, mem, s, rows...);
 }
 template <class P, class... Rows>
 void count_backward_scratch(const P& p, arena& mem, shape s, Rows... rows) noexcept {

@@ -257,11 +257,11 @@ class layer_impl {
     scratch_frame frame(mem);
     const dim rows = router_.max_rows(s);
     (void)mem.matrix<float>("scores", s.tokens, s.experts);
-    count_scratch(gate_, mem, s);
-    count_scratch(router_, mem, s);
+    count_scratch_on(backend_, gate_, mem, s);
+    count_scratch_on(backend_, router_, mem, s);
     (void)experts_.make_output(s, rows, mem);
-    count_scratch(experts_, mem, s, rows);
-    count_scratch(combine_, mem, s);
+    count_scratch_on(backend_, experts_, mem, s, rows);
+    count_scratch_on(backend_, combine_, mem, s);
   }
   void count_backward(shape s, moe::arena& mem) const noexcept {
     scratch_frame frame(mem);

@@ -68,7 +68,7 @@ class basic_dense {
       scratch_frame frame(count);
       (void)count.vector<idx>("offsets", 2);
       (void)expert_.make_output(at(T), T, count);
-      detail::count_scratch(expert_, count, at(T), T);
+      detail::count_scratch_on(backend_, expert_, count, at(T), T);
     }
     if constexpr (TrainableExpert<X, B>) {
       (void)count.vector<idx>("offsets", 2);

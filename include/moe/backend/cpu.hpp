@@ -4,10 +4,12 @@
 
 #include "moe/backend/cpu/compiled.hpp"
 #include "moe/backend/cpu/gemm_xsimd.hpp"
+#include "moe/backend/cpu/packed_levels.hpp"
 #include "moe/backend/cpu/rows_xsimd.hpp"
 #include "moe/backend/cpu/simd.hpp"
 #include "moe/backend/host.hpp"
 #include "moe/backend/host_ffn.hpp"
+#include "moe/backend/host_packed.hpp"
 
 namespace moe {
 

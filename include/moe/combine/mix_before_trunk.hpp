@@ -31,11 +31,11 @@ struct mix_before_trunk {
   context make_context(shape s, arena& mem) const noexcept {
     return {mem.matrix<float>("mixed", s.tokens, s.d), detail::make_context(trunk, narrow(s), s.tokens, mem)};
   }
-  matrix_view<float> make_scratch(shape s, arena& mem) const noexcept {
-    const auto mixed = mem.matrix<float>("mixed", s.tokens, s.d);
+  template <class B>
+  void make_scratch(const B& backend, shape s, arena& mem) const noexcept {
+    (void)mem.matrix<float>("mixed", s.tokens, s.d);
     (void)mem.vector<idx>("offsets", 2);
-    detail::count_scratch(trunk, mem, narrow(s), s.tokens);
-    return mixed;
+    detail::count_scratch_on(backend, trunk, mem, narrow(s), s.tokens);
   }
   /// Leaves taken what lives until the experts have read it.
   template <class B>

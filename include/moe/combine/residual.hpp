@@ -23,9 +23,8 @@ struct residual {
   weights make_weights(shape s, arena& mem) const noexcept { return detail::make_weights(inner, s, mem); }
   weights_grad make_gradients(shape s, arena& mem) const noexcept { return detail::make_gradients(inner, s, mem); }
   context make_context(shape s, arena& mem) const noexcept { return detail::make_context(inner, s, mem); }
-  auto make_scratch(shape s, arena& mem) const noexcept
-    requires requires { inner.make_scratch(s, mem); }
-  { return inner.make_scratch(s, mem); }
+  template <class B>
+  void make_scratch(const B& backend, shape s, arena& mem) const noexcept { detail::count_scratch_on(backend, inner, mem, s); }
   template <class B>
   void count_backward(shape s, arena& mem) const noexcept { detail::count_combine_backward<B>(inner, s, mem); }
 

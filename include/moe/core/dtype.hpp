@@ -63,8 +63,13 @@ struct ternary {
   std::uint8_t bits = 0;
 };
 
+/// Two weights of -8 .. 7 in a byte, four bits each, lower first: code = weight + 8.
+struct int4 {
+  std::uint8_t bits = 0;
+};
+
 /// Names an element type at run time: in a catalogue, in a checkpoint.
-enum class element : std::uint8_t { f32, bf16, f16, i8, i32, i64, ternary };
+enum class element : std::uint8_t { f32, bf16, f16, i8, i32, i64, ternary, i4 };
 
 /// What a product over elements of type T needs to know.
 template <class T>
@@ -83,6 +88,8 @@ template <>
 struct dtype<std::int64_t> { static constexpr element id = element::i64; static constexpr int bits = 64; static constexpr bool packed = false; using accumulator = std::int64_t; };
 template <>
 struct dtype<ternary> { static constexpr element id = element::ternary; static constexpr int bits = 2; static constexpr bool packed = true; using accumulator = std::int32_t; };
+template <>
+struct dtype<int4> { static constexpr element id = element::i4; static constexpr int bits = 4; static constexpr bool packed = true; using accumulator = std::int32_t; };
 
 /// Name of an element type, as error messages and catalogues print it.
 constexpr const char* name(element e) noexcept {
@@ -94,6 +101,7 @@ constexpr const char* name(element e) noexcept {
     case element::i32: return "i32";
     case element::i64: return "i64";
     case element::ternary: return "ternary";
+    case element::i4: return "i4";
   }
   return "?";
 }

@@ -80,14 +80,20 @@ struct basic_ffn_expert {
     return {mem.matrix<float>("a", rows, s.f), mem.matrix<float>("dz", rows, width(s)), mem.matrix<float>("dx", rows, s.d)};
   }
 
+  /// Rows of gate and up of each expert, and their biases, wherever the layout has them.
+  static matrix_stack<float> gate_of(const weights& w, dim f) noexcept { return gate(w.gate, w.gate_up, f); }
+  static matrix_stack<float> up_of(const weights& w, dim f) noexcept { return up(w.up, w.gate_up, f); }
+  static matrix_stack<float> gate_bias_of(const weights& w, dim f) noexcept { return gate(w.gate_bias, w.gate_up_bias, f); }
+  static matrix_stack<float> up_bias_of(const weights& w, dim f) noexcept { return up(w.up_bias, w.gate_up_bias, f); }
+
   template <class B>
   void forward(const call<B>& on, const weights& w, const input& x, const bank_rows& rows, output ys,
                context& ctx) const noexcept {
     scratch_frame frame(on.scratch);
     const dim f = on.sizes.f, d = on.sizes.d;
     const scratch s = make_scratch(on.sizes, ys.rows, on.scratch);
-    grouped_up(on, rows, rows.gather(x), form, gate(w.gate, w.gate_up, f), gate(w.gate_bias, w.gate_up_bias, f),
-               up(w.up, w.gate_up, f), up(w.up_bias, w.gate_up_bias, f), ctx.z, s.a);
+    grouped_up(on, rows, rows.gather(x), form, gate_of(w, f), gate_bias_of(w, f), up_of(w, f), up_bias_of(w, f),
+               ctx.z, s.a);
     grouped_gemm_nt(on, rows, gathered<float>{s.a}, stack<const float>(w.down, d), stack<const float>(w.down_bias, d), ys);
   }
 
@@ -105,12 +111,12 @@ struct basic_ffn_expert {
     if (dw.down_bias) sum_rows(on, rows, dys, stack(dw.down_bias, d));
 
     const gathered<float> dgate{s.dz.columns(0, f)}, dup{s.dz.columns(gated ? f : 0, f)};
-    add_gradient(on, rows, dup, x, up(dw.up, dw.gate_up, f), up(dw.up_bias, dw.gate_up_bias, f));
-    if constexpr (gated) add_gradient(on, rows, dgate, x, gate(dw.gate, dw.gate_up, f), gate(dw.gate_bias, dw.gate_up_bias, f));
+    add_gradient(on, rows, dup, x, up_of(dw, f), up_bias_of(dw, f));
+    if constexpr (gated) add_gradient(on, rows, dgate, x, gate_of(dw, f), gate_bias_of(dw, f));
     if (!dx) return;
     fill_rows(on, rows, s.dx, 0.f);
-    if constexpr (gated) grouped_gemm_nn(on, rows, dgate, matrix_stack<const float>(gate(w.gate, w.gate_up, f)), s.dx);
-    grouped_gemm_nn(on, rows, dup, matrix_stack<const float>(up(w.up, w.gate_up, f)), s.dx);
+    if constexpr (gated) grouped_gemm_nn(on, rows, dgate, matrix_stack<const float>(gate_of(w, f)), s.dx);
+    grouped_gemm_nn(on, rows, dup, matrix_stack<const float>(up_of(w, f)), s.dx);
     scatter_add_rows(on, rows, gathered<float>{s.dx}, dx);
   }
 

@@ -155,11 +155,11 @@ class expert_set {
     });
     return ys;
   }
-  nothing make_scratch(shape s, dim rows, arena& mem) const noexcept {
+  template <class B>
+  void make_scratch(const B& backend, shape s, dim rows, arena& mem) const noexcept {
     each([&](auto, const auto& b) {
-      if (b.count > 0) detail::count_scratch(b.expert, mem, b.narrow(s), rows);
+      if (b.count > 0) detail::count_scratch_on(backend, b.expert, mem, b.narrow(s), rows);
     });
-    return {};
   }
   template <class B>
   void count_backward(shape s, dim rows, arena& mem) const noexcept {

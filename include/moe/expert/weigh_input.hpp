@@ -44,10 +44,10 @@ struct weigh_input {
     if constexpr (stores_rows) return expert.make_output(s, rows, mem);
     else return {expert.make_output(s, rows, mem), mem.matrix<float>("weighed", rows, s.d)};
   }
-  nothing make_scratch(shape s, dim rows, arena& mem) const noexcept {
+  template <class B>
+  void make_scratch(const B& backend, shape s, dim rows, arena& mem) const noexcept {
     if constexpr (stores_rows) (void)mem.matrix<float>("weighed", rows, s.d);
-    detail::count_scratch(expert, mem, inner(s, rows), rows);
-    return {};
+    detail::count_scratch_on(backend, expert, mem, inner(s, rows), rows);
   }
   template <class B>
   void count_backward(shape s, dim rows, arena& mem) const noexcept {

@@ -41,6 +41,7 @@ constexpr std::string_view safetensors_dtype(element e) noexcept {
     case element::i64:
       return "I64";
     case element::ternary:
+    case element::i4:
       return "U8";
   }
   return "";

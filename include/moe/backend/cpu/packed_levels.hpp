@@ -1,0 +1,30 @@
+// SPDX-License-Identifier: Apache-2.0
+/// Products with packed weights at the level in use, whatever the compiler's flags: their kernels are chosen at run time.
+#pragma once
+
+#include "moe/backend/cpu/level.hpp"
+#include "moe/backend/cpu/packed_int4_avx512.hpp"
+
+namespace moe::arch {
+
+template <class T>
+packed_kernels kernels_in_use() noexcept {
+#if defined(MOE_X86)
+  if (const cpu_level level = cpu_level_in_use(); level == cpu_level::amx || level == cpu_level::avx512_vnni)
+    return kernels_of(avx512_vnni{}, weights_of<T>{});
+  else if (level == cpu_level::avx512)
+    return kernels_of(avx512{}, weights_of<T>{});
+#endif
+  return kernels_of(scalar{}, weights_of<T>{});
+}
+
+
+template <class Set>
+struct simd;
+struct compiled;
+template <class Set, class T>
+packed_kernels kernels_of(simd<Set>, weights_of<T>) noexcept { return kernels_in_use<T>(); }
+template <class T>
+packed_kernels kernels_of(compiled, weights_of<T>) noexcept { return kernels_in_use<T>(); }
+
+}  // namespace moe::arch

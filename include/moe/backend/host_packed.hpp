@@ -1,0 +1,220 @@
+// SPDX-License-Identifier: Apache-2.0
+/// Feed-forward experts with packed weights on the host: how their products are cut and shared between threads.
+///
+/// Many rows: a unit of work is a chunk of one expert's rows through both products, so that rows are gathered and converted
+/// once and the activation never leaves the second cache. Few rows: a unit is a run of panels of one expert, so that every
+/// weight is read once, by one thread, and one expert feeds all threads; the activation is shared in between. Each element of
+/// a result is computed in the same way in either cut, so results depend neither on it nor on the threads.
+#pragma once
+
+#include <atomic>
+
+#include "moe/backend/host_ffn.hpp"
+#include "moe/backend/packed_kernels.hpp"
+
+namespace moe {
+
+namespace detail {
+
+inline constexpr dim panels_at_once = 8;
+
+/// Memory of one thread at work.
+struct packed_slot {
+  prepared_rows x, a;
+  matrix_view<float> c, row;  ///< sums of panels_at_once panels; a row, for conversions
+  std::byte* wide = nullptr;
+};
+
+/// Sizes of a product's work, and its memory: a slot for each thread, and the activations that few rows share.
+struct packed_scratch {
+  std::byte* slots = nullptr;
+  std::size_t slot_bytes = 0;
+  dim count = 0;
+  matrix_view<float> a;       ///< [rows, f]
+};
+
+inline prepared_rows carve_rows(const packed_kernels& k, dim rows, dim padded, arena& mem) noexcept {
+  prepared_rows p;
+  p.lines = k.lines(padded);
+  p.height = k.height;
+  p.factor_count = k.factor_count(padded);
+  p.data = reinterpret_cast<std::byte*>(mem.matrix<std::int8_t>("rows", rows, p.lines * line_bytes).data);
+  p.factors = mem.matrix<float>("factors", rows, p.factor_count).data;
+  return p;
+}
+template <class T>
+packed_slot carve_slot(const packed_kernels& k, shape s, dim rows, arena& mem) noexcept {
+  const dim d = round_up(s.d, packing<T>::depth), f = round_up(s.f, packing<T>::depth), chunk = rows < k.chunk ? rows : k.chunk;
+  packed_slot slot;
+  slot.x = carve_rows(k, chunk, d, mem);
+  slot.a = carve_rows(k, chunk, f, mem);
+  slot.c = mem.matrix<float>("c", chunk, panels_at_once * panel_rows);
+  slot.row = mem.matrix<float>("row", 1, d > f ? d : f);
+  slot.wide = reinterpret_cast<std::byte*>(mem.vector<std::int8_t>("wide", k.scratch_per_k * (d > f ? d : f)).data());
+  return slot;
+}
+template <class T>
+std::size_t slot_bytes(const packed_kernels& k, shape s, dim rows) noexcept {
+  arena count;
+  (void)carve_slot<T>(k, s, rows, count);
+  return padded(count);
+}
+template <class T, HostBackend B>
+packed_scratch make_packed_scratch(const B& backend, shape s, dim rows, arena& mem) noexcept {
+  const packed_kernels k = kernels_of(typename B::arch{}, arch::weights_of<T>{});
+  packed_scratch p;
+  p.count = backend.executor().concurrency();
+  p.slot_bytes = slot_bytes<T>(k, s, rows);
+  mem.align();
+  p.slots = reinterpret_cast<std::byte*>(mem.matrix<std::int8_t>("slots", p.count, static_cast<dim>(p.slot_bytes)).data);
+  p.a = mem.matrix<float>("a", rows, s.f);
+  return p;
+}
+
+/// Products of one expert's chunk of rows. `In` is the element type of the tokens.
+template <HostBackend B, class T, class In, class Form>
+struct packed_ffn_work {
+  const call<B>& on;
+  const bank_rows& rows;
+  gathered<In> x;
+  const Form& form;
+  const packed_matrix<T>&up, &down;       ///< gated forms: panels of gate and up in turn
+  std::span<const float> up_bias, down_bias;  ///< as the panels' rows, or empty
+  matrix_view<float> ys;
+  const packed_scratch& memory;
+  packed_kernels kernels;
+
+  static constexpr dim together = Form::gated ? 2 : 1;
+  dim f() const noexcept { return on.sizes.f; }
+  dim d() const noexcept { return on.sizes.d; }
+  dim hidden_panels() const noexcept { return (f() + panel_rows - 1) / panel_rows; }
+  dim output_panels() const noexcept { return (d() + panel_rows - 1) / panel_rows; }
+
+  packed_slot slot(dim s) const noexcept {
+    arena mem({memory.slots + static_cast<std::size_t>(s) * memory.slot_bytes, memory.slot_bytes});
+    return carve_slot<T>(kernels, on.sizes, memory.a.rows, mem);
+  }
+  void prepare(const float* row, dim k, const prepared_rows& to, dim r) const noexcept {
+    kernels.prepare(row, k, to.line(r, 0), to.stride(r), to.factors ? to.factor(r) : nullptr, kernels.sums_of_32);
+  }
+  void prepare_tokens(packed_slot& s, dim first, dim n) const noexcept {
+    s.x.rows = n;
+    for (dim r = 0; r < n; ++r) {
+      if constexpr (std::same_as<In, float>) {
+        prepare(x.row(first + r), d(), s.x, r);
+      } else {
+        for (dim j = 0; j < d(); ++j) s.row(0, j) = static_cast<float>(x.row(first + r)[j]);
+        prepare(s.row.data, d(), s.x, r);
+      }
+    }
+  }
+  void prepare_hidden(packed_slot& s, dim first, dim n) const noexcept {
+    s.a.rows = n;
+    for (dim r = 0; r < n; ++r) prepare(memory.a.row(first + r), f(), s.a, r);
+  }
+  void multiply(const packed_slot& s, const prepared_rows& a, const packed_matrix<T>& w, std::span<const float> bias, dim first,
+                dim n) const noexcept {
+    const matrix_view<float> c{s.c.data, a.rows, n * panel_rows, s.c.ld};
+    kernels.multiply(a, {reinterpret_cast<const std::byte*>(w.panel(first)), packed_matrix<T>::panel_bytes(w.cols), n,
+                         w.panel_scale(first), s.wide, c});
+    if (bias.empty()) return;
+    for (dim r = 0; r < c.rows; ++r) axpy(typename B::arch{}, 1.f, bias.data() + first * panel_rows, c.row(r), c.cols);
+  }
+  /// a = form(up x) of hidden panels first .. first + n, for rows from `row` on.
+  void up_panels(packed_slot& s, dim e, dim row, dim first, dim n) const noexcept {
+    multiply(s, s.x, up, up_bias, (e * hidden_panels() + first) * together, n * together);
+    for (dim r = 0; r < s.x.rows; ++r)
+      for (dim i = 0; i < n; ++i) {
+        const float* z = s.c.row(r) + i * together * panel_rows;
+        const dim column = (first + i) * panel_rows, width = f() - column < panel_rows ? f() - column : panel_rows;
+        activate(typename B::arch{}, form, z, Form::gated ? z + panel_rows : z, memory.a.row(row + r) + column, width);
+      }
+  }
+  void down_panels(packed_slot& s, dim e, dim row, dim first, dim n) const noexcept {
+    multiply(s, s.a, down, down_bias, e * output_panels() + first, n);
+    const dim column = first * panel_rows, width = d() - column < n * panel_rows ? d() - column : n * panel_rows;
+    for (dim r = 0; r < s.a.rows; ++r)
+      std::memcpy(ys.row(row + r) + column, s.c.row(r), static_cast<std::size_t>(width) * sizeof(float));
+  }
+
+  dim at(dim e) const noexcept { return rows.offsets[static_cast<std::size_t>(e)]; }
+  dim chunks_of(dim e) const noexcept { return (at(e + 1) - at(e) + kernels.chunk - 1) / kernels.chunk; }
+  /// f(e, first row, rows) for the i-th chunk, chunks of an expert of nearly equal height.
+  template <class F>
+  void visit_chunk(dim i, F f) const noexcept {
+    dim e = 0;
+    for (dim n; i >= (n = chunks_of(e)); ++e) i -= n;
+    const dim n = chunks_of(e), height = (at(e + 1) - at(e) + n - 1) / n, first = at(e) + i * height;
+    f(e, first, at(e + 1) - first < height ? at(e + 1) - first : height);
+  }
+  /// f(slot, unit) for every unit, each thread in a slot of its own.
+  template <class F>
+  void share(dim units, F f) const noexcept {
+    std::atomic<dim> next{0};
+    const dim slots = memory.count < units ? memory.count : units;
+    on.executor().for_each(slots, 1, [&](dim first, dim last) {
+      for (; first < last; ++first) {
+        packed_slot s = slot(first);
+        for (dim unit; (unit = next.fetch_add(1, std::memory_order_relaxed)) < units;) f(s, unit);
+      }
+    });
+  }
+
+  void run() const noexcept {
+    dim chunks = 0;
+    for (dim e = 0; e < rows.experts(); ++e) chunks += chunks_of(e);
+    if (chunks == 0) return;
+    const dim per_chunk = (rows.last() - rows.first()) / chunks;
+    if (per_chunk >= kernels.height && chunks >= 4 * memory.count) whole_chunks(chunks);
+    else runs_of_panels(chunks);
+  }
+  void whole_chunks(dim chunks) const noexcept {
+    share(chunks, [&](packed_slot& s, dim unit) {
+      visit_chunk(unit, [&](dim e, dim row, dim n) {
+        prepare_tokens(s, row, n);
+        constexpr dim most = panels_at_once / together;
+        for (dim p = 0; p < hidden_panels(); p += most)
+          up_panels(s, e, row, p, hidden_panels() - p < most ? hidden_panels() - p : most);
+        prepare_hidden(s, row, n);
+        for (dim p = 0; p < output_panels(); p += panels_at_once)
+          down_panels(s, e, row, p, output_panels() - p < panels_at_once ? output_panels() - p : panels_at_once);
+      });
+    });
+  }
+  void runs_of_panels(dim chunks) const noexcept {
+    in_runs(chunks, hidden_panels(), panels_at_once / together, [&](packed_slot& s, dim row, dim n) { prepare_tokens(s, row, n); },
+            [&](packed_slot& s, dim e, dim row, dim p, dim n) { up_panels(s, e, row, p, n); });
+    in_runs(chunks, output_panels(), panels_at_once, [&](packed_slot& s, dim row, dim n) { prepare_hidden(s, row, n); },
+            [&](packed_slot& s, dim e, dim row, dim p, dim n) { down_panels(s, e, row, p, n); });
+  }
+  /// Runs of at most `most` panels, shorter where there are few.
+  template <class Prepare, class Multiply>
+  void in_runs(dim chunks, dim panels, dim most, Prepare prepare_chunk, Multiply multiply_run) const noexcept {
+    constexpr dim enough = 64;
+    dim run = most;
+    while (run > 1 && chunks * ((panels + run - 1) / run) < enough) run /= 2;
+    const dim runs = (panels + run - 1) / run;
+    share(chunks * runs, [&](packed_slot& s, dim unit) {
+      visit_chunk(unit / runs, [&](dim e, dim row, dim n) {
+        prepare_chunk(s, row, n);
+        const dim p = unit % runs * run;
+        multiply_run(s, e, row, p, panels - p < run ? panels - p : run);
+      });
+    });
+  }
+};
+
+}  // namespace detail
+
+/// ys = down form(up x) for the rows of a bank, with packed weights.
+template <HostBackend B, class T, class In, class Form>
+void packed_ffn(const call<B>& on, const bank_rows& rows, gathered<In> x, const Form& form, const packed_matrix<T>& up,
+                std::span<const float> up_bias, const packed_matrix<T>& down, std::span<const float> down_bias,
+                matrix_view<float> ys) noexcept {
+  scratch_frame frame(on.scratch);
+  const detail::packed_scratch memory = detail::make_packed_scratch<T>(on.backend, on.sizes, ys.rows, on.scratch);
+  detail::packed_ffn_work<B, T, In, Form>{on, rows, x, form, up, down, up_bias, down_bias, ys, memory,
+                                          kernels_of(typename B::arch{}, arch::weights_of<T>{})}.run();
+}
+
+}  // namespace moe
