@@ -56,17 +56,30 @@ struct operands {
   }
 };
 
-enum class product { nt, nn, tn };
+enum class product { nt, packed, nn, tn };
+constexpr product every_product[] = {product::nt, product::packed, product::nn, product::tn};
 operands make(product p, dim m, dim n, dim k, bool whole) {
-  if (p == product::nt) return {m, n, k, m, k, n, k, whole};
+  if (p == product::nt || p == product::packed) return {m, n, k, m, k, n, k, whole};
   if (p == product::nn) return {m, n, k, m, k, k, n, whole};
   return {m, n, k, k, m, k, n, whole};
+}
+/// c += a b^T with as many rows of b at a time as are packed together.
+template <class Arch>
+void multiply_packed(Arch arch, gathered<float> a, matrix_view<const float> b, matrix_view<float> c) {
+  constexpr dim most = moe::arch::weight_rows::room;
+  for (dim j = 0; j < b.rows; j += most) {
+    moe::arch::weight_rows some;
+    some.add(b.slice(j, std::min(most, b.rows - j)));
+    gemm_nt_packed(arch, a, some, c.columns(j, some.count));
+  }
 }
 template <class Arch>
 std::vector<float> run(Arch arch, product p, const operands& o) {
   std::vector<float> result = o.start;
   if (p == product::nt)
     gemm_nt(arch, o.a(), o.b(), o.c(result));
+  else if (p == product::packed)
+    multiply_packed(arch, o.a(), o.b(), o.c(result));
   else if (p == product::nn)
     gemm_nn(arch, o.a(), o.b(), o.c(result));
   else
@@ -82,7 +95,7 @@ double error(product p, const operands& o, const std::vector<float>& got) {
       double sum = o.start[at], size = std::abs(sum);
       for (dim k = 0; j < o.n && k < o.k; ++k) {
         const double term = double{p == product::tn ? o.a().row(k)[i] : o.a().row(i)[k]} *
-                            double{p == product::nt ? o.b()(j, k) : o.b()(k, j)};
+                            double{p == product::nt || p == product::packed ? o.b()(j, k) : o.b()(k, j)};
         sum += term;
         size += std::abs(term);
       }
@@ -95,7 +108,7 @@ double error(product p, const operands& o, const std::vector<float>& got) {
 
 template <class Arch>
 void check_products(Arch arch) {
-  for (const product p : {product::nt, product::nn, product::tn})
+  for (const product p : every_product)
     for (const dim m : heights)
       for (const dim n : widths)
         for (const dim k : depths) {
@@ -133,7 +146,7 @@ TEST_SUITE("backend/cpu/kernels") {
     check_products(scalar{});
   }
   TEST_CASE("with whole numbers all products are exact, and so equal to those of the scalar level bit for bit") {
-    for (const product p : {product::nt, product::nn, product::tn})
+    for (const product p : every_product)
       for (const dim m : {1, 7, 13})
         for (const dim n : {3, 16, 67})
           for (const dim k : {1, 15, 33, 1061}) {
@@ -144,7 +157,7 @@ TEST_SUITE("backend/cpu/kernels") {
           }
   }
   TEST_CASE("an element of a product does not depend on the other rows and columns, nor on its own place") {
-    for (const product p : {product::nt, product::nn, product::tn})
+    for (const product p : every_product)
       for (const dim k : {9, 64, 1061}) {
         const operands o = make(p, 72, 67, k, false);
         const auto all = run(native{}, p, o);
@@ -159,9 +172,11 @@ TEST_SUITE("backend/cpu/kernels") {
               a.source = a.source.columns(i, 1);
             else
               a = a.from(i);
-            b = p == product::nt ? b.slice(j, 1) : b.columns(j, 1);
+            b = p == product::nt || p == product::packed ? b.slice(j, 1) : b.columns(j, 1);
             if (p == product::nt)
               gemm_nt(native{}, a, b, c);
+            else if (p == product::packed)
+              multiply_packed(native{}, a, b, c);
             else if (p == product::nn)
               gemm_nn(native{}, a, b, c);
             else

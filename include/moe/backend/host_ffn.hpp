@@ -53,7 +53,7 @@ void grouped_up(const call<B>& on, const bank_rows& rows, gathered<float> x, con
     const auto product = [&](int which, matrix_stack<const float> w, matrix_stack<const float> bias) {
       const matrix_view<float> c = results[which].view(t);
       detail::start(arch, c, t, bias);
-      gemm_nt(arch, x.from(t.row), w[t.expert].slice(t.column, t.columns), c);
+      detail::multiply_nt(arch, t, x, w, c);
       if (z) detail::copy_tile(arch, c, detail::part_of(z.columns(which * f, f), t));
       return c;
     };

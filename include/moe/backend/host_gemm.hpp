@@ -2,6 +2,7 @@
 /// Products on the host: how they are cut into tiles and shared between threads.
 #pragma once
 
+#include "moe/backend/host_products.hpp"
 #include "moe/backend/host_tiles.hpp"
 
 namespace moe {
@@ -15,6 +16,16 @@ struct tile_result {
 };
 inline matrix_view<float> part_of(matrix_view<float> m, const tile& t) noexcept {
   return m.slice(t.row, t.rows).columns(t.column, t.columns);
+}
+
+/// c += a b[e]^T for one tile.
+template <class Arch>
+void multiply_nt(Arch arch, const tile& t, gathered<float> a, matrix_stack<const float> b, matrix_view<float> c) noexcept {
+  const matrix_view<const float> w = b[t.expert].slice(t.column, t.columns);
+  if (!t.is_tall()) return gemm_nt(arch, a.from(t.row), w, c);
+  arch::weight_rows packed;
+  packed.add(w);
+  gemm_nt_packed(arch, a.from(t.row), packed, c);
 }
 
 template <class Arch>
@@ -38,7 +49,7 @@ void for_each_product(const call<B>& on, const bank_rows& rows, gathered<float> 
     tile_result result;
     const matrix_view<float> c = result.view(t);
     start(c, t);
-    gemm_nt(typename B::arch{}, a.from(t.row), b[t.expert].slice(t.column, t.columns), c);
+    multiply_nt(typename B::arch{}, t, a, b, c);
     store(t, c);
   });
 }

@@ -9,7 +9,8 @@
 namespace moe::detail {
 
 inline constexpr dim panel = 64;      // most columns of a tile: that many weight rows stay in the second cache
-inline constexpr dim row_block = 72;  // most rows of a tile: a whole number of every kernel's blocks
+inline constexpr dim row_block = 336;  // most rows of a tile: a whole number of every kernel's blocks
+inline constexpr dim few_rows = 36;    // and of the chunks that an expert's rows are cut to where there are few tiles
 
 inline dim at_most(dim n, dim bound) noexcept { return n < bound ? n : bound; }
 inline dim blocks(dim n, dim size) noexcept { return (n + size - 1) / size; }
@@ -17,9 +18,13 @@ inline dim blocks(dim n, dim size) noexcept { return (n + size - 1) / size; }
 /// Rows of an expert, and the columns of a panel.
 struct tile {
   dim expert, row, rows, column, columns;
+
+  /// Whether weights are worth packing. Either all tiles of an expert are tall or none is, so that all its rows are added up
+  /// in one order.
+  bool is_tall() const noexcept { return rows >= few_rows; }
 };
 
-/// Each expert's rows in chunks of nearly equal height, times panels of columns. Within a chunk the panel stays in cache, so
+/// Each expert's rows in chunks of equal height, give or take one, times panels of columns. Within a chunk the panel stays in cache, so
 /// in small batches each weight is read once, by one thread, and an expert with many rows feeds all of them.
 class tile_grid {
  public:
@@ -31,7 +36,7 @@ class tile_grid {
     const auto finer = [&] { return tiles() < enough && products >= 2 * worthwhile * tiles(); };
     count();
     if (finer()) {
-      chunk_ = row_block;
+      chunk_ = 2 * few_rows;
       count();
     }
     while (panel_ > narrowest && finer()) panel_ /= 2;
@@ -42,16 +47,13 @@ class tile_grid {
   /// Tiles that one thread takes at a time.
   dim grain() const noexcept { return serial_ && tiles() > 0 ? tiles() : 1; }
 
-  /// f(tile) for the i-th tile, at most row_block rows at a time.
-  template <class F>
-  void visit(dim i, F f) const noexcept {
+  /// The i-th tile.
+  tile operator[](dim i) const noexcept {
     const dim panels = blocks(width_, panel_), column = i % panels * panel_;
     dim chunk = i / panels, e = 0;
     for (dim n; chunk >= (n = chunks_of(e)); ++e) chunk -= n;
-    const dim height = blocks(rows(e), chunks_of(e)), first = at(e) + chunk * height,
-              last = at_most(first + height, at(e + 1));
-    for (dim r = first; r < last; r += row_block)
-      f(tile{e, r, at_most(last - r, row_block), column, at_most(width_ - column, panel_)});
+    const dim first = rows(e) * chunk / chunks_of(e), last = rows(e) * (chunk + 1) / chunks_of(e);
+    return {e, at(e) + first, last - first, column, at_most(width_ - column, panel_)};
   }
 
  private:
@@ -67,7 +69,7 @@ class tile_grid {
   }
 
   std::span<const idx> offsets_;
-  dim width_, panel_ = panel, chunk_ = 7 * row_block, chunks_ = 0;
+  dim width_, panel_ = panel, chunk_ = row_block, chunks_ = 0;
   bool serial_ = false;
 };
 
@@ -76,7 +78,7 @@ template <HostBackend B, class F>
 void for_each_tile(const call<B>& on, std::span<const idx> offsets, dim width, dim depth, dim narrowest, F f) noexcept {
   const tile_grid grid(offsets, width, depth, narrowest);
   on.executor().for_each(grid.tiles(), grid.grain(), [&](dim i, dim last) {
-    for (; i < last; ++i) grid.visit(i, f);
+    for (; i < last; ++i) f(grid[i]);
   });
 }
 

@@ -9,7 +9,7 @@
 #include <cstring>
 
 #include "moe/backend/host.hpp"
-#include "moe/backend/host_blocks.hpp"
+#include "moe/backend/host_products.hpp"
 
 namespace moe {
 
@@ -71,17 +71,22 @@ struct plain_lanes {
 /// c[m,n] += a[m,k] b[n,k]^T
 template <int Level>
 void gemm_nt(basic_scalar<Level>, gathered<float> a, matrix_view<const float> b, matrix_view<float> c) noexcept {
-  detail::product_nt<detail::plain_lanes<Level>>(a, b, c);
+  detail::product_nt<detail::lane_blocks<detail::plain_lanes<Level>>>(a, b, c);
+}
+/// The same for many rows, with weights that are packed on the way.
+template <int Level>
+void gemm_nt_packed(basic_scalar<Level>, gathered<float> a, const weight_rows& b, matrix_view<float> c) noexcept {
+  detail::product_nt_packed<detail::lane_blocks<detail::plain_lanes<Level>>>(a, b, c);
 }
 /// c[m,n] += a[m,k] b[k,n]
 template <int Level>
 void gemm_nn(basic_scalar<Level>, gathered<float> a, matrix_view<const float> b, matrix_view<float> c) noexcept {
-  detail::product_nn<detail::plain_lanes<Level>>(a, b, c);
+  detail::product_nn<detail::lane_blocks<detail::plain_lanes<Level>>>(a, b, c);
 }
 /// c[m,n] += a[k,m]^T b[k,n], both over `depth` rows
 template <int Level>
 void gemm_tn(basic_scalar<Level>, gathered<float> a, gathered<float> b, dim depth, matrix_view<float> c) noexcept {
-  detail::product_tn<detail::plain_lanes<Level>>(a, b, depth, c);
+  detail::product_tn<detail::lane_blocks<detail::plain_lanes<Level>>>(a, b, depth, c);
 }
 /// y[j] += w x[j]. This one and the next are plain loops: function objects that a device runs as well call them.
 template <int Level>

@@ -105,5 +105,11 @@ inline void prefetch([[maybe_unused]] const void* p) noexcept {
   __builtin_prefetch(p);
 #endif
 }
+/// The same, as far as the second cache.
+inline void prefetch_second([[maybe_unused]] const void* p) noexcept {
+#if defined(__GNUC__)
+  __builtin_prefetch(p, 0, 2);
+#endif
+}
 
 }  // namespace moe::detail

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "moe/backend/cpu/simd.hpp"
-#include "moe/backend/host_blocks.hpp"
+#include "moe/backend/host_products.hpp"
 
 #if !defined(MOE_SEPARATE_KERNELS)
 
@@ -12,17 +12,22 @@ namespace moe::arch {
 /// c[m,n] += a[m,k] b[n,k]^T
 template <class Set>
 void gemm_nt(simd<Set>, gathered<float> a, matrix_view<const float> b, matrix_view<float> c) noexcept {
-  detail::product_nt<detail::simd_lanes<Set>>(a, b, c);
+  detail::product_nt<typename detail::simd_blocks<Set>::type>(a, b, c);
+}
+/// The same for many rows, with weights that are packed on the way.
+template <class Set>
+void gemm_nt_packed(simd<Set>, gathered<float> a, const weight_rows& b, matrix_view<float> c) noexcept {
+  detail::product_nt_packed<typename detail::simd_blocks<Set>::type>(a, b, c);
 }
 /// c[m,n] += a[m,k] b[k,n]
 template <class Set>
 void gemm_nn(simd<Set>, gathered<float> a, matrix_view<const float> b, matrix_view<float> c) noexcept {
-  detail::product_nn<detail::simd_lanes<Set>>(a, b, c);
+  detail::product_nn<typename detail::simd_blocks<Set>::type>(a, b, c);
 }
 /// c[m,n] += a[k,m]^T b[k,n], both over `depth` rows
 template <class Set>
 void gemm_tn(simd<Set>, gathered<float> a, gathered<float> b, dim depth, matrix_view<float> c) noexcept {
-  detail::product_tn<detail::simd_lanes<Set>>(a, b, depth, c);
+  detail::product_tn<typename detail::simd_blocks<Set>::type>(a, b, depth, c);
 }
 
 }  // namespace moe::arch

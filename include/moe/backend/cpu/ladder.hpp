@@ -6,6 +6,10 @@
 
 #include "moe/backend/scalar.hpp"
 
+/// The features of a level, for MOE_TARGET.
+#define MOE_AVX2 "avx2,fma,f16c"
+#define MOE_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
+
 namespace moe::arch {
 
 template <int Build>

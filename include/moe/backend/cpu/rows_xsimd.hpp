@@ -12,12 +12,12 @@ namespace moe::arch {
 /// y[j] += w x[j]
 template <class Set>
 void axpy(simd<Set>, float w, const float* x, float* y, dim n) noexcept {
-  detail::add_scaled<detail::simd_lanes<Set>>(w, x, y, n);
+  detail::simd_blocks<Set>::type::add_scaled(w, x, y, n);
 }
 /// sum of x[j] y[j]
 template <class Set>
 float dot(simd<Set>, const float* x, const float* y, dim n) noexcept {
-  return detail::dot_product<detail::simd_lanes<Set>>(x, y, n);
+  return detail::simd_blocks<Set>::type::dot_product(x, y, n);
 }
 /// f(j, lane) for j in 0 .. n in steps of the lane's width.
 template <class Set, class F>

@@ -5,6 +5,8 @@
 #include <array>
 #include <type_traits>
 
+#include "moe/backend/cpu/blocks_avx2.hpp"
+#include "moe/backend/cpu/blocks_avx512.hpp"
 #include "moe/backend/scalar.hpp"
 
 #if !defined(MOE_SEPARATE_KERNELS)
@@ -90,6 +92,25 @@ struct simd_lanes {
   }
 #endif
 };
+
+/// The blocks of the level of the build.
+template <class Set>
+struct simd_blocks {
+  using type = lane_blocks<simd_lanes<Set>>;
+};
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+template <class Set>
+  requires(xsimd::batch<float, Set>::size == 16)
+struct simd_blocks<Set> {
+  using type = blocks_avx512<moe::detail::build_level>;
+};
+#elif defined(__AVX2__) && defined(__FMA__)
+template <class Set>
+  requires(xsimd::batch<float, Set>::size == 8)
+struct simd_blocks<Set> {
+  using type = blocks_avx2<moe::detail::build_level>;
+};
+#endif
 
 }  // namespace detail
 

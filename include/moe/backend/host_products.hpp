@@ -1,0 +1,186 @@
+// SPDX-License-Identifier: Apache-2.0
+/// One tile of a product on one thread, from the blocks `K` of a level: lane_blocks, or a class with the same functions.
+/// Nothing is allocated.
+///
+/// Each element of a result has one order of additions, which depends on the reduced dimension alone: neither on the other
+/// rows and columns of the tile nor on its place among them. There are two orders for a b^T: dot products, where each weight is
+/// read once in the order of memory, for few rows; and outer products with weights that were packed, for many.
+#pragma once
+
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#include "moe/backend/host_blocks.hpp"
+
+namespace moe::arch {
+
+/// Rows of a matrix or of several, to be multiplied with together: b[0 .. count) of `depth` floats each.
+struct weight_rows {
+  static constexpr dim room = detail::outer_columns;
+  const float* row[room] = {};
+  dim count = 0, depth = 0;
+
+  void add(matrix_view<const float> rows) noexcept {
+    depth = rows.cols;
+    for (dim r = 0; r < rows.rows; ++r) row[count++] = rows.row(r);
+  }
+};
+
+namespace detail {
+
+/// f(n) with n as a constant of 1 .. N: the block that is as high as what is left. Nothing for other n.
+template <int N, class F>
+void with_constant(dim n, F f) noexcept {
+  [&]<int... I>(std::integer_sequence<int, I...>) {
+    (void)((n == I + 1 ? (f(std::integral_constant<int, I + 1>{}), true) : false) || ...);
+  }(std::make_integer_sequence<int, N>{});
+}
+inline dim smaller(dim a, dim b) noexcept { return a < b ? a : b; }
+
+/// How far a dot product goes before its lanes are summed: that much of `streams` weight rows stays in the nearest cache.
+inline constexpr dim dot_depth = 1024;
+
+/// All rows of a tile against N columns of it. While one block works, the weights of the next come nearer: `next` is where
+/// they lie, and each block of rows asks for its share. A block alone asks for its own, a kilobyte ahead.
+template <class K, int N>
+void dot_columns(gathered<float> a, dim first, dim k, const float* b, dim stride, const float* next, matrix_view<float> c,
+                 dim step) noexcept {
+  constexpr int M = K::dot_rows;
+  const dim blocks = (c.rows + M - 1) / M, line = K::width * dim{sizeof(float)}, pace = (line + blocks - 1) / blocks;
+  prefetch_walk ahead{reinterpret_cast<const char*>(blocks == 1 ? b + 1024 / sizeof(float) : next), pace};
+  dim i = 0;
+  for (; i + M <= c.rows; i += M, ahead.at += pace * (k / K::width))
+    K::template dot_block<M, N>(a, i, first, k, b, stride, ahead, c, step);
+  with_constant<M - 1>(c.rows - i, [&](auto m) { K::template dot_block<m, N>(a, i, first, k, b, stride, ahead, c, step); });
+}
+
+/// Few rows follow each weight row to its end, as it lies in memory; more stay within one depth, so that they, too, are read
+/// from a near cache.
+template <class K, int N>
+void dot_tile(gathered<float> a, matrix_view<const float> b, dim stride, matrix_view<float> c, dim step) noexcept {
+  const dim cuts = (b.cols + dot_depth - 1) / dot_depth;
+  const bool few = c.rows <= K::dot_rows;
+  const auto row_of = [&](dim i) { return few ? i / cuts : i % step; };
+  const auto first_of = [&](dim i) { return (few ? i % cuts : i / step) * dot_depth; };
+  for (dim i = 0; i < step * cuts; ++i) {
+    const dim j = row_of(i), first = first_of(i), k = smaller(b.cols - first, dot_depth);
+    dot_columns<K, N>(a, first, k, b.row(j) + first, stride, b.row(row_of(i + 1)) + first_of(i + 1),
+                      c.columns(j, c.cols - j), step);
+  }
+}
+
+/// c[m,n] += a[m,k] b[n,k]^T by dot products. The rows of b are read as four streams, each a quarter of the tile and contiguous.
+template <class K>
+void product_nt(gathered<float> a, matrix_view<const float> b, matrix_view<float> c) noexcept {
+  const dim step = c.cols / streams, whole = step * streams;
+  dot_tile<K, streams>(a, b, step * b.ld, c, step);
+  dot_tile<K, 1>(a, b.slice(whole, c.cols - whole), 0, c.columns(whole, c.cols - whole), c.cols - whole);
+}
+
+/// Weights as blocks of outer products read them: block after block of columns, in each row after row, filled up with zeros.
+template <class K>
+float* packed_place(float* packed, dim depth, dim p, dim j) noexcept {
+  return packed + j / K::columns * depth * K::columns + p * K::columns + j % K::columns;
+}
+/// Rows of n <= outer_columns floats.
+template <class K, class Row>
+void pack(Row row, dim depth, dim n, float* packed) noexcept {
+  constexpr dim columns = K::columns;
+  for (dim p = 0; p < depth; ++p) {
+    const float* from = row(p);
+    for (dim j = 0; j < n; j += columns) {
+      float* to = packed_place<K>(packed, depth, p, j);
+      const dim some = smaller(n - j, columns);
+      std::memcpy(to, from + j, static_cast<std::size_t>(some) * sizeof(float));
+      for (dim l = some; l < columns; ++l) to[l] = 0;
+    }
+  }
+}
+/// Columns: float p of row j of b goes to row p.
+template <class K>
+void pack_transposed(const weight_rows& b, dim first, dim depth, float* packed) noexcept {
+  constexpr dim W = K::width, columns = K::columns;
+  const dim whole = b.count / W * W, padded = (b.count + columns - 1) / columns * columns;
+  for (dim j = 0; j < whole; j += W) {
+    dim p = 0;
+    for (; p + W <= depth; p += W) K::transpose(b.row + j, first + p, packed_place<K>(packed, depth, p, j));
+    for (; p < depth; ++p)
+      for (dim l = j; l < j + W; ++l) *packed_place<K>(packed, depth, p, l) = b.row[l][first + p];
+  }
+  for (dim j = whole; j < padded; ++j)
+    for (dim p = 0; p < depth; ++p) *packed_place<K>(packed, depth, p, j) = j < b.count ? b.row[j][first + p] : 0.f;
+}
+
+/// c += the sum over p of a[i][first + p * step] times row p of what was packed, which is as wide as c. While a block works,
+/// the rows of the next come nearer, and its share of the pieces that are packed next, next(0 .. pieces).
+template <class K, class Next>
+void outer_tile(gathered<float> a, dim first, dim step, const float* packed, dim depth, matrix_view<float> c, dim pieces,
+                Next next) noexcept {
+  constexpr int M = outer_rows;
+  constexpr dim columns = K::columns;
+  const dim turns = (c.cols + columns - 1) / columns * ((c.rows + M - 1) / M), share = (pieces + turns - 1) / turns;
+  float padded[M * columns];
+  for (dim j = 0, piece = 0; j < c.cols; j += columns, packed += depth * columns)
+    for (dim i = 0; i < c.rows; i += M) {
+      prefetch_list ahead(packed);
+      for (dim s = 0; s < share && piece < pieces; ++s, ++piece) ahead.add(next(piece));
+      for (dim r = i + M; step == 1 && r < smaller(i + 2 * M, c.rows); ++r) ahead.add(a.row(r) + first);
+      const dim m = smaller(c.rows - i, M), n = smaller(c.cols - j, columns);
+      const matrix_view<float> to = c.slice(i, m).columns(j, n);
+      const bool whole = n == columns;
+      for (dim r = 0; !whole && r < m; ++r)
+        for (dim l = 0; l < columns; ++l) padded[r * columns + l] = l < n ? to(r, l) : 0.f;
+      with_constant<M>(m, [&](auto rows) {
+        K::template outer_block<rows>(a, i, first, step, packed, depth, ahead, whole ? to.data : padded,
+                                      whole ? to.ld : columns);
+      });
+      for (dim r = 0; !whole && r < m; ++r)
+        for (dim l = 0; l < n; ++l) to(r, l) = padded[r * columns + l];
+    }
+}
+
+/// c[m,n] += a[m,k] b[n,k]^T by outer products: every cut of the depth of b is packed once for all rows.
+template <class K>
+void product_nt_packed(gathered<float> a, const weight_rows& b, matrix_view<float> c) noexcept {
+  alignas(64) float packed[outer_depth * outer_columns];
+  for (dim first = 0; first < b.depth; first += outer_depth) {
+    const dim depth = smaller(b.depth - first, outer_depth), after = first + depth;
+    pack_transposed<K>(b, first, depth, packed);
+    outer_tile<K>(a, first, 1, packed, depth, c, after < b.depth ? b.count : 0, [&](dim j) { return b.row[j] + after; });
+  }
+}
+
+/// c[m,n] += a[m,k] b[k,n]
+template <class K>
+void product_nn(gathered<float> a, matrix_view<const float> b, matrix_view<float> c) noexcept {
+  alignas(64) float packed[outer_depth * outer_columns];
+  for (dim j = 0; j < c.cols; j += outer_columns)
+    for (dim first = 0; first < b.rows; first += outer_depth) {
+      const dim depth = smaller(b.rows - first, outer_depth), n = smaller(c.cols - j, outer_columns);
+      pack<K>([&](dim p) { return b.row(first + p) + j; }, depth, n, packed);
+      outer_tile<K>(a, first, 1, packed, depth, c.columns(j, n), 0, [&](dim) { return packed; });
+    }
+}
+
+/// c[m,n] += a[k,m]^T b[k,n], both over `depth` rows
+template <class K>
+void product_tn(gathered<float> a, gathered<float> b, dim depth, matrix_view<float> c) noexcept {
+  alignas(64) float left[outer_depth * outer_columns];
+  alignas(64) float right[outer_depth * outer_columns];
+  for (dim first = 0; first < depth; first += outer_depth)
+    for (dim i = 0; i < c.rows; i += outer_columns) {
+      const dim k = smaller(depth - first, outer_depth), m = smaller(c.rows - i, outer_columns);
+      for (dim p = 0; p < k; ++p)
+        std::memcpy(left + p * outer_columns, a.row(first + p) + i, static_cast<std::size_t>(m) * sizeof(float));
+      for (dim j = 0; j < c.cols; j += outer_columns) {
+        const dim n = smaller(c.cols - j, outer_columns);
+        pack<K>([&](dim p) { return b.row(first + p) + j; }, k, n, right);
+        outer_tile<K>(gathered<float>{{left, m, 1, 1}}, 0, outer_columns, right, k, c.slice(i, m).columns(j, n), 0,
+                      [&](dim) { return left; });
+      }
+    }
+}
+
+}  // namespace detail
+}  // namespace moe::arch
