@@ -23,6 +23,7 @@ struct packed_slot {
   prepared_rows x, a;
   matrix_view<float> c, row;  ///< sums of panels_at_once panels; a row, for conversions
   std::byte* wide = nullptr;
+  dim ready = -1;             ///< the chunk whose rows are prepared
 };
 
 /// Sizes of a product's work, and its memory: a slot for each thread, and the activations that few rows share.
@@ -147,7 +148,8 @@ struct packed_ffn_work {
     const dim n = chunks_of(e), height = (at(e + 1) - at(e) + n - 1) / n, first = at(e) + i * height;
     f(e, first, at(e + 1) - first < height ? at(e + 1) - first : height);
   }
-  /// f(slot, unit) for every unit, each thread in a slot of its own.
+  /// f(slot, unit) for every unit, each thread in a slot of its own. A thread takes neighbouring units, many at first and one
+  /// at a time in the end, so that it reads on where it was and all end together.
   template <class F>
   void share(dim units, F f) const noexcept {
     std::atomic<dim> next{0};
@@ -155,7 +157,12 @@ struct packed_ffn_work {
     on.executor().for_each(slots, 1, [&](dim first, dim last) {
       for (; first < last; ++first) {
         packed_slot s = slot(first);
-        for (dim unit; (unit = next.fetch_add(1, std::memory_order_relaxed)) < units;) f(s, unit);
+        for (dim unit = next.load(std::memory_order_relaxed), n = 0; unit < units;) {
+          n = (units - unit) / (2 * slots) + 1;
+          if (!next.compare_exchange_weak(unit, unit + n, std::memory_order_relaxed)) continue;
+          for (dim end = unit + n; unit < end; ++unit) f(s, unit);
+          unit = next.load(std::memory_order_relaxed);
+        }
       }
     });
   }
@@ -196,7 +203,8 @@ struct packed_ffn_work {
     const dim runs = (panels + run - 1) / run;
     share(chunks * runs, [&](packed_slot& s, dim unit) {
       visit_chunk(unit / runs, [&](dim e, dim row, dim n) {
-        prepare_chunk(s, row, n);
+        if (s.ready != unit / runs) prepare_chunk(s, row, n);
+        s.ready = unit / runs;
         const dim p = unit % runs * run;
         multiply_run(s, e, row, p, panels - p < run ? panels - p : run);
       });

@@ -10,9 +10,6 @@
 
 #include <immintrin.h>
 
-#if !defined(MOE_AVX512)
-#define MOE_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
-#endif
 #define MOE_AVX512_VNNI MOE_AVX512 ",avx512vnni"
 
 namespace moe::arch::detail {
@@ -40,7 +37,7 @@ struct block_work {
   dim ld;
 };
 
-/// f(work) for every block of rows and panel. A block alone asks for weights two kilobytes ahead; several share the asking
+/// f(work) for every block of rows and panel. A block alone asks for weights four kilobytes ahead; several share the asking
 /// for the next panel.
 template <class Multiply>
 void for_each_panel_block(const prepared_rows& a, const panel_product& p, Multiply multiply) noexcept {
@@ -50,7 +47,7 @@ void for_each_panel_block(const prepared_rows& a, const panel_product& p, Multip
       const std::byte* w = p.weights + j * p.panel_bytes;
       const dim share = moe::detail::round_up(p.panel_bytes / blocks, line_bytes);
       multiply(a.height_of(b),
-               block_work{a.block(b), a.height_of(b) * line_bytes, a.lines, w, blocks == 1 ? w + 2 * tile_bytes : w + p.panel_bytes + b * share,
+               block_work{a.block(b), a.height_of(b) * line_bytes, a.lines, w, blocks == 1 ? w + 4 * tile_bytes : w + p.panel_bytes + b * share,
                           blocks == 1 ? 2 * line_bytes : (2 * line_bytes + blocks - 1) / blocks, a.factor(b * a.height), a.factor_count,
                           p.scale ? p.scale + j * panel_rows : nullptr, p.c.row(b * a.height) + j * panel_rows, p.c.ld});
     }
@@ -58,8 +55,8 @@ void for_each_panel_block(const prepared_rows& a, const panel_product& p, Multip
 
 MOE_TARGET(MOE_AVX512)
 inline void ask_ahead(const std::byte* ahead, dim pace) noexcept {
-  _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T0);
-  if (pace > line_bytes) _mm_prefetch(reinterpret_cast<const char*>(ahead + line_bytes), _MM_HINT_T0);
+  _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T1);
+  if (pace > line_bytes) _mm_prefetch(reinterpret_cast<const char*>(ahead + line_bytes), _MM_HINT_T1);
 }
 
 /// The even and the odd halves of a line as floats.

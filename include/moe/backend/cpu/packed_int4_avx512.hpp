@@ -31,7 +31,7 @@ MOE_NO_INLINE void multiply_block_groups(const block_work& w) noexcept {
   const std::byte *a = w.a, *q = w.weights, *ahead = w.ahead;
   const float* sums = w.factors + 2;
   for (dim l = 0; l < w.lines; l += 2, a += 2 * w.a_step, q += rule::step_bytes, sums += 4) {
-    for (dim s = 0; s < rule::step_bytes; s += line_bytes, ahead += line_bytes * (w.pace != 0))
+    for (dim s = 0; s < rule::step_bytes && w.pace != 0; s += line_bytes, ahead += line_bytes)
       _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T0);
     const std::byte* scales = q + 2048;
     MOE_NO_UNROLL
@@ -126,9 +126,16 @@ MOE_NO_INLINE void widen_panel(const std::byte* panel, dim k, const float* row_s
 
 template <int Build, class T>
 void multiply_int4_512(const prepared_rows& a, const panel_product& p) noexcept {
-  if (a.rows <= rows_of_groups) {
-    for_each_panel_block(a, p, [](dim height, const block_work& w) {
-      with_constant<rows_of_groups>(height, [&](auto m) { multiply_block_groups<Build, T, m>(w); });
+  if (a.rows <= 2 * rows_of_groups) {
+    for_each_panel_block(a, p, [](dim height, block_work w) {
+      for (; height > 0; height -= rows_of_groups) {
+        with_constant<rows_of_groups>(height < rows_of_groups ? height : rows_of_groups,
+                                      [&](auto m) { multiply_block_groups<Build, T, m>(w); });
+        w.a += rows_of_groups * line_bytes;
+        w.factors += rows_of_groups * w.factor_count;
+        w.c += rows_of_groups * w.ld;
+        w.pace = 0;  // the panel is near now
+      }
     });
     return;
   }
