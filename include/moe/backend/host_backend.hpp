@@ -11,6 +11,18 @@
 
 namespace moe {
 
+namespace detail {
+
+/// A level that is chosen at run time can be refused: then a backend cannot be made.
+template <class Arch>
+concept CheckedArch = requires { Arch::check(); };
+template <class Arch>
+constexpr void check_arch() noexcept(!CheckedArch<Arch>) {
+  if constexpr (CheckedArch<Arch>) Arch::check();
+}
+
+}  // namespace detail
+
 /// A backend on the host: kernels of level `Arch`, tiles run by `Ex`.
 template <class Arch, class Ex>
   requires Executor<Ex>
@@ -19,10 +31,12 @@ struct host_backend {
   using arch = Arch;
   [[no_unique_address]] Ex threads;
 
-  constexpr host_backend() noexcept
+  constexpr host_backend() noexcept(!detail::CheckedArch<Arch>)
     requires std::default_initializable<Ex>
-      : threads() {}
-  host_backend(Ex ex) noexcept : threads(ex) {}
+      : threads() {
+    detail::check_arch<Arch>();
+  }
+  host_backend(Ex ex) noexcept(!detail::CheckedArch<Arch>) : threads(ex) { detail::check_arch<Arch>(); }
   const Ex& executor() const noexcept { return threads; }
 };
 

@@ -3,8 +3,8 @@
 /// Nothing is allocated.
 ///
 /// Each element of a result has one order of additions, which depends on the reduced dimension alone: neither on the other
-/// rows and columns of the tile nor on its place among them. There are two orders for a b^T: dot products, where each weight is
-/// read once in the order of memory, for few rows; and outer products with weights that were packed, for many.
+/// rows and columns of the tile nor on its place among them. There are two orders for a b^T: dot products, which read each
+/// weight once in the order of memory, for few rows; and outer products with weights that were packed, for many.
 #pragma once
 
 #include <cstring>
@@ -70,7 +70,8 @@ void dot_tile(gathered<float> a, matrix_view<const float> b, dim stride, matrix_
   }
 }
 
-/// c[m,n] += a[m,k] b[n,k]^T by dot products. The rows of b are read as four streams, each a quarter of the tile and contiguous.
+/// c[m,n] += a[m,k] b[n,k]^T by dot products. The rows of b are read as four streams, each a quarter of the tile and
+/// contiguous.
 template <class K>
 void product_nt(gathered<float> a, matrix_view<const float> b, matrix_view<float> c) noexcept {
   const dim step = c.cols / streams, whole = step * streams;

@@ -99,7 +99,7 @@ struct blocks_avx2 {
       __m256 v[4];
       MOE_UNROLL
       for (int j = 0; j < 4; ++j)
-        v[j] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(row[j] + first)), _mm_loadu_ps(row[j + 4] + first), 1);
+        v[j] = _mm256_set_m128(_mm_loadu_ps(row[j + 4] + first), _mm_loadu_ps(row[j] + first));
       const __m256 a = _mm256_unpacklo_ps(v[0], v[1]), b = _mm256_unpackhi_ps(v[0], v[1]);
       const __m256 c = _mm256_unpacklo_ps(v[2], v[3]), d = _mm256_unpackhi_ps(v[2], v[3]);
       _mm256_storeu_ps(to, _mm256_shuffle_ps(a, c, 0x44));
@@ -142,7 +142,8 @@ struct blocks_avx2 {
  private:
   MOE_TARGET(MOE_AVX2)
   static __m256i first_lanes(dim n) noexcept {
-    return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n < width ? n : width)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+    const __m256i count = _mm256_set1_epi32(static_cast<int>(n < width ? n : width));
+    return _mm256_cmpgt_epi32(count, _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
   }
 
   /// s[0 .. 4] = the sums of the lanes of a, b, c and d, each in the same order.

@@ -106,8 +106,8 @@ struct blocks_avx512 {
         v[j] = _mm512_insertf32x4(v[j], _mm_loadu_ps(row[j + 8] + first), 2);
         v[j] = _mm512_insertf32x4(v[j], _mm_loadu_ps(row[j + 12] + first), 3);
       }
-      const __m512 a = _mm512_unpacklo_ps(v[0], v[1]), b = _mm512_unpackhi_ps(v[0], v[1]);
-      const __m512 c = _mm512_unpacklo_ps(v[2], v[3]), d = _mm512_unpackhi_ps(v[2], v[3]);
+      const __m512 a = _mm512_maskz_unpacklo_ps(all, v[0], v[1]), b = _mm512_maskz_unpackhi_ps(all, v[0], v[1]);
+      const __m512 c = _mm512_maskz_unpacklo_ps(all, v[2], v[3]), d = _mm512_maskz_unpackhi_ps(all, v[2], v[3]);
       _mm512_storeu_ps(to, _mm512_shuffle_ps(a, c, 0x44));
       _mm512_storeu_ps(to + columns, _mm512_shuffle_ps(a, c, 0xee));
       _mm512_storeu_ps(to + 2 * columns, _mm512_shuffle_ps(b, d, 0x44));
@@ -146,17 +146,19 @@ struct blocks_avx512 {
   }
 
  private:
+  static constexpr __mmask16 all = 0xffff;  // without a mask GCC 12 warns of undefined registers in its own header
+
   MOE_TARGET(MOE_AVX512)
-  static __mmask16 first_lanes(dim n) noexcept { return static_cast<__mmask16>(n < width ? (1u << n) - 1 : 0xffffu); }
+  static __mmask16 first_lanes(dim n) noexcept { return static_cast<__mmask16>(n < width ? (1u << n) - 1 : all); }
 
   /// s[0 .. 4] = the sums of the lanes of a, b, c and d, each in the same order.
   MOE_TARGET(MOE_AVX512)
   static void sum_four(__m512 a, __m512 b, __m512 c, __m512 d, float* s) noexcept {
-    const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-    const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    const __m512 ab = _mm512_add_ps(_mm512_maskz_unpacklo_ps(all, a, b), _mm512_maskz_unpackhi_ps(all, a, b));
+    const __m512 cd = _mm512_add_ps(_mm512_maskz_unpacklo_ps(all, c, d), _mm512_maskz_unpackhi_ps(all, c, d));
     const __m512 abcd = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
-    const __m256 high = _mm512_extractf32x8_ps(abcd, 1);
-    const __m256 halves = _mm256_add_ps(_mm512_castps512_ps256(abcd), high);
+    const __m256 low = _mm512_maskz_extractf32x8_ps(0xff, abcd, 0), high = _mm512_maskz_extractf32x8_ps(0xff, abcd, 1);
+    const __m256 halves = _mm256_add_ps(low, high);
     _mm_storeu_ps(s, _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
   }
 };
