@@ -24,8 +24,8 @@ struct tile {
   bool is_tall() const noexcept { return rows >= few_rows; }
 };
 
-/// Each expert's rows in chunks of equal height, give or take one, times panels of columns. Within a chunk the panel stays in cache, so
-/// in small batches each weight is read once, by one thread, and an expert with many rows feeds all of them.
+/// Each expert's rows in chunks of equal height, give or take one, times panels of columns. Within a chunk the panel stays in
+/// cache, so in small batches each weight is read once, by one thread, and an expert with many rows feeds all of them.
 class tile_grid {
  public:
   /// Over results of `width` columns, each a sum of `depth` products. Where there are few tiles, chunks are cut, then panels
