@@ -15,7 +15,7 @@ namespace moe {
 ///   float                          4                   none
 ///   bf16, f16                      2                   2^-9, 2^-12 of it
 ///   std::int8_t                    1                   1/254 of the largest of its row
-///   int4_groups<32>, <128>         0.5625, 0.515625    1/16 of the largest of its group
+///   int4_groups<32>, <128>         0.5625, 0.515625    1/16 of the largest of its group, 1/8 of it next to its opposite
 ///
 /// and, for the scaled types, 4 bytes a row. Activations are floats; with scaled weights each product quantises its rows to
 /// bytes, one scale a row (error 1/254 of the largest of the row).

@@ -3,17 +3,21 @@
 #pragma once
 
 #include "moe/backend/cpu/level.hpp"
-#include "moe/backend/cpu/packed_int4_avx512.hpp"
+#include "moe/backend/cpu/packed_amx.hpp"
+#include "moe/backend/cpu/packed_avx2.hpp"
 
 namespace moe::arch {
 
 template <class T>
 packed_kernels kernels_in_use() noexcept {
 #if defined(MOE_X86)
-  if (const cpu_level level = cpu_level_in_use(); level == cpu_level::amx || level == cpu_level::avx512_vnni)
-    return kernels_of(avx512_vnni{}, weights_of<T>{});
-  else if (level == cpu_level::avx512)
-    return kernels_of(avx512{}, weights_of<T>{});
+  switch (cpu_level_in_use()) {
+    case cpu_level::amx: return kernels_of(amx{}, weights_of<T>{});
+    case cpu_level::avx512_vnni: return kernels_of(avx512_vnni{}, weights_of<T>{});
+    case cpu_level::avx512: return kernels_of(avx512{}, weights_of<T>{});
+    case cpu_level::avx2: return kernels_of(avx2{}, weights_of<T>{});
+    default: break;
+  }
 #endif
   return kernels_of(scalar{}, weights_of<T>{});
 }

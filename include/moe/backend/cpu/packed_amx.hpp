@@ -1,0 +1,231 @@
+// SPDX-License-Identifier: Apache-2.0
+/// Products with packed weights on the tile unit of Intel processors: bf16 and bytes.
+///
+/// A product of up to 32 rows with a panel keeps four tiles of sums. Few rows follow each panel to its end, as it lies in
+/// memory; many rows run over a stretch of two panels that stays in the first cache, while the next stretch comes nearer.
+/// `Tiles` are the instructions; tests put a plain C++ copy of them in their place.
+#pragma once
+
+#include "moe/backend/cpu/packed_int4_avx512.hpp"
+
+#if defined(MOE_X86)
+
+#define MOE_AMX "amx-tile,amx-bf16,amx-int8"
+
+namespace moe::arch::detail {
+
+/// What the configuration instruction reads.
+struct alignas(64) tile_shapes {
+  std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  std::uint16_t bytes_per_row[16] = {};
+  std::uint8_t rows[16] = {};
+};
+
+/// The instructions take tile numbers as literals: 0 .. 3 hold sums, of two blocks of rows by two of weight rows; 4 and 5 the
+/// rows; 6 and 7 the weights.
+struct hardware_tiles {
+#define MOE_EACH_TILE(n)                                                                                                   \
+  MOE_TARGET(MOE_AMX) static void load##n(const void* p, dim stride) noexcept { _tile_loadd(n, p, stride); }
+  MOE_EACH_TILE(0) MOE_EACH_TILE(1) MOE_EACH_TILE(2) MOE_EACH_TILE(3)
+  MOE_EACH_TILE(4) MOE_EACH_TILE(5) MOE_EACH_TILE(6) MOE_EACH_TILE(7)
+#undef MOE_EACH_TILE
+#define MOE_EACH_TILE(n, a, b)                                                                                             \
+  MOE_TARGET(MOE_AMX) static void store##n(void* p, dim stride) noexcept { _tile_stored(n, p, stride); }                   \
+  MOE_TARGET(MOE_AMX) static void zero##n() noexcept { _tile_zero(n); }                                                    \
+  MOE_TARGET(MOE_AMX) static void add_halves##n() noexcept { _tile_dpbf16ps(n, a, b); }                                    \
+  MOE_TARGET(MOE_AMX) static void add_bytes##n() noexcept { _tile_dpbsud(n, a, b); }
+  MOE_EACH_TILE(0, 4, 6) MOE_EACH_TILE(1, 4, 7) MOE_EACH_TILE(2, 5, 6) MOE_EACH_TILE(3, 5, 7)
+#undef MOE_EACH_TILE
+  MOE_TARGET(MOE_AMX) static void shape(const tile_shapes& s) noexcept {
+    compiler_fence();  // GCC 12 takes the operand for eight bytes
+    _tile_loadconfig(&s);
+  }
+  MOE_TARGET(MOE_AMX) static void release() noexcept { _tile_release(); }
+  /// GCC 12 does not know that tiles read memory.
+  static void compiler_fence() noexcept {
+#if defined(__GNUC__)
+    __asm__ volatile("" ::: "memory");
+#endif
+  }
+};
+
+/// One or two blocks of prepared rows against one panel: sums = or += over `steps` steps.
+struct tile_work {
+  const std::byte *upper, *lower;           ///< lower: null where there is one block
+  dim upper_step, lower_step;               ///< bytes from step to step
+  const std::byte* weights;
+  dim steps;
+  const std::byte* ahead;                   ///< asked for while this runs, `lines_ahead` lines a step
+  dim lines_ahead;
+  void* sums;
+  dim stride;                               ///< bytes from row to row of the sums
+  bool add;
+};
+
+template <int Build, class Tiles, bool Bytes>
+MOE_TARGET(MOE_AMX)
+MOE_NO_INLINE void multiply_tiles(const tile_work& w) noexcept {
+  Tiles::compiler_fence();
+  auto* c = static_cast<std::byte*>(w.sums);
+  std::byte* below = c + tile_rows * w.stride;
+  const bool two = w.lower != nullptr;
+  if (w.add) {
+    Tiles::load0(c, w.stride);
+    Tiles::load1(c + line_bytes, w.stride);
+    if (two) Tiles::load2(below, w.stride);
+    if (two) Tiles::load3(below + line_bytes, w.stride);
+  } else {
+    Tiles::zero0();
+    Tiles::zero1();
+    Tiles::zero2();
+    Tiles::zero3();
+  }
+  const std::byte *a = w.upper, *b = w.lower, *q = w.weights, *ahead = w.ahead;
+  for (dim s = 0; s < w.steps; ++s, a += w.upper_step, b += w.lower_step, q += 2 * tile_bytes) {
+    Tiles::load4(a, line_bytes);
+    Tiles::load6(q, line_bytes);
+    if constexpr (Bytes) Tiles::add_bytes0();
+    else Tiles::add_halves0();
+    Tiles::load7(q + tile_bytes, line_bytes);
+    if constexpr (Bytes) Tiles::add_bytes1();
+    else Tiles::add_halves1();
+    for (dim l = 0; l < w.lines_ahead; ++l, ahead += line_bytes) moe::detail::prefetch(ahead);
+    if (!two) continue;
+    Tiles::load5(b, line_bytes);
+    if constexpr (Bytes) Tiles::add_bytes2();
+    else Tiles::add_halves2();
+    if constexpr (Bytes) Tiles::add_bytes3();
+    else Tiles::add_halves3();
+  }
+  Tiles::store0(c, w.stride);
+  Tiles::store1(c + line_bytes, w.stride);
+  if (two) Tiles::store2(below, w.stride);
+  if (two) Tiles::store3(below + line_bytes, w.stride);
+  Tiles::compiler_fence();
+}
+
+/// Tiles as high as the blocks they hold.
+template <class Tiles>
+class tile_heights {
+ public:
+  void set(dim upper, dim lower) noexcept {
+    if (upper == upper_ && lower == lower_) return;
+    upper_ = upper;
+    lower_ = lower;
+    tile_shapes s;
+    for (int t = 0; t < 8; ++t) {
+      s.bytes_per_row[t] = line_bytes;
+      s.rows[t] = static_cast<std::uint8_t>(t >= 6 ? tile_rows : t == 2 || t == 3 || t == 5 ? lower : upper);
+    }
+    Tiles::shape(s);
+  }
+
+ private:
+  dim upper_ = 0, lower_ = 0;
+};
+
+/// The sums of a product: floats, or integers in their place.
+template <int Build, class Tiles, bool Bytes>
+void multiply_panels(const prepared_rows& a, const panel_product& p) noexcept {
+  constexpr dim stretch = 8, pair = 2;
+  const dim blocks = (a.blocks() + 1) / 2, steps = a.lines;
+  tile_heights<Tiles> heights;
+  const auto work = [&](dim b, dim panel, dim step, dim n) noexcept {
+    const bool two = 2 * b + 1 < a.blocks();
+    const dim upper = a.height_of(2 * b), lower = two ? a.height_of(2 * b + 1) : 1;
+    heights.set(upper, lower);
+    return tile_work{a.block(2 * b) + step * upper * line_bytes, two ? a.block(2 * b + 1) + step * lower * line_bytes : nullptr,
+                     upper * line_bytes, lower * line_bytes, p.weights + panel * p.panel_bytes + step * 2 * tile_bytes, n,
+                     nullptr, 0, p.c.row(2 * b * a.height) + panel * panel_rows, p.c.ld * dim{sizeof(float)}, step > 0};
+  };
+  if (blocks == 1) {
+    for (dim j = 0; j < p.panels; ++j) {
+      tile_work w = work(0, j, 0, steps);
+      w.ahead = w.weights + 2 * tile_bytes;
+      w.lines_ahead = 2 * tile_rows;
+      multiply_tiles<Build, Tiles, Bytes>(w);
+    }
+  } else {
+    for (dim step = 0; step < steps; step += stretch)
+      for (dim j = 0; j < p.panels; j += pair) {
+        const dim n = steps - step < stretch ? steps - step : stretch, last = j + pair < p.panels ? j + pair : p.panels;
+        const bool more = last < p.panels, deeper = step + n < steps;  // else the panels after these
+        const dim next = more || !deeper ? last : 0, next_step = more ? step : deeper ? step + n : 0;
+        const dim share = (2 * tile_rows + blocks - 1) / blocks;
+        for (dim b = 0; b < blocks; ++b)
+          for (dim i = j; i < last; ++i) {
+            tile_work w = work(b, i, step, n);
+            w.ahead = p.weights + (next + i - j) * p.panel_bytes + next_step * 2 * tile_bytes + b * n * share * line_bytes;
+            w.lines_ahead = share;
+            multiply_tiles<Build, Tiles, Bytes>(w);
+          }
+      }
+  }
+  Tiles::release();
+}
+
+template <int Build, class Tiles>
+void multiply_halves_amx(const prepared_rows& a, const panel_product& p) noexcept {
+  multiply_panels<Build, Tiles, false>(a, p);
+}
+template <int Build, class Tiles>
+MOE_TARGET(MOE_AVX512)
+void multiply_bytes_amx(const prepared_rows& a, const panel_product& p) noexcept {
+  multiply_panels<Build, Tiles, true>(a, p);
+  for (dim r = 0; r < a.rows; ++r) {
+    const float unit = a.factor(r)[0], shift = 128 * a.factor(r)[1];
+    float* c = p.c.row(r);
+    for (dim j = 0; j < p.panels * panel_rows; j += 16) {
+      const __m512 sum = _mm512_cvtepi32_ps(_mm512_loadu_si512(c + j));
+      _mm512_storeu_ps(c + j, _mm512_mul_ps(_mm512_mul_ps(_mm512_set1_ps(unit), _mm512_loadu_ps(p.scale + j)),
+                                            _mm512_sub_ps(sum, _mm512_set1_ps(shift))));
+    }
+  }
+}
+/// Many rows: two panels at a time are widened to bytes.
+template <int Build, class Tiles, class T>
+void multiply_int4_amx(const prepared_rows& a, const panel_product& p) noexcept {
+  if (a.rows <= 2 * rows_of_groups) return multiply_int4_512<Build, T>(a, p);
+  const dim k = a.lines * 64;
+  for (dim j = 0; j < p.panels; j += 2) {
+    const dim n = p.panels - j < 2 ? p.panels - j : 2;
+    const float* scale = p.scale + j * panel_rows;
+    for (dim i = 0; i < n; ++i)
+      widen_panel<Build, T>(p.weights + (j + i) * p.panel_bytes, k, scale + i * panel_rows, p.scratch + i * panel_rows * k);
+    multiply_bytes_amx<Build, Tiles>(a, {p.scratch, panel_rows * k, n, scale, nullptr, p.c.columns(j * panel_rows, n * panel_rows)});
+  }
+}
+
+/// Halves, rounded to nearest even.
+template <int Build>
+MOE_TARGET(MOE_AVX512)
+void prepare_bf16_512(const float* x, dim k, std::byte* to, dim stride, float*, bool) noexcept {
+  for (dim i = 0; i < k; i += 32, to += stride) {
+    bf16 line[32] = {};
+    const dim n = k - i < 32 ? k - i : 32;
+    for (dim j = 0; j < n; ++j) line[j] = bf16(x[i + j]);
+    std::memcpy(to, line, sizeof line);
+  }
+}
+
+}  // namespace moe::arch::detail
+
+namespace moe::arch {
+
+template <int Build, class Tiles = detail::hardware_tiles>
+packed_kernels kernels_of(basic_amx<Build>, weights_of<bf16>, Tiles = {}) noexcept {
+  return {operand::bf16, detail::tile_rows, 256, false, 0, detail::prepare_bf16_512<Build>, detail::multiply_halves_amx<Build, Tiles>};
+}
+template <int Build, class Tiles = detail::hardware_tiles>
+packed_kernels kernels_of(basic_amx<Build>, weights_of<std::int8_t>, Tiles = {}) noexcept {
+  return {operand::i8, detail::tile_rows, 256, false, 0, detail::prepare_i8_512<Build>, detail::multiply_bytes_amx<Build, Tiles>};
+}
+template <int Build, int Group, class Scale, class Tiles = detail::hardware_tiles>
+packed_kernels kernels_of(basic_amx<Build>, weights_of<int4_groups<Group, Scale>>, Tiles = {}) noexcept {
+  return {operand::i8, detail::tile_rows, 256, true, 64, detail::prepare_i8_512<Build>,
+          detail::multiply_int4_amx<Build, Tiles, int4_groups<Group, Scale>>};
+}
+
+}  // namespace moe::arch
+
+#endif

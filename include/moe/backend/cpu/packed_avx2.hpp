@@ -1,0 +1,232 @@
+// SPDX-License-Identifier: Apache-2.0
+/// Products with packed weights on 256-bit vectors: a block of up to 6 rows against half a panel, or of 1 or 2 rows against a
+/// whole one, which is then read in one go.
+#pragma once
+
+#include "moe/backend/cpu/ladder.hpp"
+#include "moe/backend/packed_kernels.hpp"
+
+#if defined(MOE_X86)
+
+#include <immintrin.h>
+
+namespace moe::arch::detail {
+
+inline constexpr int rows_256 = 6;
+
+/// The even and the odd halves of 8 slots as floats.
+template <class T>
+MOE_TARGET(MOE_AVX2)
+inline __m256 even_halves_256(__m256i v) noexcept {
+  if constexpr (std::same_as<T, bf16>) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(v, 16));
+  } else {
+    const __m256i low = _mm256_and_si256(v, _mm256_set1_epi32(0xffff));
+    return _mm256_cvtph_ps(_mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1)));
+  }
+}
+template <class T>
+MOE_TARGET(MOE_AVX2)
+inline __m256 odd_halves_256(__m256i v) noexcept {
+  if constexpr (std::same_as<T, bf16>)
+    return _mm256_castsi256_ps(_mm256_and_si256(v, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+  else
+    return even_halves_256<T>(_mm256_srli_epi32(v, 16));
+}
+
+/// M rows, floats times floats or halves, against the V vectors of 8 weight rows at q.
+template <int Build, class T, int M, int V>
+MOE_TARGET(MOE_AVX2)
+MOE_NO_INLINE void multiply_block_256(const std::byte* a, dim a_step, dim lines, const std::byte* q, const std::byte* ahead, float* c,
+                                      dim ld) noexcept {
+  constexpr int slot = 4 / sizeof(T), per_line = 16 / slot;
+  __m256 sum[M][V];
+  MOE_UNROLL
+  for (int m = 0; m < M; ++m) {
+    MOE_UNROLL
+    for (int v = 0; v < V; ++v) sum[m][v] = _mm256_setzero_ps();
+  }
+  for (dim l = 0; l < lines; ++l, a += a_step) {
+    const float* x = reinterpret_cast<const float*>(a);
+    MOE_NO_UNROLL
+    for (int i = 0; i < per_line; ++i, q += line_bytes, ahead += V / 2 * line_bytes) {
+      _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T1);
+      if constexpr (V == 4) _mm_prefetch(reinterpret_cast<const char*>(ahead + line_bytes), _MM_HINT_T1);
+      MOE_UNROLL
+      for (int v = 0; v < V; ++v) {
+        const std::byte* w = q + v / 2 * tile_bytes + v % 2 * 32;
+        if constexpr (slot == 1) {
+          const __m256 u = _mm256_loadu_ps(reinterpret_cast<const float*>(w));
+          MOE_UNROLL
+          for (int m = 0; m < M; ++m) sum[m][v] = _mm256_fmadd_ps(_mm256_broadcast_ss(x + 16 * m + i), u, sum[m][v]);
+        } else {
+          const __m256i u = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w));
+          const __m256 even = even_halves_256<T>(u), odd = odd_halves_256<T>(u);
+          MOE_UNROLL
+          for (int m = 0; m < M; ++m) {
+            sum[m][v] = _mm256_fmadd_ps(_mm256_broadcast_ss(x + 16 * m + 2 * i), even, sum[m][v]);
+            sum[m][v] = _mm256_fmadd_ps(_mm256_broadcast_ss(x + 16 * m + 2 * i + 1), odd, sum[m][v]);
+          }
+        }
+      }
+    }
+    if ((l + 1) * per_line % 16 == 0) q += tile_bytes;
+  }
+  MOE_UNROLL
+  for (int m = 0; m < M; ++m) {
+    MOE_UNROLL
+    for (int v = 0; v < V; ++v) _mm256_storeu_ps(c + m * ld + 8 * v, sum[m][v]);
+  }
+}
+
+template <int Build, class T>
+void multiply_256(const prepared_rows& a, const panel_product& p) noexcept {
+  for (dim j = 0; j < p.panels; ++j)
+    for (dim b = 0; b < a.blocks(); ++b) {
+      const std::byte *w = p.weights + j * p.panel_bytes, *ahead = w + (a.blocks() > 1 ? p.panel_bytes : 4 * tile_bytes);
+      const dim step = a.height_of(b) * line_bytes;
+      float* c = p.c.row(b * a.height) + j * panel_rows;
+      with_constant<rows_256>(a.height_of(b), [&](auto m) {
+        if constexpr (m <= 2) {
+          multiply_block_256<Build, T, m, 4>(a.block(b), step, a.lines, w, ahead, c, p.c.ld);
+        } else {
+          multiply_block_256<Build, T, m, 2>(a.block(b), step, a.lines, w, ahead, c, p.c.ld);
+          multiply_block_256<Build, T, m, 2>(a.block(b), step, a.lines, w + tile_bytes, ahead + p.panel_bytes / 2, c + tile_rows, p.c.ld);
+        }
+      });
+    }
+}
+
+#if defined(__GNUC__)
+typedef int int_lanes_256 __attribute__((vector_size(32)));  // GCC 12 keeps an array of __m256i in memory
+#else
+using int_lanes_256 = __m256i;
+#endif
+
+/// M rows, bytes times bytes, against 8 weight rows: even and odd k as words, whose products add up in pairs.
+template <int Build, int M>
+MOE_TARGET(MOE_AVX2)
+MOE_NO_INLINE void multiply_block_bytes_256(const std::byte* a, dim a_step, dim lines, const std::byte* q, const float* factors,
+                                            dim factor_count, const float* scale, float* c, dim ld) noexcept {
+  const __m256i low = _mm256_set1_epi16(0xff);
+  int_lanes_256 sum[M];
+  MOE_UNROLL
+  for (int m = 0; m < M; ++m) sum[m] = int_lanes_256{};
+  for (dim l = 0; l < lines; ++l, a += a_step, q += tile_bytes) {
+    MOE_NO_UNROLL
+    for (int i = 0; i < 16; ++i, q += line_bytes) {
+      _mm_prefetch(reinterpret_cast<const char*>(q + 4 * tile_bytes), _MM_HINT_T1);
+      const __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(q));
+      const __m256i even = _mm256_and_si256(w, low), odd = _mm256_srli_epi16(w, 8);
+      MOE_UNROLL
+      for (int m = 0; m < M; ++m) {
+        std::int32_t four;
+        std::memcpy(&four, a + 64 * m + 4 * i, 4);
+        const __m256i x = _mm256_set1_epi32(four);
+        const __m256i first = _mm256_madd_epi16(even, _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8));
+        const __m256i second = _mm256_madd_epi16(odd, _mm256_srai_epi16(x, 8));
+        sum[m] = (int_lanes_256)_mm256_add_epi32((__m256i)sum[m], _mm256_add_epi32(first, second));
+      }
+    }
+  }
+  const __m256 s = _mm256_loadu_ps(scale);
+  MOE_UNROLL
+  for (int m = 0; m < M; ++m) {
+    const float* f = factors + m * factor_count;
+    const __m256 exact = _mm256_sub_ps(_mm256_cvtepi32_ps((__m256i)sum[m]), _mm256_set1_ps(128 * f[1]));
+    _mm256_storeu_ps(c + m * ld, _mm256_mul_ps(_mm256_mul_ps(_mm256_set1_ps(f[0]), s), exact));
+  }
+}
+
+template <int Build>
+void multiply_bytes_256(const prepared_rows& a, const panel_product& p) noexcept {
+  for (dim j = 0; j < p.panels; ++j)
+    for (dim b = 0; b < a.blocks(); ++b)
+      for (dim v = 0; v < 4; ++v)
+        with_constant<rows_256>(a.height_of(b), [&](auto m) {
+          multiply_block_bytes_256<Build, m>(a.block(b), m * line_bytes, a.lines,
+                                             p.weights + j * p.panel_bytes + v / 2 * tile_bytes + v % 2 * 32, a.factor(b * a.height),
+                                             a.factor_count, p.scale + j * panel_rows + 8 * v,
+                                             p.c.row(b * a.height) + j * panel_rows + 8 * v, p.c.ld);
+        });
+}
+
+template <class Scale>
+MOE_TARGET(MOE_AVX2)
+inline __m256 load_scales_256(const std::byte* s) noexcept {
+  const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(s));
+  if constexpr (std::same_as<Scale, f16>) return _mm256_cvtph_ps(halves);
+  else return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+}
+
+/// One row against 8 weight rows of four bits: eight products of pairs fit a word.
+template <int Build, class T>
+MOE_TARGET(MOE_AVX2)
+MOE_NO_INLINE void multiply_row_groups_256(const std::byte* a, dim a_step, dim lines, const std::byte* q, dim v, const float* factors,
+                                           float* c) noexcept {
+  using rule = packing<T>;
+  const __m256i low = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
+  const std::byte* scales = q + 2048 + v * 16;
+  const float* sums = factors + 2;
+  __m256 total = _mm256_setzero_ps();
+  for (dim l = 0; l < lines; l += 2, q += rule::step_bytes, scales += rule::step_bytes, sums += 4) {
+    __m256i block = _mm256_setzero_si256();
+    for (dim h = 0; h < 2; ++h, a += a_step) {
+      const std::byte* w = q + (2 * h + v / 2) * 512 + v % 2 * 32;
+      __m256i lower = _mm256_setzero_si256(), upper = _mm256_setzero_si256();
+      for (dim i = 0; i < 8; ++i, w += line_bytes) {
+        std::int32_t first, second;
+        std::memcpy(&first, a + 4 * i, 4);
+        std::memcpy(&second, a + 32 + 4 * i, 4);
+        const __m256i u = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w));
+        lower = _mm256_add_epi16(lower, _mm256_maddubs_epi16(_mm256_and_si256(u, low), _mm256_set1_epi32(first)));
+        upper = _mm256_add_epi16(upper, _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(u, 4), low), _mm256_set1_epi32(second)));
+      }
+      lower = _mm256_madd_epi16(lower, ones);
+      upper = _mm256_madd_epi16(upper, ones);
+      if constexpr (T::group == 32) {
+        const __m256 s0 = load_scales_256<typename T::scale>(scales + 2 * h * 64), s1 = load_scales_256<typename T::scale>(scales + (2 * h + 1) * 64);
+        total = _mm256_fmadd_ps(s0, _mm256_sub_ps(_mm256_cvtepi32_ps(lower), _mm256_set1_ps(8 * sums[2 * h])), total);
+        total = _mm256_fmadd_ps(s1, _mm256_sub_ps(_mm256_cvtepi32_ps(upper), _mm256_set1_ps(8 * sums[2 * h + 1])), total);
+      } else {
+        block = _mm256_add_epi32(block, _mm256_add_epi32(lower, upper));
+      }
+    }
+    if constexpr (T::group == 128)
+      total = _mm256_fmadd_ps(load_scales_256<typename T::scale>(scales),
+                              _mm256_sub_ps(_mm256_cvtepi32_ps(block), _mm256_set1_ps(8 * (sums[0] + sums[1] + sums[2] + sums[3]))), total);
+  }
+  _mm256_storeu_ps(c, _mm256_mul_ps(_mm256_set1_ps(factors[0]), total));
+}
+
+template <int Build, class T>
+void multiply_groups_256(const prepared_rows& a, const panel_product& p) noexcept {
+  for (dim j = 0; j < p.panels; ++j)
+    for (dim r = 0; r < a.rows; ++r)
+      for (dim v = 0; v < 4; ++v)
+        multiply_row_groups_256<Build, T>(a.line(r, 0), a.stride(r), a.lines, p.weights + j * p.panel_bytes, v, a.factor(r),
+                                          p.c.row(r) + j * panel_rows + 8 * v);
+}
+
+}  // namespace moe::arch::detail
+
+namespace moe::arch {
+
+template <int Build, class T>
+  requires(!packing<T>::scaled)
+packed_kernels kernels_of(basic_avx2<Build>, weights_of<T>) noexcept {
+  return {operand::f32, detail::rows_256, 16 * detail::rows_256, false, 0, detail::prepare_f32<Build>, detail::multiply_256<Build, T>};
+}
+template <int Build>
+packed_kernels kernels_of(basic_avx2<Build>, weights_of<std::int8_t>) noexcept {
+  return {operand::i8, detail::rows_256, 16 * detail::rows_256, false, 0, detail::prepare_i8<Build>, detail::multiply_bytes_256<Build>};
+}
+template <int Build, int Group, class Scale>
+packed_kernels kernels_of(basic_avx2<Build>, weights_of<int4_groups<Group, Scale>>) noexcept {
+  return {operand::i8, detail::rows_256, 16 * detail::rows_256, true, 0, detail::prepare_i8<Build>,
+          detail::multiply_groups_256<Build, int4_groups<Group, Scale>>};
+}
+
+}  // namespace moe::arch
+
+#endif

@@ -1,0 +1,198 @@
+// SPDX-License-Identifier: Apache-2.0
+// Every level's products with packed weights against the numbers that go in, and the tile kernels on emulated tiles.
+#include <doctest/doctest.h>
+
+#include <limits>
+
+#include "moe/backend/cpu.hpp"
+#include "support/emulated_tiles.hpp"
+#include "support/testing.hpp"
+
+namespace {
+
+using moe::dim;
+using int4_32 = moe::int4_groups<32>;
+using int4_128 = moe::int4_groups<128, moe::bf16>;
+
+std::size_t at(dim i) { return static_cast<std::size_t>(i); }
+
+/// A product of `rows` rows with `panels` panels, prepared and multiplied by `kernels`; whole[r][j] is the exact result.
+template <class T>
+struct trial {
+  dim rows, panels, k;
+  std::vector<float> x, w;
+  moe::buffer memory;
+  moe::packed_matrix<T> packed;
+
+  trial(dim m, dim n, dim depth, std::vector<float> left, std::vector<float> right)
+      : rows(m), panels(n), k(depth), x(std::move(left)), w(std::move(right)) {
+    moe::arena count;
+    (void)moe::packed_matrix<T>::make("w", "scale", panels, k, count);
+    memory = moe::buffer(moe::padded(count));
+    moe::arena mem(memory.bytes());
+    packed = moe::packed_matrix<T>::make("w", "scale", panels, k, mem);
+    for (dim i = 0; i < panels; ++i) packed.pack(i, moe::matrix_view<const float>{w.data() + i * 32 * k, 32, k});
+  }
+  std::vector<float> product(const moe::packed_kernels& kernels) const {
+    const dim padded = moe::detail::round_up(k, moe::packing<T>::depth), columns = panels * 32;
+    moe::prepared_rows a;
+    a.rows = rows;
+    a.lines = kernels.lines(padded);
+    a.height = kernels.height;
+    a.factor_count = kernels.factor_count(padded);
+    moe::buffer lines(at(rows * a.lines * 64)), scratch(at(kernels.scratch_per_k * padded) + 64), sums(at(rows * (columns + 16)) * 4);
+    std::vector<float> factors(at(rows * a.factor_count) + 1);
+    a.data = lines.bytes().data();
+    a.factors = factors.data();
+    for (dim r = 0; r < rows; ++r)
+      kernels.prepare(x.data() + r * k, k, a.line(r, 0), a.stride(r), a.factor(r), kernels.sums_of_32);
+    const moe::matrix_view<float> c{sums.as<float>().data(), rows, columns, columns + 16};
+    for (float& v : sums.as<float>()) v = -77;
+    kernels.multiply(a, {reinterpret_cast<const std::byte*>(packed.panel(0)), packed.panel_bytes(k), panels, packed.panel_scale(0),
+                         scratch.bytes().data(), c});
+    std::vector<float> y;
+    for (dim r = 0; r < rows; ++r) {
+      y.insert(y.end(), c.row(r), c.row(r) + columns);
+      for (dim j = columns; j < columns + 16; ++j) CHECK(c.row(r)[j] == -77);  // nothing beyond the panels is written
+    }
+    return y;
+  }
+  /// From the weights as packed, in double.
+  std::vector<double> expected() const {
+    std::vector<double> y;
+    for (dim r = 0; r < rows; ++r)
+      for (dim j = 0; j < panels * 32; ++j) {
+        double sum = 0;
+        for (dim i = 0; i < k; ++i) sum += double{x[at(r * k + i)]} * packed.weight(j / 32, j % 32, i);
+        y.push_back(sum);
+      }
+    return y;
+  }
+};
+
+/// f(name, kernels) for every rung that this machine can run, tiles emulated where it has none.
+template <class T, class F>
+void on_every_rung(F f) {
+  f("scalar", kernels_of(moe::arch::scalar{}, moe::arch::weights_of<T>{}));
+#if defined(MOE_X86)
+  const moe::cpu_level machine = moe::report_cpu_level().machine;
+  if (includes(machine, moe::cpu_level::avx2)) f("avx2", kernels_of(moe::arch::avx2{}, moe::arch::weights_of<T>{}));
+  if (includes(machine, moe::cpu_level::avx512)) f("avx512", kernels_of(moe::arch::avx512{}, moe::arch::weights_of<T>{}));
+  if (includes(machine, moe::cpu_level::avx512_vnni)) {
+    f("avx512_vnni", kernels_of(moe::arch::avx512_vnni{}, moe::arch::weights_of<T>{}));
+    if constexpr (requires { kernels_of(moe::arch::amx{}, moe::arch::weights_of<T>{}, testing::emulated_tiles{}); })
+      f("amx, emulated", kernels_of(moe::arch::amx{}, moe::arch::weights_of<T>{}, testing::emulated_tiles{}));
+  }
+  if (includes(machine, moe::cpu_level::amx)) f("amx", kernels_of(moe::arch::amx{}, moe::arch::weights_of<T>{}));
+#endif
+}
+
+/// Whole numbers whose packed form is exact: the largest of a row, or of a group of weights, is the one that gives a scale of 1.
+template <class T>
+std::vector<float> exact_weights(dim n, dim k, std::uint64_t seed) {
+  std::vector<float> w = testing::integers(n * k, seed, moe::packing<T>::scaled ? 7 : 8);
+  for (dim r = 0; r < n; ++r) {
+    if constexpr (std::same_as<T, std::int8_t>) w[at(r * k + r % k)] = r % 2 ? 127.f : -127.f;
+    else if constexpr (moe::packing<T>::scaled)
+      for (dim i = 0; i < k; i += 32) w[at(r * k + i)] = -8;
+  }
+  return w;
+}
+
+struct sizes {
+  dim rows, panels, k;
+};
+constexpr sizes tails[] = {{1, 1, 1},  {1, 3, 200}, {2, 2, 64},  {3, 1, 31},   {5, 2, 100},  {8, 2, 257}, {12, 1, 128},
+                           {13, 3, 65}, {16, 2, 96}, {17, 1, 600}, {31, 3, 130}, {33, 8, 515}, {70, 5, 300}};
+
+}  // namespace
+
+TEST_SUITE("backend/cpu/packed") {
+  TEST_CASE_TEMPLATE("whole numbers give equal bits on every rung", T, float, moe::bf16, moe::f16, std::int8_t, int4_32, int4_128) {
+    for (const sizes s : tails) {
+      if (moe::packing<T>::scaled && !std::same_as<T, std::int8_t> && s.rows > 8) continue;  // many rows are widened to bytes
+      std::vector<float> x = testing::integers(s.rows * s.k, 3, 8);
+      if constexpr (moe::packing<T>::scaled)
+        for (dim r = 0; r < s.rows; ++r) x[at(r * s.k)] = r % 2 ? 127.f : -127.f;
+      const trial<T> t(s.rows, s.panels, s.k, x, exact_weights<T>(s.panels * 32, s.k, 4));
+      const std::vector<double> expected = t.expected();
+      for (dim i = 0; i < s.k; ++i) REQUIRE(t.packed.weight(0, 5, i) == t.w[at(5 * s.k + i)]);
+      on_every_rung<T>([&](const char* rung, const moe::packed_kernels& kernels) {
+        CAPTURE(rung);
+        CAPTURE(s.rows);
+        CAPTURE(s.k);
+        const std::vector<float> y = t.product(kernels);
+        for (std::size_t i = 0; i < y.size(); ++i) REQUIRE(y[i] == expected[i]);
+      });
+    }
+#if defined(MOE_X86)
+    CHECK(testing::emulated_tiles::faults == 0);
+#endif
+  }
+  TEST_CASE_TEMPLATE("products stay within the error of their operands on every rung", T, float, moe::bf16, moe::f16, std::int8_t,
+                     int4_32, int4_128) {
+    for (const sizes s : tails) {
+      const trial<T> t(s.rows, s.panels, s.k, testing::normals(s.rows * s.k, 5), testing::normals(s.panels * 32 * s.k, 6));
+      const std::vector<double> expected = t.expected();
+      on_every_rung<T>([&](const char* rung, const moe::packed_kernels& kernels) {
+        CAPTURE(rung);
+        CAPTURE(s.rows);
+        CAPTURE(s.k);
+        const std::vector<float> y = t.product(kernels);
+        // A sum of k products of size 1, each off by what rounding its operands costs: halves 2^-9; bytes half a step of
+        // max/127 (max of a row up to 4.5 here), in x and, for widened weights, in w; else by the additions alone.
+        const double root = std::sqrt(static_cast<double>(s.k));
+        const double each = kernels.activations == moe::operand::i8 ? 2 * 4.5 / 254 : kernels.activations == moe::operand::bf16 ? 1. / 512 : 1e-6;
+        for (std::size_t i = 0; i < y.size(); ++i) REQUIRE(std::fabs(y[i] - expected[i]) < 5 * each * root);
+      });
+    }
+  }
+  TEST_CASE_TEMPLATE("a row's result is the same bits alone and among others on every rung", T, float, moe::bf16, moe::f16,
+                     std::int8_t) {
+    const trial<T> all(40, 2, 300, testing::normals(40 * 300, 5), testing::normals(64 * 300, 6));
+    on_every_rung<T>([&](const char* rung, const moe::packed_kernels& kernels) {
+      CAPTURE(rung);
+      const std::vector<float> y = all.product(kernels);
+      for (const dim r : {0, 11, 12, 15, 16, 31, 32, 39}) {
+        const trial<T> one(1, 2, 300, {all.x.begin() + r * 300, all.x.begin() + (r + 1) * 300}, all.w);
+        const std::vector<float> alone = one.product(kernels);
+        CHECK(std::equal(alone.begin(), alone.end(), y.begin() + r * 64));
+      }
+    });
+  }
+  TEST_CASE_TEMPLATE("a row that is not finite gives no finite result, and no other row does", T, float, moe::bf16, moe::f16,
+                     std::int8_t, int4_32) {
+    for (const float odd : {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
+      std::vector<float> x = testing::normals(20 * 70, 5);
+      x[at(3 * 70 + 69)] = odd;
+      const trial<T> t(20, 1, 70, x, testing::normals(32 * 70, 6));
+      on_every_rung<T>([&](const char* rung, const moe::packed_kernels& kernels) {
+        CAPTURE(rung);
+        const std::vector<float> y = t.product(kernels);
+        for (dim r = 0; r < 20; ++r)
+          for (dim j = 0; j < 32; ++j) REQUIRE(std::isfinite(y[at(r * 32 + j)]) == (r != 3));
+      });
+    }
+  }
+  TEST_CASE("packed weights keep what their type promises") {
+    const std::vector<float> w = testing::normals(32 * 300, 9);
+    const auto worst = [&](auto type, auto bound) {
+      using T = decltype(type);
+      const trial<T> t(1, 1, 300, testing::normals(300, 1), w);
+      for (dim r = 0; r < 32; ++r)
+        for (dim k = 0; k < 300; ++k) REQUIRE(std::fabs(t.packed.weight(0, r, k) - w[at(r * 300 + k)]) <= bound(r, k));
+    };
+    const auto row_largest = [&](dim r, dim first, dim n) {
+      float m = 0;
+      for (dim k = first; k < std::min<dim>(first + n, 300); ++k) m = std::max(m, std::fabs(w[at(r * 300 + k)]));
+      return m;
+    };
+    worst(float{}, [](dim, dim) { return 0.f; });
+    worst(moe::bf16{}, [&](dim r, dim k) { return std::fabs(w[at(r * 300 + k)]) / 256; });
+    worst(moe::f16{}, [&](dim r, dim k) { return std::fabs(w[at(r * 300 + k)]) / 2048 + 1e-7f; });
+    worst(std::int8_t{}, [&](dim r, dim) { return row_largest(r, 0, 300) / 254 * 1.001f; });
+    // 15 steps of max / 8 from -max: half a step within them, one beyond the last; and what the scale's own rounding costs.
+    worst(int4_32{}, [&](dim r, dim k) { return row_largest(r, k / 32 * 32, 32) / 8 * 1.01f; });
+    worst(int4_128{}, [&](dim r, dim k) { return row_largest(r, k / 128 * 128, 128) / 8 * 1.04f; });
+  }
+}
