@@ -21,7 +21,7 @@ namespace moe {
 /// bytes, one scale a row (error 1/254 of the largest of the row).
 ///
 /// weights  gate_up, down and biases       saves  nothing
-/// errors   shape_error when f is not positive or a tensor does not fit; level_error where MOE_CPU_LEVEL is wrong
+/// errors   shape_error when f is not positive or a tensor does not fit
 /// An inference-only policy: it has no backward.
 template <class T, class Form = glu<silu>, bool Biased = false, class Token = float>
 struct packed_ffn_expert {

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "moe/backend/cpu/gemm_xsimd.hpp"
+#include "moe/backend/cpu/level.hpp"
 #include "moe/backend/cpu/rows_xsimd.hpp"
 #include "moe/backend/host_ffn.hpp"
 #include "moe/backend/scalar.hpp"
@@ -15,7 +16,10 @@
 
 namespace moe::arch {
 
-struct compiled : scalar {};
+struct compiled : scalar {
+  /// Throws level_error where MOE_CPU_LEVEL cannot be had: products with packed weights run at that level.
+  static void check() { check_cpu_level(); }
+};
 
 void gemm_nt(compiled, gathered<float> a, matrix_view<const float> b, matrix_view<float> c) noexcept;
 void gemm_nt_packed(compiled, gathered<float> a, const weight_rows& b, matrix_view<float> c) noexcept;

@@ -7,6 +7,7 @@
 
 #include "moe/backend/cpu/blocks_avx2.hpp"
 #include "moe/backend/cpu/blocks_avx512.hpp"
+#include "moe/backend/cpu/level.hpp"
 #include "moe/backend/scalar.hpp"
 
 #if !defined(MOE_SEPARATE_KERNELS)
@@ -18,7 +19,10 @@ namespace moe::arch {
 /// Kernels on the vectors of an instruction set of xsimd. The set is part of the name of every function that depends on it,
 /// so files of one program compiled for different processors share none of them.
 template <class Set>
-struct simd : scalar {};
+struct simd : scalar {
+  /// Throws level_error where MOE_CPU_LEVEL cannot be had: products with packed weights run at that level.
+  static void check() { check_cpu_level(); }
+};
 
 /// The level of the build: the widest vectors that the compiler's flags allow, or plain loops where xsimd has none.
 #if defined(XSIMD_NO_SUPPORTED_ARCHITECTURE)
