@@ -1,11 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
+#include "moe/expert/packed_ffn.hpp"
+#include "moe/io/safetensors.hpp"
+
 #include <doctest/doctest.h>
 
+#include <cstdio>
 #include <limits>
 
 #include "moe/backend/cpu.hpp"
 #include "moe/backend/executor/thread_pool.hpp"
-#include "moe/expert/packed_ffn.hpp"
 #include "moe/moe.hpp"
 #include "support/testing.hpp"
 
@@ -125,14 +128,14 @@ TEST_SUITE("expert/packed_ffn") {
     }
   }
 
-  TEST_CASE_TEMPLATE("results are equal bits for any number of threads, by chunks of rows and by runs of panels", T, float, moe::bf16,
-                     std::int8_t) {
+  TEST_CASE_TEMPLATE("results are equal bits for any number of threads, by chunks of rows and by runs of panels", T, float,
+                     moe::bf16, std::int8_t) {
     using pooled = moe::cpu<moe::arch::native, moe::pool_executor>;
     const moe::shape s{.d = 96, .f = 200, .experts = 3};
     testing::model<dense_layer> dense(dense_layer(s), 700, s.d, 2);
     at_every_level([&] {
       const packed_model<T, moe::cpu<moe::arch::native, moe::serial>> alone(dense, 700);  // chunks of rows
-      for (const int threads : {2, 3, 64}) {                                             // few chunks a thread: runs of panels
+      for (const int threads : {2, 3, 64}) {  // few chunks a thread: runs of panels
         const moe::thread_pool pool(threads);
         const packed_model<T, pooled> shared(dense, 700, pooled(pool));
         CHECK(shared.y == alone.y);
@@ -153,7 +156,8 @@ TEST_SUITE("expert/packed_ffn") {
     CHECK(m.y.empty());
   }
   TEST_CASE("other forms, layouts, biases and tokens in halves run as in the expert that was packed") {
-    using gpt_oss_layer = moe::layer<moe::biased_linear_gate, moe::top_k<2>, moe::gpt_oss_expert, moe::weighted_sum, backend>;
+    using gpt_oss_layer =
+        moe::layer<moe::biased_linear_gate, moe::top_k<2>, moe::gpt_oss_expert, moe::weighted_sum, backend>;
     using packed_gpt_oss = moe::packed_ffn_expert<float, moe::gpt_oss_glu, true>;
     const moe::shape s{.d = 40, .f = 70, .experts = 3};
     testing::model<gpt_oss_layer> from(gpt_oss_layer(s), 9, s.d, 4);
@@ -169,9 +173,11 @@ TEST_SUITE("expert/packed_ffn") {
     net.forward(w, from.in, {y.data(), 9, 40}, ctx, mem);
     for (std::size_t i = 0; i < y.size(); ++i) REQUIRE(y[i] == doctest::Approx(from.y[i]).epsilon(1e-4));
 
-    using plain_layer = moe::layer<moe::linear_gate, moe::top_k<2>, moe::basic_ffn_expert<moe::plain<moe::relu>>, moe::weighted_sum, backend>;
-    using half_layer = moe::layer<moe::basic_linear_gate<moe::bf16>, moe::top_k<2>,
-                                  moe::packed_ffn_expert<float, moe::plain<moe::relu>, false, moe::bf16>, moe::weighted_sum, backend>;
+    using plain_layer = moe::layer<moe::linear_gate, moe::top_k<2>, moe::basic_ffn_expert<moe::plain<moe::relu>>,
+                                   moe::weighted_sum, backend>;
+    using half_layer =
+        moe::layer<moe::basic_linear_gate<moe::bf16>, moe::top_k<2>,
+                   moe::packed_ffn_expert<float, moe::plain<moe::relu>, false, moe::bf16>, moe::weighted_sum, backend>;
     testing::model<plain_layer> plain(plain_layer(s), 9, s.d, 5);
     std::vector<moe::bf16> halves;
     for (float& v : plain.x) v = static_cast<float>(halves.emplace_back(v));  // the same numbers in both
@@ -186,20 +192,36 @@ TEST_SUITE("expert/packed_ffn") {
     half.forward(hw, {halves.data(), 9, 40}, {y.data(), 9, 40}, hctx, hmem);
     for (std::size_t i = 0; i < y.size(); ++i) REQUIRE(y[i] == doctest::Approx(plain.y[i]).epsilon(1e-4));
   }
+  TEST_CASE_TEMPLATE("packed weights are written to a checkpoint and read back as they were", T, moe::bf16, std::int8_t, int4_32) {
+    const moe::shape s{.d = 40, .f = 70, .experts = 3};
+    testing::model<dense_layer> dense(dense_layer(s), 6, s.d, 7);
+    packed_model<T> m(dense, 6);
+    const std::string path = "packed_ffn_test.safetensors";
+    moe::save(path, {{"block", m.net.catalogue(), m.params.bytes()}});
+    moe::buffer again(m.net.weight_bytes());
+    moe::load(path, {{"block", m.net.catalogue(), again.bytes()}});
+    std::remove(path.c_str());
+    const auto kept = m.y;
+    moe::arena p(again.bytes());
+    m.w = m.net.make_weights(p);
+    m.run({dense.x.data(), 6, s.d});
+    CHECK(m.y == kept);
+  }
   TEST_CASE("what does not fit is a clear error") {
     const moe::shape s{.d = 40, .f = 24, .experts = 2};
     testing::model<dense_layer> dense(dense_layer(s), 4, s.d, 3);
-    CHECK_THROWS_WITH_AS((packed_layer<float>({.d = 4, .f = 0, .experts = 2})), "packed_ffn_expert: f is 0, expected at least 1",
-                         moe::shape_error);
+    CHECK_THROWS_WITH_AS((packed_layer<float>({.d = 4, .f = 0, .experts = 2})),
+                         "packed_ffn_expert: f is 0, expected at least 1", moe::shape_error);
     CHECK_THROWS_WITH_AS((packed_layer<std::int8_t>({.d = 70000, .f = 8, .experts = 2})),
                          "packed_ffn_expert: d is 70000 and f 8, expected at most 65536", moe::shape_error);
     const moe::packed_ffn_expert<std::int8_t> expert;
     moe::buffer memory(1 << 16);
     moe::arena mem(memory.bytes());
-    CHECK_THROWS_WITH_AS(expert.pack(dense.w.experts, {.d = 40, .f = 32, .experts = 2}, mem), "ffn_expert: up is 48 x 40, expected 64 x 40 (E*f x d)",
-                         moe::shape_error);
+    CHECK_THROWS_WITH_AS(expert.pack(dense.w.experts, {.d = 40, .f = 32, .experts = 2}, mem),
+                         "ffn_expert: up is 48 x 40, expected 64 x 40 (E*f x d)", moe::shape_error);
     auto w = expert.pack(dense.w.experts, s, mem);
     w.down.cols = 23;
-    CHECK_THROWS_WITH_AS(expert.check(w, s), "packed_ffn_expert: down has 23 columns, expected 24 (unpacked)", moe::shape_error);
+    CHECK_THROWS_WITH_AS(expert.check(w, s), "packed_ffn_expert: down has 23 columns, expected 24 (unpacked)",
+                         moe::shape_error);
   }
 }

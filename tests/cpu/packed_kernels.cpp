@@ -40,7 +40,8 @@ struct trial {
     a.lines = kernels.lines(padded);
     a.height = kernels.height;
     a.factor_count = kernels.factor_count(padded);
-    moe::buffer lines(at(rows * a.lines * 64)), scratch(at(kernels.scratch_per_k * padded) + 64), sums(at(rows * (columns + 16)) * 4);
+    moe::buffer lines(at(rows * a.lines * 64)), scratch(at(kernels.scratch_per_k * padded) + 64),
+        sums(at(rows * (columns + 16)) * 4);
     std::vector<float> factors(at(rows * a.factor_count) + 1);
     a.data = lines.bytes().data();
     a.factors = factors.data();
@@ -48,8 +49,8 @@ struct trial {
       kernels.prepare(x.data() + r * k, k, a.line(r, 0), a.stride(r), a.factor(r), kernels.sums_of_32);
     const moe::matrix_view<float> c{sums.as<float>().data(), rows, columns, columns + 16};
     for (float& v : sums.as<float>()) v = -77;
-    kernels.multiply(a, {reinterpret_cast<const std::byte*>(packed.panel(0)), packed.panel_bytes(k), panels, packed.panel_scale(0),
-                         scratch.bytes().data(), c});
+    kernels.multiply(a, {reinterpret_cast<const std::byte*>(packed.panel(0)), packed.panel_bytes(k), panels,
+                         packed.panel_scale(0), scratch.bytes().data(), c});
     std::vector<float> y;
     for (dim r = 0; r < rows; ++r) {
       y.insert(y.end(), c.row(r), c.row(r) + columns);
@@ -87,12 +88,14 @@ void on_every_rung(F f) {
 #endif
 }
 
-/// Whole numbers whose packed form is exact: the largest of a row, or of a group of weights, is the one that gives a scale of 1.
+/// Whole numbers whose packed form is exact: the largest of a row, or of a group of weights, is the one that gives a scale
+/// of 1.
 template <class T>
 std::vector<float> exact_weights(dim n, dim k, std::uint64_t seed) {
   std::vector<float> w = testing::integers(n * k, seed, moe::packing<T>::scaled ? 7 : 8);
   for (dim r = 0; r < n; ++r) {
-    if constexpr (std::same_as<T, std::int8_t>) w[at(r * k + r % k)] = r % 2 ? 127.f : -127.f;
+    if constexpr (std::same_as<T, std::int8_t>)
+      w[at(r * k + r % k)] = r % 2 ? 127.f : -127.f;
     else if constexpr (moe::packing<T>::scaled)
       for (dim i = 0; i < k; i += 32) w[at(r * k + i)] = -8;
   }
@@ -102,15 +105,17 @@ std::vector<float> exact_weights(dim n, dim k, std::uint64_t seed) {
 struct sizes {
   dim rows, panels, k;
 };
-constexpr sizes tails[] = {{1, 1, 1},  {1, 3, 200}, {2, 2, 64},  {3, 1, 31},   {5, 2, 100},  {8, 2, 257}, {12, 1, 128},
+constexpr sizes tails[] = {{1, 1, 1},   {1, 3, 200}, {2, 2, 64},   {3, 1, 31},   {5, 2, 100},  {8, 2, 257}, {12, 1, 128},
                            {13, 3, 65}, {16, 2, 96}, {17, 1, 600}, {31, 3, 130}, {33, 8, 515}, {70, 5, 300}};
 
 }  // namespace
 
 TEST_SUITE("backend/cpu/packed") {
-  TEST_CASE_TEMPLATE("whole numbers give equal bits on every rung", T, float, moe::bf16, moe::f16, std::int8_t, int4_32, int4_128) {
+  TEST_CASE_TEMPLATE("whole numbers give equal bits on every rung", T, float, moe::bf16, moe::f16, std::int8_t, int4_32,
+                     int4_128) {
     for (const sizes s : tails) {
-      if (moe::packing<T>::scaled && !std::same_as<T, std::int8_t> && s.rows > 8) continue;  // many rows are widened to bytes
+      if (moe::packing<T>::scaled && !std::same_as<T, std::int8_t> && s.rows > 8)
+        continue;  // many rows are widened to bytes
       std::vector<float> x = testing::integers(s.rows * s.k, 3, 8);
       if constexpr (moe::packing<T>::scaled)
         for (dim r = 0; r < s.rows; ++r) x[at(r * s.k)] = r % 2 ? 127.f : -127.f;
@@ -129,8 +134,8 @@ TEST_SUITE("backend/cpu/packed") {
     CHECK(testing::emulated_tiles::faults == 0);
 #endif
   }
-  TEST_CASE_TEMPLATE("products stay within the error of their operands on every rung", T, float, moe::bf16, moe::f16, std::int8_t,
-                     int4_32, int4_128) {
+  TEST_CASE_TEMPLATE("products stay within the error of their operands on every rung", T, float, moe::bf16, moe::f16,
+                     std::int8_t, int4_32, int4_128) {
     for (const sizes s : tails) {
       const trial<T> t(s.rows, s.panels, s.k, testing::normals(s.rows * s.k, 5), testing::normals(s.panels * 32 * s.k, 6));
       const std::vector<double> expected = t.expected();
@@ -142,7 +147,9 @@ TEST_SUITE("backend/cpu/packed") {
         // A sum of k products of size 1, each off by what rounding its operands costs: halves 2^-9; bytes half a step of
         // max/127 (max of a row up to 4.5 here), in x and, for widened weights, in w; else by the additions alone.
         const double root = std::sqrt(static_cast<double>(s.k));
-        const double each = kernels.activations == moe::operand::i8 ? 2 * 4.5 / 254 : kernels.activations == moe::operand::bf16 ? 1. / 512 : 1e-6;
+        const double each = kernels.activations == moe::operand::i8     ? 2 * 4.5 / 254
+                            : kernels.activations == moe::operand::bf16 ? 1. / 512
+                                                                        : 1e-6;
         for (std::size_t i = 0; i < y.size(); ++i) REQUIRE(std::fabs(y[i] - expected[i]) < 5 * each * root);
       });
     }

@@ -36,18 +36,18 @@ class emulated_tiles {
 
 #define TESTING_TILE(n) \
   static void load##n(const void* p, std::ptrdiff_t stride) noexcept { load(tile[n], p, stride); }
-  TESTING_TILE(0) TESTING_TILE(1) TESTING_TILE(2) TESTING_TILE(3) TESTING_TILE(4) TESTING_TILE(5) TESTING_TILE(6) TESTING_TILE(7)
+ TESTING_TILE(0)
+ TESTING_TILE(1) TESTING_TILE(2) TESTING_TILE(3) TESTING_TILE(4) TESTING_TILE(5) TESTING_TILE(6) TESTING_TILE(7)
 #undef TESTING_TILE
-#define TESTING_TILE(n, a, b)                                                                 \
+#define TESTING_TILE(n, a, b)                                                                  \
   static void store##n(void* p, std::ptrdiff_t stride) noexcept { store(tile[n], p, stride); } \
-  static void zero##n() noexcept { zero(tile[n]); }                                           \
-  static void add_halves##n() noexcept { add_halves(tile[n], tile[a], tile[b]); }             \
+  static void zero##n() noexcept { zero(tile[n]); }                                            \
+  static void add_halves##n() noexcept { add_halves(tile[n], tile[a], tile[b]); }              \
   static void add_bytes##n() noexcept { add_bytes(tile[n], tile[a], tile[b]); }
-  TESTING_TILE(0, 4, 6) TESTING_TILE(1, 4, 7) TESTING_TILE(2, 5, 6) TESTING_TILE(3, 5, 7)
+     TESTING_TILE(0, 4, 6) TESTING_TILE(1, 4, 7) TESTING_TILE(2, 5, 6) TESTING_TILE(3, 5, 7)
 #undef TESTING_TILE
 
- private:
-  using content = tile_content;
+         private : using content = tile_content;
   static inline content tile[8];
 
   static void load(content& t, const void* p, std::ptrdiff_t stride) noexcept {
@@ -57,7 +57,8 @@ class emulated_tiles {
   }
   static void store(const content& t, void* p, std::ptrdiff_t stride) noexcept {
     faults += t.rows == 0;
-    for (int r = 0; r < t.rows; ++r) std::memcpy(static_cast<char*>(p) + r * stride, t.data[r], static_cast<std::size_t>(t.bytes));
+    for (int r = 0; r < t.rows; ++r)
+      std::memcpy(static_cast<char*>(p) + r * stride, t.data[r], static_cast<std::size_t>(t.bytes));
   }
   static void zero(content& t) noexcept { std::memset(t.data, 0, sizeof t.data); }
   static bool fit(const content& c, const content& a, const content& b) noexcept {

@@ -3,8 +3,8 @@
 ///
 /// Many rows: a unit of work is a chunk of one expert's rows through both products, so that rows are gathered and converted
 /// once and the activation never leaves the second cache. Few rows: a unit is a run of panels of one expert, so that every
-/// weight is read once, by one thread, and one expert feeds all threads; the activation is shared in between. Each element of
-/// a result is computed in the same way in either cut, so results depend neither on it nor on the threads.
+/// weight is read once, by one thread, and one expert feeds all threads; the activation is shared in between. Each element
+/// of a result is computed in the same way in either cut, so results depend neither on it nor on the threads.
 #pragma once
 
 #include <atomic>
@@ -23,7 +23,7 @@ struct packed_slot {
   prepared_rows x, a;
   matrix_view<float> c, row;  ///< sums of panels_at_once panels; a row, for conversions
   std::byte* wide = nullptr;
-  dim ready = -1;             ///< the chunk whose rows are prepared
+  dim ready = -1;  ///< the chunk whose rows are prepared
 };
 
 /// Sizes of a product's work, and its memory: a slot for each thread, and the activations that few rows share.
@@ -31,7 +31,7 @@ struct packed_scratch {
   std::byte* slots = nullptr;
   std::size_t slot_bytes = 0;
   dim count = 0;
-  matrix_view<float> a;       ///< [rows, f]
+  matrix_view<float> a;  ///< [rows, f]
 };
 
 inline prepared_rows carve_rows(const packed_kernels& k, dim rows, dim padded, arena& mem) noexcept {
@@ -45,7 +45,8 @@ inline prepared_rows carve_rows(const packed_kernels& k, dim rows, dim padded, a
 }
 template <class T>
 packed_slot carve_slot(const packed_kernels& k, shape s, dim rows, arena& mem) noexcept {
-  const dim d = round_up(s.d, packing<T>::depth), f = round_up(s.f, packing<T>::depth), chunk = rows < k.chunk ? rows : k.chunk;
+  const dim d = round_up(s.d, packing<T>::depth), f = round_up(s.f, packing<T>::depth),
+            chunk = rows < k.chunk ? rows : k.chunk;
   packed_slot slot;
   slot.x = carve_rows(k, chunk, d, mem);
   slot.a = carve_rows(k, chunk, f, mem);
@@ -79,7 +80,7 @@ struct packed_ffn_work {
   const bank_rows& rows;
   gathered<In> x;
   const Form& form;
-  const packed_matrix<T>&up, &down;       ///< gated forms: panels of gate and up in turn
+  const packed_matrix<T>&up, &down;           ///< gated forms: panels of gate and up in turn
   std::span<const float> up_bias, down_bias;  ///< as the panels' rows, or empty
   matrix_view<float> ys;
   const packed_scratch& memory;
@@ -113,8 +114,8 @@ struct packed_ffn_work {
     s.a.rows = n;
     for (dim r = 0; r < n; ++r) prepare(memory.a.row(first + r), f(), s.a, r);
   }
-  void multiply(const packed_slot& s, const prepared_rows& a, const packed_matrix<T>& w, std::span<const float> bias, dim first,
-                dim n) const noexcept {
+  void multiply(const packed_slot& s, const prepared_rows& a, const packed_matrix<T>& w, std::span<const float> bias,
+                dim first, dim n) const noexcept {
     const matrix_view<float> c{s.c.data, a.rows, n * panel_rows, s.c.ld};
     kernels.multiply(a, {reinterpret_cast<const std::byte*>(w.panel(first)), packed_matrix<T>::panel_bytes(w.cols), n,
                          w.panel_scale(first), s.wide, c});
@@ -148,8 +149,8 @@ struct packed_ffn_work {
     const dim n = chunks_of(e), height = (at(e + 1) - at(e) + n - 1) / n, first = at(e) + i * height;
     f(e, first, at(e + 1) - first < height ? at(e + 1) - first : height);
   }
-  /// f(slot, unit) for every unit, each thread in a slot of its own. A thread takes neighbouring units, many at first and one
-  /// at a time in the end, so that it reads on where it was and all end together.
+  /// f(slot, unit) for every unit, each thread in a slot of its own. A thread takes neighbouring units, many at first and
+  /// one at a time in the end, so that it reads on where it was and all end together.
   template <class F>
   void share(dim units, F f) const noexcept {
     std::atomic<dim> next{0};
@@ -172,8 +173,10 @@ struct packed_ffn_work {
     for (dim e = 0; e < rows.experts(); ++e) chunks += chunks_of(e);
     if (chunks == 0) return;
     const dim per_chunk = (rows.last() - rows.first()) / chunks;
-    if (per_chunk >= kernels.height && chunks >= 4 * memory.count) whole_chunks(chunks);
-    else runs_of_panels(chunks);
+    if (per_chunk >= kernels.height && chunks >= 4 * memory.count)
+      whole_chunks(chunks);
+    else
+      runs_of_panels(chunks);
   }
   void whole_chunks(dim chunks) const noexcept {
     share(chunks, [&](packed_slot& s, dim unit) {
@@ -189,10 +192,13 @@ struct packed_ffn_work {
     });
   }
   void runs_of_panels(dim chunks) const noexcept {
-    in_runs(chunks, hidden_panels(), panels_at_once / together, [&](packed_slot& s, dim row, dim n) { prepare_tokens(s, row, n); },
-            [&](packed_slot& s, dim e, dim row, dim p, dim n) { up_panels(s, e, row, p, n); });
-    in_runs(chunks, output_panels(), panels_at_once, [&](packed_slot& s, dim row, dim n) { prepare_hidden(s, row, n); },
-            [&](packed_slot& s, dim e, dim row, dim p, dim n) { down_panels(s, e, row, p, n); });
+    in_runs(
+        chunks, hidden_panels(), panels_at_once / together,
+        [&](packed_slot& s, dim row, dim n) { prepare_tokens(s, row, n); },
+        [&](packed_slot& s, dim e, dim row, dim p, dim n) { up_panels(s, e, row, p, n); });
+    in_runs(
+        chunks, output_panels(), panels_at_once, [&](packed_slot& s, dim row, dim n) { prepare_hidden(s, row, n); },
+        [&](packed_slot& s, dim e, dim row, dim p, dim n) { down_panels(s, e, row, p, n); });
   }
   /// Runs of at most `most` panels, shorter where there are few.
   template <class Prepare, class Multiply>
@@ -214,6 +220,12 @@ struct packed_ffn_work {
 
 }  // namespace detail
 
+/// What packed_ffn takes from its scratch.
+template <class T, HostBackend B>
+void count_packed_ffn(const B& backend, shape s, dim rows, arena& mem) noexcept {
+  (void)detail::make_packed_scratch<T>(backend, s, rows, mem);
+}
+
 /// ys = down form(up x) for the rows of a bank, with packed weights.
 template <HostBackend B, class T, class In, class Form>
 void packed_ffn(const call<B>& on, const bank_rows& rows, gathered<In> x, const Form& form, const packed_matrix<T>& up,
@@ -221,8 +233,9 @@ void packed_ffn(const call<B>& on, const bank_rows& rows, gathered<In> x, const 
                 matrix_view<float> ys) noexcept {
   scratch_frame frame(on.scratch);
   const detail::packed_scratch memory = detail::make_packed_scratch<T>(on.backend, on.sizes, ys.rows, on.scratch);
-  detail::packed_ffn_work<B, T, In, Form>{on, rows, x, form, up, down, up_bias, down_bias, ys, memory,
-                                          kernels_of(typename B::arch{}, arch::weights_of<T>{})}.run();
+  detail::packed_ffn_work<B, T, In, Form>{
+      on, rows, x, form, up, down, up_bias, down_bias, ys, memory, kernels_of(typename B::arch{}, arch::weights_of<T>{})}
+      .run();
 }
 
 }  // namespace moe

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-/// Weights packed once, at load time, for products x W^T. One layout per element type, whatever the instruction set: a packed
-/// checkpoint moves between machines, and the level that runs is known only at run time.
+/// Weights packed once, at load time, for products x W^T. One layout per element type, whatever the instruction set: a
+/// packed checkpoint moves between machines, and the level that runs is known only at run time.
 ///
-/// A panel is 32 rows of W. Along k it is cut into steps of two tiles, rows 0 .. 15 and 16 .. 31, a kilobyte each: 16 lines of
-/// 64 bytes, where a line holds four bytes of each of its 16 rows, as dot-product and tile instructions read them. So a tile is
-/// 16 floats, 32 halves or 64 bytes deep. Rows and k are filled up with weights of zero.
+/// A panel is 32 rows of W. Along k it is cut into steps of two tiles, rows 0 .. 15 and 16 .. 31, a kilobyte each: 16 lines
+/// of 64 bytes, where a line holds four bytes of each of its 16 rows, as dot-product and tile instructions read them. So a
+/// tile is 16 floats, 32 halves or 64 bytes deep. Rows and k are filled up with weights of zero.
 #pragma once
 
 #include <cmath>
@@ -18,7 +18,8 @@ namespace moe {
 /// Four-bit weights with a scale of type Scale (f16 or bf16) for every `Group` of them along k: w = scale q, q in -8 .. 7,
 /// where the weight of largest magnitude is -8 or, when the scale is rounded, close to it.
 /// A panel is blocks of 128 k: four tiles of 512 bytes (k 0 .. 63 of rows 0 .. 15 and of rows 16 .. 31, then k 64 .. 127),
-/// where a byte holds q + 8 of k in its lower half and of k + 32 in its upper; then the block's scales, 32 rows side by side.
+/// where a byte holds q + 8 of k in its lower half and of k + 32 in its upper; then the block's scales, 32 rows side by
+/// side.
 template <int Group = 32, class Scale = f16>
 struct int4_groups {
   static_assert(Group == 32 || Group == 128, "moe::int4_groups: the group must be 32 or 128 weights");
@@ -48,12 +49,14 @@ template <class T>
 struct plain_packing {
   using unit = T;
   static constexpr bool scaled = false;
-  static constexpr dim depth = tile_bytes / tile_rows / static_cast<dim>(sizeof(T)), step_bytes = 2 * tile_bytes;  // of a step
+  static constexpr dim depth = tile_bytes / tile_rows / static_cast<dim>(sizeof(T)),
+                       step_bytes = 2 * tile_bytes;  // of a step
 
   /// Where weight (r, k) of a panel is, in elements.
   static constexpr dim place(dim r, dim k) noexcept {
     constexpr dim size = sizeof(T), slot = 4 / size;
-    return (k / depth * step_bytes + r / tile_rows * tile_bytes + k % depth / slot * line_bytes + r % tile_rows * 4) / size + k % slot;
+    return (k / depth * step_bytes + r / tile_rows * tile_bytes + k % depth / slot * line_bytes + r % tile_rows * 4) / size +
+           k % slot;
   }
   static void pack(const float* w, dim k, dim r, T* panel, float*) noexcept {
     for (dim i = 0; i < k; ++i) panel[place(r, i)] = static_cast<T>(w[i]);
@@ -74,8 +77,8 @@ template <>
 struct packing<f16> : detail::plain_packing<f16> {};
 
 /// Symmetric, one scale a row: w = scale q, q in -127 .. 127, scale = max|w| / 127. Stored as the unsigned byte q + 128, so
-/// that a product with signed bytes needs a correction by the other operand's sum alone. The scale of a row that is not finite
-/// is NaN, and so are its results.
+/// that a product with signed bytes needs a correction by the other operand's sum alone. The scale of a row that is not
+/// finite is NaN, and so are its results.
 template <>
 struct packing<std::int8_t> : detail::plain_packing<std::int8_t> {
   static constexpr bool scaled = true;
@@ -158,7 +161,9 @@ struct packed_matrix {
     return m;
   }
   const unit* panel(dim i) const noexcept { return panels.row(i); }
-  const float* panel_scale(dim i) const noexcept { return pack_rule::scaled ? scale.data() + i * detail::panel_rows : nullptr; }
+  const float* panel_scale(dim i) const noexcept {
+    return pack_rule::scaled ? scale.data() + i * detail::panel_rows : nullptr;
+  }
 
   /// Weight (r, k) of the i-th panel, as products take it.
   float weight(dim i, dim r, dim k) const noexcept {
@@ -170,7 +175,8 @@ struct packed_matrix {
     std::vector<float> row(static_cast<std::size_t>(cols));
     for (dim r = 0; r < detail::panel_rows; ++r) {
       for (dim k = 0; k < cols; ++k) row[static_cast<std::size_t>(k)] = r < w.rows ? static_cast<float>(w(r, k)) : 0.f;
-      pack_rule::pack(row.data(), cols, r, panels.row(i), pack_rule::scaled ? scale.data() + i * detail::panel_rows : nullptr);
+      pack_rule::pack(row.data(), cols, r, panels.row(i),
+                      pack_rule::scaled ? scale.data() + i * detail::panel_rows : nullptr);
     }
   }
 };

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-/// What a level offers for products with packed weights: a table of plain functions per element type, since the level is known
-/// only at run time. A product takes rows that were prepared for it: gathered, converted to the operand of the level, and laid
-/// out in the order in which it reads them. One tile of work on one thread; nothing is allocated.
+/// What a level offers for products with packed weights: a table of plain functions per element type, since the level is
+/// known only at run time. A product takes rows that were prepared for it: gathered, converted to the operand of the level,
+/// and laid out in the order in which it reads them. One tile of work on one thread; nothing is allocated.
 #pragma once
 
 #include <cstring>
@@ -11,8 +11,8 @@
 
 namespace moe {
 
-/// What activations become: floats, halves, or bytes with a scale a row: x ~ scale q, q in -127 .. 127, scale = max|x| / 127.
-/// A row that is not finite has a scale of NaN, and so results of NaN.
+/// What activations become: floats, halves, or bytes with a scale a row: x ~ scale q, q in -127 .. 127, scale = max|x| /
+/// 127. A row that is not finite has a scale of NaN, and so results of NaN.
 enum class operand : std::uint8_t { f32, bf16, i8 };
 
 /// k of a line of 64 bytes.
@@ -41,7 +41,7 @@ struct prepared_rows {
 struct panel_product {
   const std::byte* weights = nullptr;  ///< first panel
   dim panel_bytes = 0, panels = 0;
-  const float* scale = nullptr;        ///< of the rows of the first panel, or null
+  const float* scale = nullptr;  ///< of the rows of the first panel, or null
   std::byte* scratch = nullptr;
   matrix_view<float> c;
 };
@@ -49,10 +49,10 @@ struct panel_product {
 /// One level's kernels for one element type of weights.
 struct packed_kernels {
   operand activations;
-  dim height;              ///< rows of a block
-  dim chunk;               ///< rows that are prepared together: they stay in the second cache beside the weights
-  bool sums_of_32;         ///< factors hold the sums over 32 k
-  dim scratch_per_k;       ///< bytes of panel_product::scratch for each k
+  dim height;         ///< rows of a block
+  dim chunk;          ///< rows that are prepared together: they stay in the second cache beside the weights
+  bool sums_of_32;    ///< factors hold the sums over 32 k
+  dim scratch_per_k;  ///< bytes of panel_product::scratch for each k
   /// k floats into lines at `to`, `stride` bytes apart, the last filled up with zeros; factors where the operand is i8.
   void (*prepare)(const float* x, dim k, std::byte* to, dim stride, float* factors, bool sums_of_32) noexcept;
   void (*multiply)(const prepared_rows& a, const panel_product& p) noexcept;

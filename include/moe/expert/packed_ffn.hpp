@@ -29,7 +29,7 @@ struct packed_ffn_expert {
   using input = matrix_view<const Token>;
   using output = matrix_view<float>;
   struct weights {
-    packed_matrix<T> gate_up;            ///< panels of gate and up in turn; of up alone where the form is not gated
+    packed_matrix<T> gate_up;  ///< panels of gate and up in turn; of up alone where the form is not gated
     packed_matrix<T> down;
     std::span<float> gate_up_bias, down_bias;  ///< in the order of the panels' rows
   };
@@ -41,14 +41,17 @@ struct packed_ffn_expert {
     if (s.f <= 0) throw shape_error("packed_ffn_expert: f is " + std::to_string(s.f) + ", expected at least 1");
     constexpr dim most = 1 << 16;  // sums of bytes stay within 32 bits
     if (packing<T>::scaled && (s.d > most || s.f > most))
-      throw shape_error("packed_ffn_expert: d is " + std::to_string(s.d) + " and f " + std::to_string(s.f) + ", expected at most 65536");
+      throw shape_error("packed_ffn_expert: d is " + std::to_string(s.d) + " and f " + std::to_string(s.f) +
+                        ", expected at most 65536");
   }
   void check(const weights& w, shape s) const {
     check_matrix(w.gate_up, s.experts * panels(s.f) * together, s.d, "packed_ffn_expert: gate_up");
     check_matrix(w.down, s.experts * panels(s.d), s.f, "packed_ffn_expert: down");
     if constexpr (Biased) {
-      expect(static_cast<dim>(w.gate_up_bias.size()), w.gate_up.panels.rows * detail::panel_rows, "packed_ffn_expert: gate_up_bias", "values", "32 a panel");
-      expect(static_cast<dim>(w.down_bias.size()), w.down.panels.rows * detail::panel_rows, "packed_ffn_expert: down_bias", "values", "32 a panel");
+      expect(static_cast<dim>(w.gate_up_bias.size()), w.gate_up.panels.rows * detail::panel_rows,
+             "packed_ffn_expert: gate_up_bias", "values", "32 a panel");
+      expect(static_cast<dim>(w.down_bias.size()), w.down.panels.rows * detail::panel_rows, "packed_ffn_expert: down_bias",
+             "values", "32 a panel");
     }
   }
   weights make_weights(shape s, arena& mem) const noexcept {
@@ -64,7 +67,7 @@ struct packed_ffn_expert {
   output make_output(shape s, dim rows, arena& mem) const noexcept { return mem.matrix<float>("ys", rows, s.d); }
   template <class B>
   void make_scratch(const B& backend, shape s, dim rows, arena& mem) const noexcept {
-    (void)detail::make_packed_scratch<T>(backend, s, rows, mem);
+    count_packed_ffn<T>(backend, s, rows, mem);
   }
 
   /// Packs float32 experts into `to`, made by make_weights for the same shape.
@@ -96,16 +99,19 @@ struct packed_ffn_expert {
   }
 
   template <class B>
-  void forward(const call<B>& on, const weights& w, const input& x, const bank_rows& rows, output ys, context&) const noexcept {
+  void forward(const call<B>& on, const weights& w, const input& x, const bank_rows& rows, output ys,
+               context&) const noexcept {
     packed_ffn(on, rows, rows.gather(x), form, w.gate_up, w.gate_up_bias, w.down, w.down_bias, ys);
   }
 
  private:
   static dim panels(dim n) noexcept { return (n + detail::panel_rows - 1) / detail::panel_rows; }
   static void check_matrix(const packed_matrix<T>& m, dim rows, dim cols, const char* what) {
-    expect(m.panels, rows, packed_matrix<T>::panel_bytes(cols) / dim{sizeof(typename packing<T>::unit)}, what, "panels x elements of one");
+    expect(m.panels, rows, packed_matrix<T>::panel_bytes(cols) / dim{sizeof(typename packing<T>::unit)}, what,
+           "panels x elements of one");
     expect(m.cols, cols, what, "columns", "unpacked");
-    if constexpr (packing<T>::scaled) expect(static_cast<dim>(m.scale.size()), rows * detail::panel_rows, what, "scales", "32 a panel");
+    if constexpr (packing<T>::scaled)
+      expect(static_cast<dim>(m.scale.size()), rows * detail::panel_rows, what, "scales", "32 a panel");
   }
   static void pack_panels(matrix_view<const float> w, packed_matrix<T>& to, dim first, dim step) {
     for (dim r = 0; r < w.rows; r += detail::panel_rows, first += step)
@@ -113,7 +119,8 @@ struct packed_ffn_expert {
   }
   static void pack_bias(matrix_view<const float> bias, std::span<float> to, dim first, dim step) noexcept {
     for (dim r = 0; r < bias.rows; ++r)
-      to[static_cast<std::size_t>((first + r / detail::panel_rows * step) * detail::panel_rows + r % detail::panel_rows)] = bias(r, 0);
+      to[static_cast<std::size_t>((first + r / detail::panel_rows * step) * detail::panel_rows + r % detail::panel_rows)] =
+          bias(r, 0);
   }
 };
 

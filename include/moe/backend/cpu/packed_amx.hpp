@@ -21,22 +21,22 @@ struct alignas(64) tile_shapes {
   std::uint8_t rows[16] = {};
 };
 
-/// The instructions take tile numbers as literals: 0 .. 3 hold sums, of two blocks of rows by two of weight rows; 4 and 5 the
-/// rows; 6 and 7 the weights.
+/// The instructions take tile numbers as literals: 0 .. 3 hold sums, of two blocks of rows by two of weight rows; 4 and 5
+/// the rows; 6 and 7 the weights.
 struct hardware_tiles {
-#define MOE_EACH_TILE(n)                                                                                                   \
+#define MOE_EACH_TILE(n) \
   MOE_TARGET(MOE_AMX) static void load##n(const void* p, dim stride) noexcept { _tile_loadd(n, p, stride); }
-  MOE_EACH_TILE(0) MOE_EACH_TILE(1) MOE_EACH_TILE(2) MOE_EACH_TILE(3)
-  MOE_EACH_TILE(4) MOE_EACH_TILE(5) MOE_EACH_TILE(6) MOE_EACH_TILE(7)
+  MOE_EACH_TILE(0)
+  MOE_EACH_TILE(1) MOE_EACH_TILE(2) MOE_EACH_TILE(3) MOE_EACH_TILE(4) MOE_EACH_TILE(5) MOE_EACH_TILE(6) MOE_EACH_TILE(7)
 #undef MOE_EACH_TILE
-#define MOE_EACH_TILE(n, a, b)                                                                                             \
-  MOE_TARGET(MOE_AMX) static void store##n(void* p, dim stride) noexcept { _tile_stored(n, p, stride); }                   \
-  MOE_TARGET(MOE_AMX) static void zero##n() noexcept { _tile_zero(n); }                                                    \
-  MOE_TARGET(MOE_AMX) static void add_halves##n() noexcept { _tile_dpbf16ps(n, a, b); }                                    \
+#define MOE_EACH_TILE(n, a, b)                                                                           \
+  MOE_TARGET(MOE_AMX) static void store##n(void* p, dim stride) noexcept { _tile_stored(n, p, stride); } \
+  MOE_TARGET(MOE_AMX) static void zero##n() noexcept { _tile_zero(n); }                                  \
+  MOE_TARGET(MOE_AMX) static void add_halves##n() noexcept { _tile_dpbf16ps(n, a, b); }                  \
   MOE_TARGET(MOE_AMX) static void add_bytes##n() noexcept { _tile_dpbsud(n, a, b); }
-  MOE_EACH_TILE(0, 4, 6) MOE_EACH_TILE(1, 4, 7) MOE_EACH_TILE(2, 5, 6) MOE_EACH_TILE(3, 5, 7)
+      MOE_EACH_TILE(0, 4, 6) MOE_EACH_TILE(1, 4, 7) MOE_EACH_TILE(2, 5, 6) MOE_EACH_TILE(3, 5, 7)
 #undef MOE_EACH_TILE
-  MOE_TARGET(MOE_AMX) static void shape(const tile_shapes& s) noexcept {
+          MOE_TARGET(MOE_AMX) static void shape(const tile_shapes& s) noexcept {
     compiler_fence();  // GCC 12 takes the operand for eight bytes
     _tile_loadconfig(&s);
   }
@@ -51,14 +51,14 @@ struct hardware_tiles {
 
 /// One or two blocks of prepared rows against one panel: sums = or += over `steps` steps.
 struct tile_work {
-  const std::byte *upper, *lower;           ///< lower: null where there is one block
-  dim upper_step, lower_step;               ///< bytes from step to step
+  const std::byte *upper, *lower;  ///< lower: null where there is one block
+  dim upper_step, lower_step;      ///< bytes from step to step
   const std::byte* weights;
   dim steps;
-  const std::byte* ahead;                   ///< asked for while this runs, `lines_ahead` lines a step
+  const std::byte* ahead;  ///< asked for while this runs, `lines_ahead` lines a step
   dim lines_ahead;
   void* sums;
-  dim stride;                               ///< bytes from row to row of the sums
+  dim stride;  ///< bytes from row to row of the sums
   bool add;
 };
 
@@ -84,18 +84,26 @@ MOE_NO_INLINE void multiply_tiles(const tile_work& w) noexcept {
   for (dim s = 0; s < w.steps; ++s, a += w.upper_step, b += w.lower_step, q += 2 * tile_bytes) {
     Tiles::load4(a, line_bytes);
     Tiles::load6(q, line_bytes);
-    if constexpr (Bytes) Tiles::add_bytes0();
-    else Tiles::add_halves0();
+    if constexpr (Bytes)
+      Tiles::add_bytes0();
+    else
+      Tiles::add_halves0();
     Tiles::load7(q + tile_bytes, line_bytes);
-    if constexpr (Bytes) Tiles::add_bytes1();
-    else Tiles::add_halves1();
+    if constexpr (Bytes)
+      Tiles::add_bytes1();
+    else
+      Tiles::add_halves1();
     for (dim l = 0; l < w.lines_ahead; ++l, ahead += line_bytes) moe::detail::prefetch(ahead);
     if (!two) continue;
     Tiles::load5(b, line_bytes);
-    if constexpr (Bytes) Tiles::add_bytes2();
-    else Tiles::add_halves2();
-    if constexpr (Bytes) Tiles::add_bytes3();
-    else Tiles::add_halves3();
+    if constexpr (Bytes)
+      Tiles::add_bytes2();
+    else
+      Tiles::add_halves2();
+    if constexpr (Bytes)
+      Tiles::add_bytes3();
+    else
+      Tiles::add_halves3();
   }
   Tiles::store0(c, w.stride);
   Tiles::store1(c + line_bytes, w.stride);
@@ -134,9 +142,17 @@ void multiply_panels(const prepared_rows& a, const panel_product& p) noexcept {
     const bool two = 2 * b + 1 < a.blocks();
     const dim upper = a.height_of(2 * b), lower = two ? a.height_of(2 * b + 1) : 1;
     heights.set(upper, lower);
-    return tile_work{a.block(2 * b) + step * upper * line_bytes, two ? a.block(2 * b + 1) + step * lower * line_bytes : nullptr,
-                     upper * line_bytes, lower * line_bytes, p.weights + panel * p.panel_bytes + step * 2 * tile_bytes, n,
-                     nullptr, 0, p.c.row(2 * b * a.height) + panel * panel_rows, p.c.ld * dim{sizeof(float)}, step > 0};
+    return tile_work{a.block(2 * b) + step * upper * line_bytes,
+                     two ? a.block(2 * b + 1) + step * lower * line_bytes : nullptr,
+                     upper * line_bytes,
+                     lower * line_bytes,
+                     p.weights + panel * p.panel_bytes + step * 2 * tile_bytes,
+                     n,
+                     nullptr,
+                     0,
+                     p.c.row(2 * b * a.height) + panel * panel_rows,
+                     p.c.ld * dim{sizeof(float)},
+                     step > 0};
   };
   if (blocks == 1) {
     for (dim j = 0; j < p.panels; ++j) {
@@ -192,7 +208,8 @@ void multiply_int4_amx(const prepared_rows& a, const panel_product& p) noexcept 
     const float* scale = p.scale + j * panel_rows;
     for (dim i = 0; i < n; ++i)
       widen_panel<Build, T>(p.weights + (j + i) * p.panel_bytes, k, scale + i * panel_rows, p.scratch + i * panel_rows * k);
-    multiply_bytes_amx<Build, Tiles>(a, {p.scratch, panel_rows * k, n, scale, nullptr, p.c.columns(j * panel_rows, n * panel_rows)});
+    multiply_bytes_amx<Build, Tiles>(
+        a, {p.scratch, panel_rows * k, n, scale, nullptr, p.c.columns(j * panel_rows, n * panel_rows)});
   }
 }
 
@@ -214,15 +231,32 @@ namespace moe::arch {
 
 template <int Build, class Tiles = detail::hardware_tiles>
 packed_kernels kernels_of(basic_amx<Build>, weights_of<bf16>, Tiles = {}) noexcept {
-  return {operand::bf16, detail::tile_rows, 256, false, 0, detail::prepare_bf16_512<Build>, detail::multiply_halves_amx<Build, Tiles>};
+  return {operand::bf16,
+          detail::tile_rows,
+          256,
+          false,
+          0,
+          detail::prepare_bf16_512<Build>,
+          detail::multiply_halves_amx<Build, Tiles>};
 }
 template <int Build, class Tiles = detail::hardware_tiles>
 packed_kernels kernels_of(basic_amx<Build>, weights_of<std::int8_t>, Tiles = {}) noexcept {
-  return {operand::i8, detail::tile_rows, 256, false, 0, detail::prepare_i8_512<Build>, detail::multiply_bytes_amx<Build, Tiles>};
+  return {operand::i8,
+          detail::tile_rows,
+          256,
+          false,
+          0,
+          detail::prepare_i8_512<Build>,
+          detail::multiply_bytes_amx<Build, Tiles>};
 }
 template <int Build, int Group, class Scale, class Tiles = detail::hardware_tiles>
 packed_kernels kernels_of(basic_amx<Build>, weights_of<int4_groups<Group, Scale>>, Tiles = {}) noexcept {
-  return {operand::i8, detail::tile_rows, 256, true, 64, detail::prepare_i8_512<Build>,
+  return {operand::i8,
+          detail::tile_rows,
+          256,
+          true,
+          64,
+          detail::prepare_i8_512<Build>,
           detail::multiply_int4_amx<Build, Tiles, int4_groups<Group, Scale>>};
 }
 

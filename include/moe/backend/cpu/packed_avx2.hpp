@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-/// Products with packed weights on 256-bit vectors: a block of up to 6 rows against half a panel, or of 1 or 2 rows against a
-/// whole one, which is then read in one go.
+/// Products with packed weights on 256-bit vectors: a block of up to 6 rows against half a panel, or of 1 or 2 rows against
+/// a whole one, which is then read in one go.
 #pragma once
 
 #include "moe/backend/cpu/ladder.hpp"
@@ -37,8 +37,8 @@ inline __m256 odd_halves_256(__m256i v) noexcept {
 /// M rows, floats times floats or halves, against the V vectors of 8 weight rows at q.
 template <int Build, class T, int M, int V>
 MOE_TARGET(MOE_AVX2)
-MOE_NO_INLINE void multiply_block_256(const std::byte* a, dim a_step, dim lines, const std::byte* q, const std::byte* ahead, float* c,
-                                      dim ld) noexcept {
+MOE_NO_INLINE void multiply_block_256(const std::byte* a, dim a_step, dim lines, const std::byte* q, const std::byte* ahead,
+                                      float* c, dim ld) noexcept {
   constexpr int slot = 4 / sizeof(T), per_line = 16 / slot;
   __m256 sum[M][V];
   MOE_UNROLL
@@ -91,7 +91,8 @@ void multiply_256(const prepared_rows& a, const panel_product& p) noexcept {
           multiply_block_256<Build, T, m, 4>(a.block(b), step, a.lines, w, ahead, c, p.c.ld);
         } else {
           multiply_block_256<Build, T, m, 2>(a.block(b), step, a.lines, w, ahead, c, p.c.ld);
-          multiply_block_256<Build, T, m, 2>(a.block(b), step, a.lines, w + tile_bytes, ahead + p.panel_bytes / 2, c + tile_rows, p.c.ld);
+          multiply_block_256<Build, T, m, 2>(a.block(b), step, a.lines, w + tile_bytes, ahead + p.panel_bytes / 2,
+                                             c + tile_rows, p.c.ld);
         }
       });
     }
@@ -106,8 +107,9 @@ using int_lanes_256 = __m256i;
 /// M rows, bytes times bytes, against 8 weight rows: even and odd k as words, whose products add up in pairs.
 template <int Build, int M>
 MOE_TARGET(MOE_AVX2)
-MOE_NO_INLINE void multiply_block_bytes_256(const std::byte* a, dim a_step, dim lines, const std::byte* q, const float* factors,
-                                            dim factor_count, const float* scale, float* c, dim ld) noexcept {
+MOE_NO_INLINE
+    void multiply_block_bytes_256(const std::byte* a, dim a_step, dim lines, const std::byte* q, const float* factors,
+                                  dim factor_count, const float* scale, float* c, dim ld) noexcept {
   const __m256i low = _mm256_set1_epi16(0xff);
   int_lanes_256 sum[M];
   MOE_UNROLL
@@ -145,8 +147,8 @@ void multiply_bytes_256(const prepared_rows& a, const panel_product& p) noexcept
       for (dim v = 0; v < 4; ++v)
         with_constant<rows_256>(a.height_of(b), [&](auto m) {
           multiply_block_bytes_256<Build, m>(a.block(b), m * line_bytes, a.lines,
-                                             p.weights + j * p.panel_bytes + v / 2 * tile_bytes + v % 2 * 32, a.factor(b * a.height),
-                                             a.factor_count, p.scale + j * panel_rows + 8 * v,
+                                             p.weights + j * p.panel_bytes + v / 2 * tile_bytes + v % 2 * 32,
+                                             a.factor(b * a.height), a.factor_count, p.scale + j * panel_rows + 8 * v,
                                              p.c.row(b * a.height) + j * panel_rows + 8 * v, p.c.ld);
         });
 }
@@ -155,15 +157,17 @@ template <class Scale>
 MOE_TARGET(MOE_AVX2)
 inline __m256 load_scales_256(const std::byte* s) noexcept {
   const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(s));
-  if constexpr (std::same_as<Scale, f16>) return _mm256_cvtph_ps(halves);
-  else return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+  if constexpr (std::same_as<Scale, f16>)
+    return _mm256_cvtph_ps(halves);
+  else
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
 }
 
 /// One row against 8 weight rows of four bits: eight products of pairs fit a word.
 template <int Build, class T>
 MOE_TARGET(MOE_AVX2)
-MOE_NO_INLINE void multiply_row_groups_256(const std::byte* a, dim a_step, dim lines, const std::byte* q, dim v, const float* factors,
-                                           float* c) noexcept {
+MOE_NO_INLINE void multiply_row_groups_256(const std::byte* a, dim a_step, dim lines, const std::byte* q, dim v,
+                                           const float* factors, float* c) noexcept {
   using rule = packing<T>;
   const __m256i low = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
   const std::byte* scales = q + 2048 + v * 16;
@@ -180,12 +184,14 @@ MOE_NO_INLINE void multiply_row_groups_256(const std::byte* a, dim a_step, dim l
         std::memcpy(&second, a + 32 + 4 * i, 4);
         const __m256i u = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w));
         lower = _mm256_add_epi16(lower, _mm256_maddubs_epi16(_mm256_and_si256(u, low), _mm256_set1_epi32(first)));
-        upper = _mm256_add_epi16(upper, _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(u, 4), low), _mm256_set1_epi32(second)));
+        upper = _mm256_add_epi16(
+            upper, _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(u, 4), low), _mm256_set1_epi32(second)));
       }
       lower = _mm256_madd_epi16(lower, ones);
       upper = _mm256_madd_epi16(upper, ones);
       if constexpr (T::group == 32) {
-        const __m256 s0 = load_scales_256<typename T::scale>(scales + 2 * h * 64), s1 = load_scales_256<typename T::scale>(scales + (2 * h + 1) * 64);
+        const __m256 s0 = load_scales_256<typename T::scale>(scales + 2 * h * 64),
+                     s1 = load_scales_256<typename T::scale>(scales + (2 * h + 1) * 64);
         total = _mm256_fmadd_ps(s0, _mm256_sub_ps(_mm256_cvtepi32_ps(lower), _mm256_set1_ps(8 * sums[2 * h])), total);
         total = _mm256_fmadd_ps(s1, _mm256_sub_ps(_mm256_cvtepi32_ps(upper), _mm256_set1_ps(8 * sums[2 * h + 1])), total);
       } else {
@@ -193,8 +199,9 @@ MOE_NO_INLINE void multiply_row_groups_256(const std::byte* a, dim a_step, dim l
       }
     }
     if constexpr (T::group == 128)
-      total = _mm256_fmadd_ps(load_scales_256<typename T::scale>(scales),
-                              _mm256_sub_ps(_mm256_cvtepi32_ps(block), _mm256_set1_ps(8 * (sums[0] + sums[1] + sums[2] + sums[3]))), total);
+      total = _mm256_fmadd_ps(
+          load_scales_256<typename T::scale>(scales),
+          _mm256_sub_ps(_mm256_cvtepi32_ps(block), _mm256_set1_ps(8 * (sums[0] + sums[1] + sums[2] + sums[3]))), total);
   }
   _mm256_storeu_ps(c, _mm256_mul_ps(_mm256_set1_ps(factors[0]), total));
 }
@@ -215,15 +222,32 @@ namespace moe::arch {
 template <int Build, class T>
   requires(!packing<T>::scaled)
 packed_kernels kernels_of(basic_avx2<Build>, weights_of<T>) noexcept {
-  return {operand::f32, detail::rows_256, 16 * detail::rows_256, false, 0, detail::prepare_f32<Build>, detail::multiply_256<Build, T>};
+  return {operand::f32,
+          detail::rows_256,
+          16 * detail::rows_256,
+          false,
+          0,
+          detail::prepare_f32<Build>,
+          detail::multiply_256<Build, T>};
 }
 template <int Build>
 packed_kernels kernels_of(basic_avx2<Build>, weights_of<std::int8_t>) noexcept {
-  return {operand::i8, detail::rows_256, 16 * detail::rows_256, false, 0, detail::prepare_i8<Build>, detail::multiply_bytes_256<Build>};
+  return {operand::i8,
+          detail::rows_256,
+          16 * detail::rows_256,
+          false,
+          0,
+          detail::prepare_i8<Build>,
+          detail::multiply_bytes_256<Build>};
 }
 template <int Build, int Group, class Scale>
 packed_kernels kernels_of(basic_avx2<Build>, weights_of<int4_groups<Group, Scale>>) noexcept {
-  return {operand::i8, detail::rows_256, 16 * detail::rows_256, true, 0, detail::prepare_i8<Build>,
+  return {operand::i8,
+          detail::rows_256,
+          16 * detail::rows_256,
+          true,
+          0,
+          detail::prepare_i8<Build>,
           detail::multiply_groups_256<Build, int4_groups<Group, Scale>>};
 }
 

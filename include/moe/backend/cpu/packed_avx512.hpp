@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-/// Products with packed weights on 512-bit vectors. A block of up to 12 rows keeps two vectors of sums a row, one for each half
-/// of a panel; a line of weights is read once for all of them.
+/// Products with packed weights on 512-bit vectors. A block of up to 12 rows keeps two vectors of sums a row, one for each
+/// half of a panel; a line of weights is read once for all of them.
 #pragma once
 
 #include "moe/backend/cpu/ladder.hpp"
@@ -25,14 +25,14 @@ inline constexpr int rows_512 = 12;
 /// One block of rows against one panel.
 struct block_work {
   const std::byte* a;
-  dim a_step;                ///< bytes from line to line of a row
+  dim a_step;  ///< bytes from line to line of a row
   dim lines;
   const std::byte* weights;
-  const std::byte* ahead;    ///< weights that are needed soon,
-  dim pace;                  ///< and the bytes to move on there for each two lines of weights read here
-  const float* factors;      ///< of the block's rows
+  const std::byte* ahead;  ///< weights that are needed soon,
+  dim pace;                ///< and the bytes to move on there for each two lines of weights read here
+  const float* factors;    ///< of the block's rows
   dim factor_count;
-  const float* scale;        ///< of the panel's rows
+  const float* scale;  ///< of the panel's rows
   float* c;
   dim ld;
 };
@@ -47,9 +47,11 @@ void for_each_panel_block(const prepared_rows& a, const panel_product& p, Multip
       const std::byte* w = p.weights + j * p.panel_bytes;
       const dim share = moe::detail::round_up(p.panel_bytes / blocks, line_bytes);
       multiply(a.height_of(b),
-               block_work{a.block(b), a.height_of(b) * line_bytes, a.lines, w, blocks == 1 ? w + 4 * tile_bytes : w + p.panel_bytes + b * share,
-                          blocks == 1 ? 2 * line_bytes : (2 * line_bytes + blocks - 1) / blocks, a.factor(b * a.height), a.factor_count,
-                          p.scale ? p.scale + j * panel_rows : nullptr, p.c.row(b * a.height) + j * panel_rows, p.c.ld});
+               block_work{a.block(b), a.height_of(b) * line_bytes, a.lines, w,
+                          blocks == 1 ? w + 4 * tile_bytes : w + p.panel_bytes + b * share,
+                          blocks == 1 ? 2 * line_bytes : (2 * line_bytes + blocks - 1) / blocks, a.factor(b * a.height),
+                          a.factor_count, p.scale ? p.scale + j * panel_rows : nullptr,
+                          p.c.row(b * a.height) + j * panel_rows, p.c.ld});
     }
 }
 
@@ -63,14 +65,18 @@ inline void ask_ahead(const std::byte* ahead, dim pace) noexcept {
 template <class T>
 MOE_TARGET(MOE_AVX512)
 inline __m512 even_halves(__m512i v) noexcept {
-  if constexpr (std::same_as<T, bf16>) return _mm512_castsi512_ps(_mm512_slli_epi32(v, 16));
-  else return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(v));
+  if constexpr (std::same_as<T, bf16>)
+    return _mm512_castsi512_ps(_mm512_slli_epi32(v, 16));
+  else
+    return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(v));
 }
 template <class T>
 MOE_TARGET(MOE_AVX512)
 inline __m512 odd_halves(__m512i v) noexcept {
-  if constexpr (std::same_as<T, bf16>) return _mm512_castsi512_ps(_mm512_and_si512(v, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
-  else return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(v, 16)));
+  if constexpr (std::same_as<T, bf16>)
+    return _mm512_castsi512_ps(_mm512_and_si512(v, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+  else
+    return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(v, 16)));
 }
 
 /// Floats times floats or halves.
@@ -163,8 +169,10 @@ template <int Build, class T>
 void multiply_512(const prepared_rows& a, const panel_product& p) noexcept {
   for_each_panel_block(a, p, [](dim height, const block_work& w) {
     with_constant<rows_512>(height, [&](auto m) {
-      if constexpr (std::same_as<T, std::int8_t>) multiply_block_bytes<Build, m>(w);
-      else multiply_block<Build, T, m>(w);
+      if constexpr (std::same_as<T, std::int8_t>)
+        multiply_block_bytes<Build, m>(w);
+      else
+        multiply_block<Build, T, m>(w);
     });
   });
 }
@@ -192,7 +200,8 @@ void prepare_i8_512(const float* x, dim k, std::byte* to, dim stride, float* fac
     for (int h = 0; h < 2; ++h) {
       const dim left = k - i - 16 * h;
       const __mmask16 mask = static_cast<__mmask16>(left >= 16 ? 0xffffu : left > 0 ? (1u << left) - 1 : 0u);
-      q[h] = finite ? _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + i + 16 * h), per)) : _mm512_setzero_si512();
+      q[h] = finite ? _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + i + 16 * h), per))
+                    : _mm512_setzero_si512();
       _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i / 64 * stride + i % 64 + 16 * h), _mm512_cvtepi32_epi8(q[h]));
     }
     const __m512i both = _mm512_add_epi32(q[0], q[1]);
@@ -210,11 +219,23 @@ namespace moe::arch {
 template <int Build, class T>
   requires(!packing<T>::scaled)
 packed_kernels kernels_of(basic_avx512<Build>, weights_of<T>) noexcept {
-  return {operand::f32, detail::rows_512, 8 * detail::rows_512, false, 0, detail::prepare_f32<Build>, detail::multiply_512<Build, T>};
+  return {operand::f32,
+          detail::rows_512,
+          8 * detail::rows_512,
+          false,
+          0,
+          detail::prepare_f32<Build>,
+          detail::multiply_512<Build, T>};
 }
 template <int Build>
 packed_kernels kernels_of(basic_avx512_vnni<Build>, weights_of<std::int8_t>) noexcept {
-  return {operand::i8, detail::rows_512, 16 * detail::rows_512, false, 0, detail::prepare_i8_512<Build>, detail::multiply_512<Build, std::int8_t>};
+  return {operand::i8,
+          detail::rows_512,
+          16 * detail::rows_512,
+          false,
+          0,
+          detail::prepare_i8_512<Build>,
+          detail::multiply_512<Build, std::int8_t>};
 }
 
 }  // namespace moe::arch

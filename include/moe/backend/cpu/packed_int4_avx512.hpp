@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-/// Products with four-bit weights on 512-bit vectors. A few rows take the halves of bytes as they come from memory, a scale for
-/// every group; for more rows a panel is widened to bytes once, with one scale a row of it, and multiplied as such.
+/// Products with four-bit weights on 512-bit vectors. A few rows take the halves of bytes as they come from memory, a scale
+/// for every group; for more rows a panel is widened to bytes once, with one scale a row of it, and multiplied as such.
 #pragma once
 
 #include "moe/backend/cpu/packed_avx512.hpp"
@@ -15,8 +15,10 @@ template <class Scale>
 MOE_TARGET(MOE_AVX512_VNNI)
 inline __m512 load_scales(const std::byte* s) noexcept {
   const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(s));
-  if constexpr (std::same_as<Scale, f16>) return _mm512_cvtph_ps(halves);
-  else return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+  if constexpr (std::same_as<Scale, f16>)
+    return _mm512_cvtph_ps(halves);
+  else
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
 }
 
 /// M rows against a panel, group by group.
@@ -66,8 +68,10 @@ MOE_NO_INLINE void multiply_block_groups(const block_work& w) noexcept {
           MOE_UNROLL
           for (int m = 0; m < M; ++m) {
             const float* f = sums + m * w.factor_count + 2 * h;
-            sum[m] = _mm512_fmadd_ps(s0, _mm512_sub_ps(_mm512_cvtepi32_ps((__m512i)lower[m]), _mm512_set1_ps(8 * f[0])), sum[m]);
-            sum[m] = _mm512_fmadd_ps(s1, _mm512_sub_ps(_mm512_cvtepi32_ps((__m512i)upper[m]), _mm512_set1_ps(8 * f[1])), sum[m]);
+            sum[m] =
+                _mm512_fmadd_ps(s0, _mm512_sub_ps(_mm512_cvtepi32_ps((__m512i)lower[m]), _mm512_set1_ps(8 * f[0])), sum[m]);
+            sum[m] =
+                _mm512_fmadd_ps(s1, _mm512_sub_ps(_mm512_cvtepi32_ps((__m512i)upper[m]), _mm512_set1_ps(8 * f[1])), sum[m]);
           }
         }
       }
@@ -77,7 +81,8 @@ MOE_NO_INLINE void multiply_block_groups(const block_work& w) noexcept {
         for (int m = 0; m < M; ++m) {
           const float* f = sums + m * w.factor_count;
           const __m512i both = _mm512_add_epi32((__m512i)lower[m], (__m512i)upper[m]);
-          sum[m] = _mm512_fmadd_ps(s, _mm512_sub_ps(_mm512_cvtepi32_ps(both), _mm512_set1_ps(8 * (f[0] + f[1] + f[2] + f[3]))), sum[m]);
+          sum[m] = _mm512_fmadd_ps(
+              s, _mm512_sub_ps(_mm512_cvtepi32_ps(both), _mm512_set1_ps(8 * (f[0] + f[1] + f[2] + f[3]))), sum[m]);
         }
       }
       MOE_UNROLL
@@ -99,14 +104,16 @@ MOE_TARGET(MOE_AVX512_VNNI)
 MOE_NO_INLINE void widen_panel(const std::byte* panel, dim k, const float* row_scale, std::byte* to) noexcept {
   using rule = packing<T>;
   const __m512i eights = _mm512_set1_epi8(static_cast<char>(0x88)), top = _mm512_set1_epi16(static_cast<short>(0xf000));
-  const __m512i middle = _mm512_set1_epi16(static_cast<short>(0x8080)), upper = _mm512_set1_epi16(static_cast<short>(0xff00));
+  const __m512i middle = _mm512_set1_epi16(static_cast<short>(0x8080)),
+                upper = _mm512_set1_epi16(static_cast<short>(0xff00));
   for (int t = 0; t < 2; ++t) {
     const __m512 s = _mm512_loadu_ps(row_scale + 16 * t);
     const __m512 per = _mm512_maskz_div_ps(_mm512_cmp_ps_mask(s, _mm512_setzero_ps(), _CMP_GT_OQ), _mm512_set1_ps(2048), s);
     for (dim b = 0; b < k / 128; ++b)
       for (int h = 0; h < 4; ++h) {  // 32 k each
         const std::byte* block = panel + b * rule::step_bytes;
-        const __m512 ratio = _mm512_mul_ps(per, load_scales<typename T::scale>(block + 2048 + h * 32 / T::group * 64 + t * 32));
+        const __m512 ratio =
+            _mm512_mul_ps(per, load_scales<typename T::scale>(block + 2048 + h * 32 / T::group * 64 + t * 32));
         const __m512i one = _mm512_min_epi32(_mm512_cvtps_epi32(ratio), _mm512_set1_epi32(32767));
         const __m512i factor = _mm512_or_si512(_mm512_slli_epi32(one, 16), _mm512_and_si512(one, _mm512_set1_epi32(0xffff)));
         const std::byte* lines = block + (h / 2 * 2 + t) * 512;
@@ -117,7 +124,8 @@ MOE_NO_INLINE void widen_panel(const std::byte* panel, dim k, const float* row_s
           v = _mm512_xor_si512(h % 2 ? _mm512_srli_epi16(v, 4) : v, eights);
           const __m512i even = _mm512_mulhrs_epi16(_mm512_and_si512(_mm512_slli_epi16(v, 12), top), factor);
           const __m512i odd = _mm512_mulhrs_epi16(_mm512_and_si512(_mm512_slli_epi16(v, 4), top), factor);
-          const __m512i e = _mm512_srli_epi16(_mm512_add_epi16(even, middle), 8), o = _mm512_and_si512(_mm512_add_epi16(odd, middle), upper);
+          const __m512i e = _mm512_srli_epi16(_mm512_add_epi16(even, middle), 8),
+                        o = _mm512_and_si512(_mm512_add_epi16(odd, middle), upper);
           _mm512_storeu_si512(out + i * line_bytes, _mm512_or_si512(e, o));
         }
       }
@@ -143,7 +151,8 @@ void multiply_int4_512(const prepared_rows& a, const panel_product& p) noexcept 
   for (dim j = 0; j < p.panels; ++j) {
     const float* scale = p.scale + j * panel_rows;
     widen_panel<Build, T>(p.weights + j * p.panel_bytes, k, scale, p.scratch);
-    multiply_512<Build, std::int8_t>(a, {p.scratch, panel_rows * k, 1, scale, nullptr, p.c.columns(j * panel_rows, panel_rows)});
+    multiply_512<Build, std::int8_t>(
+        a, {p.scratch, panel_rows * k, 1, scale, nullptr, p.c.columns(j * panel_rows, panel_rows)});
   }
 }
 
@@ -153,7 +162,12 @@ namespace moe::arch {
 
 template <int Build, int Group, class Scale>
 packed_kernels kernels_of(basic_avx512_vnni<Build>, weights_of<int4_groups<Group, Scale>>) noexcept {
-  return {operand::i8, detail::rows_512, 16 * detail::rows_512, true, 32, detail::prepare_i8_512<Build>,
+  return {operand::i8,
+          detail::rows_512,
+          16 * detail::rows_512,
+          true,
+          32,
+          detail::prepare_i8_512<Build>,
           detail::multiply_int4_512<Build, int4_groups<Group, Scale>>};
 }
 

@@ -12,23 +12,31 @@ template <class T>
 packed_kernels kernels_in_use() noexcept {
 #if defined(MOE_X86)
   switch (cpu_level_in_use()) {
-    case cpu_level::amx: return kernels_of(amx{}, weights_of<T>{});
-    case cpu_level::avx512_vnni: return kernels_of(avx512_vnni{}, weights_of<T>{});
-    case cpu_level::avx512: return kernels_of(avx512{}, weights_of<T>{});
-    case cpu_level::avx2: return kernels_of(avx2{}, weights_of<T>{});
-    default: break;
+    case cpu_level::amx:
+      return kernels_of(amx{}, weights_of<T>{});
+    case cpu_level::avx512_vnni:
+      return kernels_of(avx512_vnni{}, weights_of<T>{});
+    case cpu_level::avx512:
+      return kernels_of(avx512{}, weights_of<T>{});
+    case cpu_level::avx2:
+      return kernels_of(avx2{}, weights_of<T>{});
+    default:
+      break;
   }
 #endif
   return kernels_of(scalar{}, weights_of<T>{});
 }
 
-
 template <class Set>
 struct simd;
 struct compiled;
 template <class Set, class T>
-packed_kernels kernels_of(simd<Set>, weights_of<T>) noexcept { return kernels_in_use<T>(); }
+packed_kernels kernels_of(simd<Set>, weights_of<T>) noexcept {
+  return kernels_in_use<T>();
+}
 template <class T>
-packed_kernels kernels_of(compiled, weights_of<T>) noexcept { return kernels_in_use<T>(); }
+packed_kernels kernels_of(compiled, weights_of<T>) noexcept {
+  return kernels_in_use<T>();
+}
 
 }  // namespace moe::arch
