@@ -87,12 +87,12 @@ void grouped_gemm_nn(const call<B>& on, const bank_rows& rows, gathered<float> a
 template <HostBackend B>
 void grouped_gemm_tn(const call<B>& on, const bank_rows& rows, gathered<float> a, gathered<float> b,
                      matrix_stack<float> c) noexcept {
-  constexpr dim breadth = 4 * detail::panel;
-  const dim panels = detail::blocks(c.first.rows, detail::panel), bands = detail::blocks(c.first.cols, breadth);
+  constexpr dim height = 2 * detail::panel, breadth = 4 * detail::panel;
+  const dim panels = detail::blocks(c.first.rows, height), bands = detail::blocks(c.first.cols, breadth);
   on.executor().for_each(rows.experts() * panels * bands, 1, [&](dim unit, dim last) {
     for (; unit < last; ++unit) {
-      const dim e = unit / (panels * bands), i = unit / bands % panels * detail::panel, j = unit % bands * breadth;
-      const dim m = detail::at_most(c.first.rows - i, detail::panel), n = detail::at_most(c.first.cols - j, breadth);
+      const dim e = unit / (panels * bands), i = unit / bands % panels * height, j = unit % bands * breadth;
+      const dim m = detail::at_most(c.first.rows - i, height), n = detail::at_most(c.first.cols - j, breadth);
       const dim r = rows.offsets[static_cast<std::size_t>(e)], depth = rows.offsets[static_cast<std::size_t>(e) + 1] - r;
       gathered<float> left = a.from(r), right = b.from(r);
       left.source = left.source.columns(i, m);

@@ -120,6 +120,7 @@ void outer_tile(gathered<float> a, dim first, dim step, const float* packed, dim
                 Next next) noexcept {
   constexpr int M = outer_rows;
   constexpr dim columns = K::columns;
+  if (c.rows == 0 || c.cols == 0) return;
   const dim turns = (c.cols + columns - 1) / columns * ((c.rows + M - 1) / M), share = (pieces + turns - 1) / turns;
   float padded[M * columns];
   for (dim j = 0, piece = 0; j < c.cols; j += columns, packed += depth * columns)
@@ -158,27 +159,38 @@ void product_nn(gathered<float> a, matrix_view<const float> b, matrix_view<float
   alignas(64) float packed[outer_depth * outer_columns];
   for (dim j = 0; j < c.cols; j += outer_columns)
     for (dim first = 0; first < b.rows; first += outer_depth) {
-      const dim depth = smaller(b.rows - first, outer_depth), n = smaller(c.cols - j, outer_columns);
+      const dim depth = smaller(b.rows - first, outer_depth), n = smaller(c.cols - j, outer_columns), after = first + depth;
       pack<K>([&](dim p) { return b.row(first + p) + j; }, depth, n, packed);
-      outer_tile<K>(a, first, 1, packed, depth, c.columns(j, n), 0, [&](dim) { return packed; });
+      outer_tile<K>(a, first, 1, packed, depth, c.columns(j, n), smaller(b.rows - after, outer_depth),
+                    [&](dim p) { return b.row(after + p) + j; });
     }
 }
+
+/// Halves of a tile of product_tn: columns of a that meet all columns of b while those are packed.
+inline constexpr int halves = 2;
 
 /// c[m,n] += a[k,m]^T b[k,n], both over `depth` rows
 template <class K>
 void product_tn(gathered<float> a, gathered<float> b, dim depth, matrix_view<float> c) noexcept {
-  alignas(64) float left[outer_depth * outer_columns];
-  alignas(64) float right[outer_depth * outer_columns];
+  constexpr dim W = outer_columns;
+  alignas(64) float left[halves][outer_depth * W];
+  alignas(64) float right[outer_depth * W];
   for (dim first = 0; first < depth; first += outer_depth)
-    for (dim i = 0; i < c.rows; i += outer_columns) {
-      const dim k = smaller(depth - first, outer_depth), m = smaller(c.rows - i, outer_columns);
+    for (dim i = 0; i < c.rows; i += halves * W) {
+      const dim k = smaller(depth - first, outer_depth);
+      const auto height = [&](int h) { return c.rows - i < h * W ? 0 : smaller(c.rows - i - h * W, W); };
       for (dim p = 0; p < k; ++p)
-        std::memcpy(left + p * outer_columns, a.row(first + p) + i, static_cast<std::size_t>(m) * sizeof(float));
-      for (dim j = 0; j < c.cols; j += outer_columns) {
-        const dim n = smaller(c.cols - j, outer_columns);
+        for (int h = 0; h < halves; ++h)
+          if (const dim m = height(h); m > 0)
+            std::memcpy(left[h] + p * W, a.row(first + p) + i + h * W, static_cast<std::size_t>(m) * sizeof(float));
+      for (dim j = 0; j < c.cols; j += W) {
+        const dim n = smaller(c.cols - j, W);
+        const bool done = j + n == c.cols;  // with this cut of the depth: then the next one is packed next
+        const dim from = done ? first + k : first, at = done ? 0 : j + n, pieces = smaller(depth - from, outer_depth);
         pack<K>([&](dim p) { return b.row(first + p) + j; }, k, n, right);
-        outer_tile<K>(gathered<float>{{left, m, 1, 1}}, 0, outer_columns, right, k, c.slice(i, m).columns(j, n), 0,
-                      [&](dim) { return left; });
+        for (int h = 0; h < halves && height(h) > 0; ++h)
+          outer_tile<K>(gathered<float>{{left[h], W, 1, 1}}, 0, W, right, k, c.slice(i + h * W, height(h)).columns(j, n),
+                        h == 0 ? pieces : 0, [&](dim p) { return b.row(from + p) + at; });
       }
     }
 }
