@@ -42,9 +42,7 @@ int run(const options& o) {
   moe::check_cpu_level();
   const moe::cpu_level_report level = moe::report_cpu_level();
   const std::vector<machine_limits> limits = measure_all_limits(o.threads);
-  std::vector<std::string> peers;
-  for (const auto& p : peers_of(o.shapes[0], o.types[0])) peers.push_back(p->name());
-  const table out(o.backward ? std::vector<std::string>{} : peers);
+  const table out(o.backward ? std::vector<std::string>{} : peer_names());
   std::printf("level %s: %s\n", std::string(moe::name(level.level)).c_str(), level.why);
   for (const machine_limits& l : limits) out.limits(l);
   out.heading();

@@ -3,15 +3,20 @@
 #pragma once
 
 #include <memory>
+#include <string_view>
 #include <vector>
 
 #include "support/contestant.hpp"
 
 namespace bench {
 
-std::unique_ptr<contestant> make_eigen_loop(const model_shape& s);
+/// The names of all of them, in the order of the table.
+std::vector<std::string> peer_names();
 
-/// Those that can run the type of weights, or stand for a float32 one beside it.
-std::vector<std::unique_ptr<contestant>> peers_of(const model_shape& s, const weight_type& type);
+/// Those that run the type of weights; the Eigen loop, which comes first, runs float32 beside every type.
+std::vector<std::unique_ptr<contestant>> peers_of(const model_shape& s, std::string_view type);
+
+std::unique_ptr<contestant> make_eigen_loop(const model_shape& s);
+std::unique_ptr<contestant> make_onednn_loop(const model_shape& s, std::string_view type);
 
 }  // namespace bench

@@ -99,7 +99,7 @@ class contest {
   contest(const model_shape& s, const weight_type& type, const options& o) : shape_(s), type_(type), options_(o) {
     entrants_.emplace_back(library_layer_of(s, type.name, o.backward));
     if (!o.backward)
-      for (auto& p : peers_of(s, type)) entrants_.emplace_back(std::move(p));
+      for (auto& p : peers_of(s, type.name)) entrants_.emplace_back(std::move(p));
     build_layers();
   }
 

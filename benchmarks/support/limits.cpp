@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
+#include <functional>
 #include <memory>
 
 #include "moe/backend/cpu/level.hpp"
@@ -19,8 +20,6 @@
 
 namespace bench {
 namespace {
-
-constexpr int tries = 7, quiet_tries = 20;
 
 // --- Reading from memory ---
 
@@ -138,20 +137,27 @@ struct alignas(64) tile_config {
 // Static: GCC 12 takes the instruction for one that reads 8 bytes, and leaves out the stores to a local one.
 const tile_config whole_tiles;
 
-MOE_TARGET("amx-tile") void load_zero_tiles() {
+// Numbers, not zeros, which a processor may multiply with less power.
+struct alignas(64) tile_data {
+  std::uint8_t bytes[1024];
+  tile_data() { std::fill_n(bytes, sizeof bytes, std::uint8_t{0x3f}); }
+};
+const tile_data some_tile;
+
+MOE_TARGET("amx-tile") void load_tiles() {
   _tile_loadconfig(&whole_tiles);
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
-  _tile_zero(4);
-  _tile_zero(5);
-  _tile_zero(6);
-  _tile_zero(7);
+  _tile_loadd(4, some_tile.bytes, 64);
+  _tile_loadd(5, some_tile.bytes, 64);
+  _tile_loadd(6, some_tile.bytes, 64);
+  _tile_loadd(7, some_tile.bytes, 64);
 }
 // Four products of two tiles by two: 16 x 16 results, 64 bytes of k.
 MOE_TARGET("amx-tile,amx-bf16") double tiles_bf16() {
-  load_zero_tiles();
+  load_tiles();
   for (long i = 0; i < turns / 16; ++i) {
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
@@ -162,7 +168,7 @@ MOE_TARGET("amx-tile,amx-bf16") double tiles_bf16() {
   return 4. * 2 * 16 * 16 * 32 * (turns / 16);
 }
 MOE_TARGET("amx-tile,amx-int8") double tiles_int8() {
-  load_zero_tiles();
+  load_tiles();
   for (long i = 0; i < turns / 16; ++i) {
     _tile_dpbusd(0, 4, 6);
     _tile_dpbusd(1, 4, 7);
@@ -175,39 +181,60 @@ MOE_TARGET("amx-tile,amx-int8") double tiles_int8() {
 #endif
 #endif
 
-// Operations per second of `work`, which returns the operations that it does, on every thread at once.
-double rate(int threads, double (*work)()) {
-  double best = 0;
-  for (int t = 0; t < tries; ++t) {
-    double done = 0;
-    const double time = together(threads, [&](int thread) {
-      double mine = 0;
-      for (int i = 0; i < 4; ++i) mine += work();
-      if (thread == 0) done = mine * threads;
-    });
-    best = std::max(best, done / time);
+// Tries until a few tries had the processor to themselves, and returns the best of all; clears `quiet` where they never had.
+class limit {
+ public:
+  limit(int threads, bool& quiet) : threads_(threads), quiet_(quiet) {}
+
+  /// Of amount / second, where `work(thread)` returns the amount that one of the threads did.
+  double operator()(const std::function<double(int)>& work) const {
+    constexpr int wanted = 3, tries = 30;
+    double best = 0;
+    int undisturbed = 0;
+    for (int t = 0; t < tries && undisturbed < wanted; ++t) {
+      const bool alone = wait_for_quiet(threads_, 2);
+      double amount = 0;
+      const double time = together(threads_, [&](int thread) {
+        const double mine = work(thread);
+        if (thread == 0) amount = mine * threads_;
+      });
+      best = std::max(best, amount / time);
+      undisturbed += alone;
+    }
+    quiet_ = quiet_ && undisturbed == wanted;
+    return best;
   }
-  return best;
+
+ private:
+  int threads_;
+  bool& quiet_;
+};
+
+double read_rate(const limit& most, int threads, const std::byte* block, void (*read)(const std::byte*, std::size_t)) {
+  const std::size_t part = block_bytes / static_cast<std::size_t>(threads) / 4096 * 4096;
+  return most([&](int thread) {
+    read(block + static_cast<std::size_t>(thread) * part, part);
+    return static_cast<double>(part);
+  });
 }
 
-double read_rate(int threads, const std::byte* block, void (*read)(const std::byte*, std::size_t)) {
-  double best = 0;
-  const std::size_t part = block_bytes / static_cast<std::size_t>(threads) / 4096 * 4096;
-  for (int t = 0; t < tries; ++t) {
-    const double time = together(threads, [&](int thread) { read(block + static_cast<std::size_t>(thread) * part, part); });
-    best = std::max(best, static_cast<double>(part) * threads / time);
-  }
-  return best;
+// Several calls of `work`, which returns the operations that it does.
+double rate(const limit& most, double (*work)()) {
+  return most([&](int) {
+    double mine = 0;
+    for (int i = 0; i < 4; ++i) mine += work();
+    return mine;
+  });
 }
 
 }  // namespace
 
 machine_limits measure_limits(int threads) {
   machine_limits found{.threads = threads};
+  const limit most(threads, found.quiet);
   const big_block block = make_block();
-  found.quiet = wait_for_quiet(threads, quiet_tries);
   const auto read = [&](auto... ways) {
-    if (block) found.dram_read = std::max({read_rate(threads, block.get(), ways)...});
+    if (block) found.dram_read = std::max({read_rate(most, threads, block.get(), ways)...});
   };
 #if defined(MOE_X86)
   if (has(moe::cpu_level::avx512))
@@ -216,18 +243,18 @@ machine_limits measure_limits(int threads) {
 #endif
     read(read_plain<1>, read_plain<2>, read_plain<4>);
 
-  found.fma_f32 = rate(threads, fma_plain);
+  auto* fma = fma_plain;
 #if defined(MOE_X86)
-  if (has(moe::cpu_level::avx2)) found.fma_f32 = rate(threads, fma_avx2);
-  if (has(moe::cpu_level::avx512)) found.fma_f32 = rate(threads, fma_avx512);
+  if (has(moe::cpu_level::avx2)) fma = fma_avx2;
+  if (has(moe::cpu_level::avx512)) fma = fma_avx512;
 #if defined(__GNUC__) && defined(__x86_64__)
   if (has(moe::cpu_level::amx)) {
-    found.amx_bf16 = rate(threads, tiles_bf16);
-    found.amx_int8 = rate(threads, tiles_int8);
+    found.amx_bf16 = rate(most, tiles_bf16);
+    found.amx_int8 = rate(most, tiles_int8);
   }
 #endif
 #endif
-  found.quiet = found.quiet && availability(threads) >= 0.93;
+  found.fma_f32 = rate(most, fma);
   return found;
 }
 
