@@ -115,16 +115,15 @@ struct packed_ffn_work {
     for (dim r = 0; r < n; ++r) prepare(memory.a.row(first + r), f(), s.a, r);
   }
   void multiply(const packed_slot& s, const prepared_rows& a, const packed_matrix<T>& w, std::span<const float> bias,
-                dim first, dim n) const noexcept {
-    const matrix_view<float> c{s.c.data, a.rows, n * panel_rows, s.c.ld};
+                dim first, dim n, matrix_view<float> c) const noexcept {
     kernels.multiply(a, {reinterpret_cast<const std::byte*>(w.panel(first)), packed_matrix<T>::panel_bytes(w.cols), n,
                          w.panel_scale(first), s.wide, c});
     if (bias.empty()) return;
-    for (dim r = 0; r < c.rows; ++r) axpy(typename B::arch{}, 1.f, bias.data() + first * panel_rows, c.row(r), c.cols);
+    for (dim r = 0; r < c.rows; ++r) axpy(typename B::arch{}, 1.f, bias.data() + first * panel_rows, c.row(r), n * panel_rows);
   }
   /// a = form(up x) of hidden panels first .. first + n, for rows from `row` on.
   void up_panels(packed_slot& s, dim e, dim row, dim first, dim n) const noexcept {
-    multiply(s, s.x, up, up_bias, (e * hidden_panels() + first) * together, n * together);
+    multiply(s, s.x, up, up_bias, (e * hidden_panels() + first) * together, n * together, s.c.slice(0, s.x.rows));
     for (dim r = 0; r < s.x.rows; ++r)
       for (dim i = 0; i < n; ++i) {
         const float* z = s.c.row(r) + i * together * panel_rows;
@@ -133,10 +132,12 @@ struct packed_ffn_work {
       }
   }
   void down_panels(packed_slot& s, dim e, dim row, dim first, dim n) const noexcept {
-    multiply(s, s.a, down, down_bias, e * output_panels() + first, n);
     const dim column = first * panel_rows, width = d() - column < n * panel_rows ? d() - column : n * panel_rows;
-    for (dim r = 0; r < s.a.rows; ++r)
-      std::memcpy(ys.row(row + r) + column, s.c.row(r), static_cast<std::size_t>(width) * sizeof(float));
+    const matrix_view<float> to = ys.slice(row, s.a.rows).columns(column, width), near = s.c.slice(0, s.a.rows);
+    const bool in_place = kernels.writes_once && width == n * panel_rows;
+    multiply(s, s.a, down, down_bias, e * output_panels() + first, n, in_place ? to : near);
+    for (dim r = 0; r < to.rows && !in_place; ++r)
+      std::memcpy(to.row(r), near.row(r), static_cast<std::size_t>(width) * sizeof(float));
   }
 
   dim at(dim e) const noexcept { return rows.offsets[static_cast<std::size_t>(e)]; }

@@ -56,6 +56,7 @@ struct packed_kernels {
   /// k floats into lines at `to`, `stride` bytes apart, the last filled up with zeros; factors where the operand is i8.
   void (*prepare)(const float* x, dim k, std::byte* to, dim stride, float* factors, bool sums_of_32) noexcept;
   void (*multiply)(const prepared_rows& a, const panel_product& p) noexcept;
+  bool writes_once = true;  ///< a result is written when it is ready, not added to in memory
 
   dim lines(dim padded_k) const noexcept { return padded_k / line_depth(activations); }
   dim factor_count(dim padded_k) const noexcept {

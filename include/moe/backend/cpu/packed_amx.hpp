@@ -237,7 +237,8 @@ packed_kernels kernels_of(basic_amx<Build>, weights_of<bf16>, Tiles = {}) noexce
           false,
           0,
           detail::prepare_bf16_512<Build>,
-          detail::multiply_halves_amx<Build, Tiles>};
+          detail::multiply_halves_amx<Build, Tiles>,
+          false};
 }
 template <int Build, class Tiles = detail::hardware_tiles>
 packed_kernels kernels_of(basic_amx<Build>, weights_of<std::int8_t>, Tiles = {}) noexcept {
@@ -247,7 +248,8 @@ packed_kernels kernels_of(basic_amx<Build>, weights_of<std::int8_t>, Tiles = {})
           false,
           0,
           detail::prepare_i8_512<Build>,
-          detail::multiply_bytes_amx<Build, Tiles>};
+          detail::multiply_bytes_amx<Build, Tiles>,
+          false};
 }
 template <int Build, int Group, class Scale, class Tiles = detail::hardware_tiles>
 packed_kernels kernels_of(basic_amx<Build>, weights_of<int4_groups<Group, Scale>>, Tiles = {}) noexcept {
@@ -257,7 +259,8 @@ packed_kernels kernels_of(basic_amx<Build>, weights_of<int4_groups<Group, Scale>
           true,
           64,
           detail::prepare_i8_512<Build>,
-          detail::multiply_int4_amx<Build, Tiles, int4_groups<Group, Scale>>};
+          detail::multiply_int4_amx<Build, Tiles, int4_groups<Group, Scale>>,
+          false};
 }
 
 }  // namespace moe::arch
