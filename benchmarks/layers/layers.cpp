@@ -11,7 +11,11 @@ struct entry {
   bool trains;
   std::unique_ptr<contestant> (*make)(const model_shape&, bool backward);
 };
-constexpr entry entries[] = {{"f32", true, make_f32}};
+constexpr entry entries[] = {{"f32", true, make_f32},
+                             {"bf16", false, make_bf16},
+                             {"f16", false, make_f16},
+                             {"int8", false, make_int8},
+                             {"int4", false, make_int4}};
 
 }  // namespace
 

@@ -16,5 +16,9 @@ std::vector<weight_type> library_types(bool backward);
 std::unique_ptr<contestant> library_layer_of(const model_shape& s, std::string_view type, bool backward);
 
 std::unique_ptr<contestant> make_f32(const model_shape& s, bool backward);
+std::unique_ptr<contestant> make_bf16(const model_shape& s, bool backward);
+std::unique_ptr<contestant> make_f16(const model_shape& s, bool backward);
+std::unique_ptr<contestant> make_int8(const model_shape& s, bool backward);
+std::unique_ptr<contestant> make_int4(const model_shape& s, bool backward);
 
 }  // namespace bench

@@ -51,7 +51,7 @@ inline constexpr std::array<weight_type, 6> weight_types{{{"f32", 4, unit::fma, 
                                                           {"bf16", 2, unit::amx_bf16, 2e-2},
                                                           {"f16", 2, unit::fma, 2e-3},
                                                           {"int8", 1, unit::amx_int8, 4e-2},
-                                                          {"int4", 0.5625, unit::amx_int8, 0.2},
+                                                          {"int4", 0.5625, unit::amx_int8, 0.4},
                                                           {"ternary", 0.25, unit::amx_int8, 1}}};
 
 }  // namespace bench
