@@ -34,6 +34,18 @@ inline __m256 odd_halves_256(__m256i v) noexcept {
     return even_halves_256<T>(_mm256_srli_epi32(v, 16));
 }
 
+/// Eight weights, the first or second of each slot, as floats.
+template <class T>
+MOE_TARGET(MOE_AVX2)
+inline __m256 eight_weights(const std::byte* q, int part) noexcept {
+  if constexpr (std::same_as<T, float>) {
+    return _mm256_loadu_ps(reinterpret_cast<const float*>(q));
+  } else {
+    const __m256i slots = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(q));
+    return part ? odd_halves_256<T>(slots) : even_halves_256<T>(slots);
+  }
+}
+
 /// M rows, floats times floats or halves, against the V vectors of 8 weight rows at q.
 template <int Build, class T, int M, int V>
 MOE_TARGET(MOE_AVX2)
@@ -53,20 +65,15 @@ MOE_NO_INLINE void multiply_block_256(const std::byte* a, dim a_step, dim lines,
       _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T1);
       if constexpr (V == 4) _mm_prefetch(reinterpret_cast<const char*>(ahead + line_bytes), _MM_HINT_T1);
       MOE_UNROLL
-      for (int v = 0; v < V; ++v) {
-        const std::byte* w = q + v / 2 * tile_bytes + v % 2 * 32;
-        if constexpr (slot == 1) {
-          const __m256 u = _mm256_loadu_ps(reinterpret_cast<const float*>(w));
+      for (int part = 0; part < slot; ++part) {  // few registers: weights are loaded again for their odd halves
+        __m256 w[V];
+        MOE_UNROLL
+        for (int v = 0; v < V; ++v) w[v] = eight_weights<T>(q + v / 2 * tile_bytes + v % 2 * 32, part);
+        MOE_UNROLL
+        for (int m = 0; m < M; ++m) {
+          const __m256 b = _mm256_broadcast_ss(x + 16 * m + slot * i + part);
           MOE_UNROLL
-          for (int m = 0; m < M; ++m) sum[m][v] = _mm256_fmadd_ps(_mm256_broadcast_ss(x + 16 * m + i), u, sum[m][v]);
-        } else {
-          const __m256i u = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w));
-          const __m256 even = even_halves_256<T>(u), odd = odd_halves_256<T>(u);
-          MOE_UNROLL
-          for (int m = 0; m < M; ++m) {
-            sum[m][v] = _mm256_fmadd_ps(_mm256_broadcast_ss(x + 16 * m + 2 * i), even, sum[m][v]);
-            sum[m][v] = _mm256_fmadd_ps(_mm256_broadcast_ss(x + 16 * m + 2 * i + 1), odd, sum[m][v]);
-          }
+          for (int v = 0; v < V; ++v) sum[m][v] = _mm256_fmadd_ps(b, w[v], sum[m][v]);
         }
       }
     }
@@ -104,13 +111,14 @@ typedef int int_lanes_256 __attribute__((vector_size(32)));  // GCC 12 keeps an 
 using int_lanes_256 = __m256i;
 #endif
 
-/// M rows, bytes times bytes, against 8 weight rows: even and odd k as words, whose products add up in pairs.
+/// M rows, bytes times bytes, against 8 weight rows. Magnitudes of weights times rows with their signs: pairs of products of
+/// 127 by 127 fit a word.
 template <int Build, int M>
 MOE_TARGET(MOE_AVX2)
 MOE_NO_INLINE
     void multiply_block_bytes_256(const std::byte* a, dim a_step, dim lines, const std::byte* q, const float* factors,
                                   dim factor_count, const float* scale, float* c, dim ld) noexcept {
-  const __m256i low = _mm256_set1_epi16(0xff);
+  const __m256i ones = _mm256_set1_epi16(1), middle = _mm256_set1_epi8(static_cast<char>(0x80));
   int_lanes_256 sum[M];
   MOE_UNROLL
   for (int m = 0; m < M; ++m) sum[m] = int_lanes_256{};
@@ -118,26 +126,22 @@ MOE_NO_INLINE
     MOE_NO_UNROLL
     for (int i = 0; i < 16; ++i, q += line_bytes) {
       _mm_prefetch(reinterpret_cast<const char*>(q + 4 * tile_bytes), _MM_HINT_T1);
-      const __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(q));
-      const __m256i even = _mm256_and_si256(w, low), odd = _mm256_srli_epi16(w, 8);
+      const __m256i w = _mm256_xor_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(q)), middle);
+      const __m256i size = _mm256_abs_epi8(w);
       MOE_UNROLL
       for (int m = 0; m < M; ++m) {
         std::int32_t four;
         std::memcpy(&four, a + 64 * m + 4 * i, 4);
-        const __m256i x = _mm256_set1_epi32(four);
-        const __m256i first = _mm256_madd_epi16(even, _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8));
-        const __m256i second = _mm256_madd_epi16(odd, _mm256_srai_epi16(x, 8));
-        sum[m] = (int_lanes_256)_mm256_add_epi32((__m256i)sum[m], _mm256_add_epi32(first, second));
+        const __m256i pairs = _mm256_maddubs_epi16(size, _mm256_sign_epi8(_mm256_set1_epi32(four), w));
+        sum[m] = (int_lanes_256)_mm256_add_epi32((__m256i)sum[m], _mm256_madd_epi16(pairs, ones));
       }
     }
   }
   const __m256 s = _mm256_loadu_ps(scale);
   MOE_UNROLL
-  for (int m = 0; m < M; ++m) {
-    const float* f = factors + m * factor_count;
-    const __m256 exact = _mm256_sub_ps(_mm256_cvtepi32_ps((__m256i)sum[m]), _mm256_set1_ps(128 * f[1]));
-    _mm256_storeu_ps(c + m * ld, _mm256_mul_ps(_mm256_mul_ps(_mm256_set1_ps(f[0]), s), exact));
-  }
+  for (int m = 0; m < M; ++m)
+    _mm256_storeu_ps(c + m * ld, _mm256_mul_ps(_mm256_mul_ps(_mm256_set1_ps(factors[m * factor_count]), s),
+                                               _mm256_cvtepi32_ps((__m256i)sum[m])));
 }
 
 template <int Build>
