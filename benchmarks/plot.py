@@ -83,7 +83,7 @@ def intensity(row, limits):
 
 def roofline(limits, rows, path):
     rows = of_all_threads(limits, rows)
-    peaks = [(name, limits[key]) for name, key in (("float32 multiply-adds", "fma_f32_flops_per_s"), ("AMX bf16", "amx_bf16_flops_per_s"),
+    peaks = [(name, limits[key]) for name, key in (("float32 multiply-adds", "fma_f32_flops_per_s"), ("VNNI int8", "vnni_int8_ops_per_s"), ("AMX bf16", "amx_bf16_flops_per_s"),
                                                    ("AMX int8", "amx_int8_ops_per_s")) if limits[key] > 0]
     xs, ys = [intensity(row, limits) for row in rows], [row["flops_per_s"] for row in rows]
     picture = Drawing(820, 520)
@@ -120,7 +120,7 @@ def ratios(limits, rows, path):
     largest = max(row["tokens_per_s"] / rate for row in rows for rate in row["peers"].values())
     smallest = min(row["tokens_per_s"] / rate for row in rows for rate in row["peers"].values())
     wide, high = 200, 200
-    picture = Drawing(90 + wide * len(shapes), 100 + (high + 40) * len(peers))
+    picture = Drawing(max(560, 90 + wide * len(shapes)), 100 + (high + 40) * len(peers))
     picture.text(24, 32, f"Tokens per second over each peer's, {limits['threads']} threads", size=16, bold=True)
     legend(picture, [name for name in COLOURS if any(row["type"] == name for row in rows)], 80, 56)
     for p, peer in enumerate(peers):

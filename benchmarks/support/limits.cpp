@@ -128,6 +128,18 @@ MOE_TARGET("avx512f") double fma_avx512() {
   return 2. * 16 * 16 * turns;
 }
 
+MOE_TARGET("avx512f,avx512bw,avx512vnni") double bytes_vnni() {
+  const __m512i x = _mm512_set1_epi8(3), y = _mm512_set1_epi8(5);
+  __m512i a[16];
+  for (auto& v : a) v = _mm512_setzero_si512();
+  for (long i = 0; i < turns; ++i) {
+#pragma GCC unroll 16
+    for (int j = 0; j < 16; ++j) a[j] = _mm512_dpbusd_epi32(a[j], x, y);
+  }
+  keep(a);
+  return 2. * 16 * 64 * turns;
+}
+
 #if defined(__GNUC__) && defined(__x86_64__)
 struct alignas(64) tile_config {
   std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -247,6 +259,7 @@ machine_limits measure_limits(int threads) {
 #if defined(MOE_X86)
   if (has(moe::cpu_level::avx2)) fma = fma_avx2;
   if (has(moe::cpu_level::avx512)) fma = fma_avx512;
+  if (has(moe::cpu_level::avx512_vnni)) found.vnni_int8 = rate(most, bytes_vnni);
 #if defined(__GNUC__) && defined(__x86_64__)
   if (has(moe::cpu_level::amx)) {
     found.amx_bf16 = rate(most, tiles_bf16);
