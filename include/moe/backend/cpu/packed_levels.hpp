@@ -2,6 +2,7 @@
 /// Products with packed weights at the level in use, whatever the compiler's flags: their kernels are chosen at run time.
 #pragma once
 
+#include "moe/backend/cpu/compiled.hpp"
 #include "moe/backend/cpu/level.hpp"
 #include "moe/backend/cpu/packed_amx.hpp"
 #include "moe/backend/cpu/packed_avx2.hpp"
@@ -29,7 +30,6 @@ packed_kernels kernels_in_use() noexcept {
 
 template <class Set>
 struct simd;
-struct compiled;
 template <class Set, class T>
 packed_kernels kernels_of(simd<Set>, weights_of<T>) noexcept {
   return kernels_in_use<T>();
