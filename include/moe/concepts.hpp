@@ -36,6 +36,14 @@ concept Backend = std::copyable<B> && requires {
   typename B::arch;
 };
 
+/// Rows in a block of a backend's products; an expert with a multiple of it leaves no block ragged. 16, the rows of an AMX
+/// tile, unless the backend states its own `row_tile`.
+template <class B = void>
+inline constexpr dim row_tile = 16;
+template <class B>
+  requires requires { B::row_tile; }
+inline constexpr dim row_tile<B> = B::row_tile;
+
 namespace detail {
 
 template <class P>

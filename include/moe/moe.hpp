@@ -39,6 +39,7 @@
 #include "moe/router/renormalised.hpp"
 #include "moe/router/statistics.hpp"
 #include "moe/router/threshold.hpp"
+#include "moe/router/token_rounding.hpp"
 #include "moe/router/top_k.hpp"
 #include "moe/router/top_p.hpp"
 #include "moe/static_layer.hpp"

@@ -40,6 +40,7 @@ class cuda {
  public:
   using space = device;
   using arch = Level;
+  static constexpr dim row_tile = detail::tile_side;
 
   /// Without a device, `sync()` says so.
   cuda() : stream_(std::make_shared<device_stream>()) {}

@@ -83,18 +83,22 @@ MOE_HD inline row_statistics statistics(const float* z, idx n) noexcept {
   return s;
 }
 
-/// The choices of one token, as a rule sees them.
+/// All choices of a token share its divisor.
+inline constexpr idx every_choice = std::numeric_limits<idx>::max();
+
+/// The choices of one token, as a rule sees them. Only the first `normed` are divided by the sum, which is theirs alone.
 template <class Rule>
 struct choices {
   const Rule& rule;
   const plan_pointers& plan;
   const float* z;
-  idx first, last;
+  idx first, last, normed;
   row_statistics row{};
   float divisor = 1;
 
-  MOE_HD choices(const Rule& r, const plan_pointers& p, const float* scores, idx t) noexcept
-      : rule(r), plan(p), z(scores), first(p.token_offsets[t]), last(p.token_offsets[t + 1]) {
+  MOE_HD choices(const Rule& r, const plan_pointers& p, const float* scores, idx t, idx n) noexcept
+      : rule(r), plan(p), z(scores), first(p.token_offsets[t]), last(p.token_offsets[t + 1]),
+        normed(last - first < n ? last : first + n) {
     if constexpr (Rule::over == reduction::all) row = statistics(z, plan.experts);
     if constexpr (Rule::over == reduction::kept) {
       row.largest = not_eligible;
@@ -105,9 +109,10 @@ struct choices {
   }
   MOE_HD float score(idx choice) const noexcept { return z[plan.expert_of(choice)]; }
   MOE_HD float raw(idx choice) const noexcept { return rule.raw(score(choice), row); }
+  MOE_HD float divisor_of(idx choice) const noexcept { return choice < normed ? divisor : 1.f; }
   MOE_HD float sum() const noexcept {
     float s = 0;
-    for (idx i = first; i < last; ++i) s += rule.term(raw(i));
+    for (idx i = first; i < normed; ++i) s += rule.term(raw(i));
     return s;
   }
 };
@@ -118,11 +123,12 @@ struct weigh_token {
   Rule rule;
   plan_pointers plan;
   matrix_view<const float> scores;
+  idx normed = every_choice;
 
   MOE_HD void operator()(dim t) const noexcept {
-    const choices<Rule> c(rule, plan, scores.row(t), static_cast<idx>(t));
+    const choices<Rule> c(rule, plan, scores.row(t), static_cast<idx>(t), normed);
     for (idx i = c.first; i < c.last; ++i)
-      if (const idx r = plan.position[i]; r >= 0) plan.weight[r] = rule.scale * c.raw(i) / c.divisor;
+      if (const idx r = plan.position[i]; r >= 0) plan.weight[r] = rule.scale * c.raw(i) / c.divisor_of(i);
   }
 };
 
@@ -134,6 +140,7 @@ struct weigh_token_backward {
   matrix_view<const float> scores;  // empty: softmax over kept choices, from the weights alone
   const float* dweight;
   matrix_view<float> dscores;
+  idx normed = every_choice;
 
   MOE_HD void operator()(dim t) const noexcept {
     float* dz = dscores.row(t);
@@ -154,9 +161,9 @@ struct weigh_token_backward {
       if (const idx r = plan.position[i]; r >= 0) dz[plan.expert_of_row(r)] = plan.weight[r] * (dweight[r] - mean);
   }
   MOE_HD void from_scores(idx t, float* dz) const noexcept {
-    const choices<Rule> c(rule, plan, scores.row(t), t);
+    const choices<Rule> c(rule, plan, scores.row(t), t, normed);
     float pull = 0, sum = 0;  // of the divisor: -sum dweight_i raw_i / divisor^2
-    for (idx i = c.first; i < c.last; ++i) {
+    for (idx i = c.first; i < c.normed; ++i) {
       const float raw = c.raw(i);
       sum += rule.term(raw);
       if (const idx r = plan.position[i]; r >= 0) pull += dweight[r] * raw;
@@ -166,7 +173,8 @@ struct weigh_token_backward {
     for (idx i = c.first; i < c.last; ++i) {
       const float raw = c.raw(i);
       const idx r = plan.position[i], e = plan.expert_of(i);
-      const float draw = rule.scale * ((r >= 0 ? dweight[r] / c.divisor : 0.f) - pull * rule.term_slope(raw));
+      const float draw = rule.scale * ((r >= 0 ? dweight[r] / c.divisor_of(i) : 0.f) -
+                                       (i < c.normed ? pull * rule.term_slope(raw) : 0.f));
       if constexpr (Rule::over == reduction::all) mean += draw * raw;
       dz[e] = draw * rule.slope(c.score(i), raw);
     }
@@ -178,19 +186,21 @@ struct weigh_token_backward {
 
 }  // namespace detail
 
-/// plan.weight from scores, by `rule`; keeps the scores in `ctx` where it has room for them.
+/// plan.weight from scores, by `rule`; keeps the scores in `ctx` where it has room for them. A router that adds choices to
+/// those that make up a token's norm lists them after its first `normed` ones: they weigh scale raw.
 template <class B, class Rule>
-void weigh(const call<B>& on, const Rule& rule, matrix_view<const float> scores, routing_plan& p,
-           score_context& ctx) noexcept {
+void weigh(const call<B>& on, const Rule& rule, matrix_view<const float> scores, routing_plan& p, score_context& ctx,
+           idx normed = detail::every_choice) noexcept {
   if (ctx.scores) copy(on, scores, ctx.scores);
-  for_each_token(on, p.tokens(), detail::weigh_token<Rule>{rule, detail::plan_pointers(p), scores});
+  for_each_token(on, p.tokens(), detail::weigh_token<Rule>{rule, detail::plan_pointers(p), scores, normed});
 }
 /// dscores (=) from dweight, by `rule`.
 template <class B, class Rule>
 void weigh_backward(const call<B>& on, const Rule& rule, const routing_plan& p, const score_context& ctx,
-                    std::span<const float> dweight, matrix_view<float> dscores) noexcept {
-  for_each_token(on, p.tokens(),
-                 detail::weigh_token_backward<Rule>{rule, detail::plan_pointers(p), ctx.scores, dweight.data(), dscores});
+                    std::span<const float> dweight, matrix_view<float> dscores, idx normed = detail::every_choice) noexcept {
+  for_each_token(
+      on, p.tokens(),
+      detail::weigh_token_backward<Rule>{rule, detail::plan_pointers(p), ctx.scores, dweight.data(), dscores, normed});
 }
 
 }  // namespace moe
