@@ -22,6 +22,7 @@ class buffer {
   explicit buffer(std::size_t bytes) : size_(bytes) {
     if (bytes < static_cast<std::size_t>(-1) / 2 - alignment) block_ = std::calloc(bytes + alignment, 1);
     if (block_ == nullptr) throw std::bad_alloc();
+    detail::prefer_large_pages(block_, bytes + alignment);
   }
   buffer(buffer&& other) noexcept : block_(std::exchange(other.block_, nullptr)), size_(std::exchange(other.size_, 0)) {}
   buffer& operator=(buffer&& other) noexcept {

@@ -3,6 +3,11 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #if defined(MOE_SINGLE_INCLUDE)
 #error "moe: the folder of headers and the single header are both included"
@@ -109,6 +114,16 @@ inline void prefetch([[maybe_unused]] const void* p) noexcept {
 inline void prefetch_second([[maybe_unused]] const void* p) noexcept {
 #if defined(__GNUC__)
   __builtin_prefetch(p, 0, 2);
+#endif
+}
+
+/// Wishes for large pages under the memory at p: weights are streamed, and small pages cost a walk each.
+inline void prefer_large_pages([[maybe_unused]] void* p, [[maybe_unused]] std::size_t bytes) noexcept {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr std::uintptr_t small = 4096, worthwhile = std::uintptr_t{4} << 20;
+  const std::uintptr_t first = (reinterpret_cast<std::uintptr_t>(p) + small - 1) / small * small;
+  const std::uintptr_t last = (reinterpret_cast<std::uintptr_t>(p) + bytes) / small * small;
+  if (last > first && last - first >= worthwhile) (void)::madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif
 }
 
