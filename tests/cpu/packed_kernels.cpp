@@ -85,6 +85,8 @@ void on_every_rung(F f) {
       f("amx, emulated", kernels_of(moe::arch::amx{}, moe::arch::weights_of<T>{}, testing::emulated_tiles{}));
   }
   if (includes(machine, moe::cpu_level::amx)) f("amx", kernels_of(moe::arch::amx{}, moe::arch::weights_of<T>{}));
+#elif defined(__aarch64__)
+  f("neon", kernels_of(moe::arch::neon{}, moe::arch::weights_of<T>{}));
 #endif
 }
 

@@ -6,6 +6,7 @@
 #include "moe/backend/cpu/level.hpp"
 #include "moe/backend/cpu/packed_amx.hpp"
 #include "moe/backend/cpu/packed_avx2.hpp"
+#include "moe/backend/cpu/packed_neon.hpp"
 
 namespace moe::arch {
 
@@ -24,6 +25,8 @@ packed_kernels kernels_in_use() noexcept {
     default:
       break;
   }
+#elif defined(__aarch64__)
+  if (cpu_level_in_use() == cpu_level::neon) return kernels_of(neon{}, weights_of<T>{});
 #endif
   return kernels_of(scalar{}, weights_of<T>{});
 }
