@@ -50,7 +50,7 @@ struct weight_type {
 inline constexpr std::array<weight_type, 6> weight_types{{{"f32", 4, unit::fma, 1e-4},
                                                           {"bf16", 2, unit::amx_bf16, 2e-2},
                                                           {"f16", 2, unit::fma, 2e-3},
-                                                          {"int8", 1, unit::amx_int8, 6e-2},
+                                                          {"int8", 1, unit::amx_int8, 8e-2},
                                                           {"int4", 0.5625, unit::amx_int8, 0.4},
                                                           {"ternary", 0.25, unit::amx_int8, 1}}};
 
