@@ -18,7 +18,7 @@ inline constexpr int rows_neon = 4;
 template <class T>
 inline float32x4_t widen_neon(uint16x4_t halves) noexcept {
   if constexpr (std::same_as<T, bf16>)
-    return vreinterpretq_f32_u32(vshll_n_u16(halves, 16));
+    return vreinterpretq_f32_u32(vshlq_n_u32(vmovl_u16(halves), 16));
   else
     return vcvt_f32_f16(vreinterpret_f16_u16(halves));
 }
@@ -142,11 +142,10 @@ void multiply_bytes_neon(const prepared_rows& a, const panel_product& p) noexcep
       with_constant<rows_neon>(a.height_of(b), [&](auto m) {
         constexpr int vectors = m <= 2 ? 4 : 2;
         for (dim v = 0; v < 8; v += vectors)
-          multiply_block_bytes_neon<Build, m, vectors>(a.block(b), m * line_bytes, a.lines,
-                                                       p.weights + j * p.panel_bytes + v / 4 * tile_bytes + v % 4 * 16,
-                                                       a.factor(b * a.height), a.factor_count,
-                                                       p.scale + j * panel_rows + 4 * v,
-                                                       p.c.row(b * a.height) + j * panel_rows + 4 * v, p.c.ld);
+          multiply_block_bytes_neon<Build, m, vectors>(
+              a.block(b), m * line_bytes, a.lines, p.weights + j * p.panel_bytes + v / 4 * tile_bytes + v % 4 * 16,
+              a.factor(b * a.height), a.factor_count, p.scale + j * panel_rows + 4 * v,
+              p.c.row(b * a.height) + j * panel_rows + 4 * v, p.c.ld);
       });
 }
 
@@ -232,7 +231,7 @@ inline const float* next_32(const float* x, dim i, dim k, float (&spare)[32]) no
   return spare;
 }
 
-/// The same as prepare_i8, 32 numbers at a time. Where a number is not finite they are multiplied by 0, and NaN becomes 0.
+/// The same as prepare_i8, 32 numbers at a time. Where one is not finite all are multiplied by 0, and NaN becomes 0.
 template <int Build>
 void prepare_i8_neon(const float* x, dim k, std::byte* to, dim stride, float* factors, bool sums_of_32) noexcept {
   float spare[32];
@@ -240,8 +239,7 @@ void prepare_i8_neon(const float* x, dim k, std::byte* to, dim stride, float* fa
   for (dim i = 0; i < k; i += 32) {
     const float* from = next_32(x, i, k, spare);
     MOE_UNROLL
-    for (int v = 0; v < 8; ++v)
-      largest = vmaxq_u32(largest, vreinterpretq_u32_f32(vabsq_f32(vld1q_f32(from + 4 * v))));
+    for (int v = 0; v < 8; ++v) largest = vmaxq_u32(largest, vreinterpretq_u32_f32(vabsq_f32(vld1q_f32(from + 4 * v))));
   }
   const float most = __builtin_bit_cast(float, vmaxvq_u32(largest));
   const bool finite = most - most == 0;
