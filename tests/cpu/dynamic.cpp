@@ -8,6 +8,7 @@
 
 #include "moe/backend/cpu.hpp"
 #include "support/layer_runs.hpp"
+#include "support/levels.hpp"
 #include "support/testing.hpp"
 
 namespace {
@@ -20,18 +21,7 @@ using moe::matrix_view;
 using moe::arch::dynamic;
 using moe::arch::scalar;
 
-/// f() at every level of this machine, then as before.
-template <class F>
-void at_every_level(F f) {
-  const moe::cpu_level_report before = moe::report_cpu_level();
-  for (const cpu_level l : moe::every_cpu_level)
-    if (includes(before.machine, l)) {
-      CAPTURE(name(l));
-      moe::use_cpu_level(l);
-      f();
-    }
-  moe::use_cpu_level(before.level);
-}
+using testing::at_every_level;
 
 struct products {
   std::vector<float> nt, packed, nn, tn;
@@ -54,11 +44,7 @@ products multiply(Arch arch, dim m, dim n, dim k, bool whole) {
   for (std::vector<float>* v : {&p.nt, &p.packed, &p.nn, &p.tn}) *v = numbers(m * (n + 2), 3);
   const auto c = [&](std::vector<float>& v) { return matrix_view<float>{v.data(), m, n, n + 2}; };
   gemm_nt(arch, gathered<float>{view(left, most, k), token.data()}, view(right, n, k), c(p.nt));
-  for (dim j = 0; j < n; j += moe::arch::weight_rows::room) {
-    moe::arch::weight_rows some;
-    some.add(view(right, n, k).slice(j, std::min(n - j, moe::arch::weight_rows::room)));
-    gemm_nt_packed(arch, gathered<float>{view(left, most, k), token.data()}, some, c(p.packed).columns(j, some.count));
-  }
+  gemm_nt_packed(arch, gathered<float>{view(left, most, k), token.data()}, view(right, n, k), c(p.packed));
   gemm_nn(arch, gathered<float>{view(left, most, k), token.data()}, view(right, k, n), c(p.nn));
   gemm_tn(arch, gathered<float>{view(left, most, m), token.data()}, gathered<float>{view(right, k, n)}, k, c(p.tn));
   return p;
@@ -126,10 +112,8 @@ TEST_SUITE("backend/cpu/dynamic") {
       std::vector<float> few(static_cast<std::size_t>(m * n)), many = few;
       const gathered<float> rows{{a.data(), m, k}};
       const matrix_view<const float> w{b.data(), n, k};
-      moe::arch::weight_rows weights;
-      weights.add(w);
       gemm_nt(dynamic{}, rows, w, {few.data(), m, n});
-      gemm_nt_packed(dynamic{}, rows, weights, {many.data(), m, n});
+      gemm_nt_packed(dynamic{}, rows, w, {many.data(), m, n});
       bool right = true;
       for (dim i = 0; i < m; ++i)
         for (dim j = 0; j < n; ++j)

@@ -63,23 +63,13 @@ operands make(product p, dim m, dim n, dim k, bool whole) {
   if (p == product::nn) return {m, n, k, m, k, k, n, whole};
   return {m, n, k, k, m, k, n, whole};
 }
-/// c += a b^T with as many rows of b at a time as are packed together.
-template <class Arch>
-void multiply_packed(Arch arch, gathered<float> a, matrix_view<const float> b, matrix_view<float> c) {
-  constexpr dim most = moe::arch::weight_rows::room;
-  for (dim j = 0; j < b.rows; j += most) {
-    moe::arch::weight_rows some;
-    some.add(b.slice(j, std::min(most, b.rows - j)));
-    gemm_nt_packed(arch, a, some, c.columns(j, some.count));
-  }
-}
 template <class Arch>
 std::vector<float> run(Arch arch, product p, const operands& o) {
   std::vector<float> result = o.start;
   if (p == product::nt)
     gemm_nt(arch, o.a(), o.b(), o.c(result));
   else if (p == product::packed)
-    multiply_packed(arch, o.a(), o.b(), o.c(result));
+    gemm_nt_packed(arch, o.a(), o.b(), o.c(result));
   else if (p == product::nn)
     gemm_nn(arch, o.a(), o.b(), o.c(result));
   else
@@ -176,7 +166,7 @@ TEST_SUITE("backend/cpu/kernels") {
             if (p == product::nt)
               gemm_nt(native{}, a, b, c);
             else if (p == product::packed)
-              multiply_packed(native{}, a, b, c);
+              gemm_nt_packed(native{}, a, b, c);
             else if (p == product::nn)
               gemm_nn(native{}, a, b, c);
             else

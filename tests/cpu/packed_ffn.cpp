@@ -10,6 +10,7 @@
 #include "moe/backend/cpu.hpp"
 #include "moe/backend/executor/thread_pool.hpp"
 #include "moe/moe.hpp"
+#include "support/levels.hpp"
 #include "support/testing.hpp"
 
 namespace {
@@ -96,18 +97,7 @@ double distance(const std::vector<float>& y, const std::vector<double>& wanted) 
   return worst / largest;
 }
 
-/// f() at every level of this machine.
-template <class F>
-void at_every_level(F f) {
-  const auto machine = moe::report_cpu_level().machine, before = moe::cpu_level_in_use();
-  for (const moe::cpu_level level : moe::every_cpu_level) {
-    if (!moe::includes(machine, level)) continue;
-    CAPTURE(std::string(moe::name(level)));
-    moe::use_cpu_level(level);
-    f();
-  }
-  moe::use_cpu_level(before);
-}
+using testing::at_every_level;
 
 }  // namespace
 

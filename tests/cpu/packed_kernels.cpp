@@ -183,6 +183,21 @@ TEST_SUITE("backend/cpu/packed") {
       });
     }
   }
+  TEST_CASE_TEMPLATE("rows of zeros, or of numbers too small for a scale, give nothing", T, float, moe::bf16, std::int8_t, int4_32,
+                     int4_128) {
+    for (const float tiny : {0.f, 1e-38f, 1e-44f}) {
+      const std::vector<float> small(20 * 70, tiny), weights(32 * 70, tiny);
+      for (const bool swapped : {false, true}) {
+        const trial<T> t(20, 1, 70, swapped ? testing::normals(20 * 70, 5) : small,
+                         swapped ? weights : testing::normals(32 * 70, 6));
+        on_every_rung<T>([&](const char* rung, const moe::packed_kernels& kernels) {
+          CAPTURE(rung);
+          CAPTURE(tiny);
+          for (const float v : t.product(kernels)) REQUIRE(std::fabs(v) <= 1e-34f);
+        });
+      }
+    }
+  }
   TEST_CASE("packed weights keep what their type promises") {
     const std::vector<float> w = testing::normals(32 * 300, 9);
     const auto worst = [&](auto type, auto bound) {

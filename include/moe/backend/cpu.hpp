@@ -16,6 +16,7 @@ namespace moe {
 
 /// `cpu<>` runs at the level of the build on the threads of OpenMP, where the program is compiled with it; a thread_pool or
 /// an executor of one's own is the second argument. `cpu<arch::dynamic>` runs at the highest level of the machine.
+/// errors   level_error, when one is made while MOE_CPU_LEVEL asks for what this machine lacks
 template <class Arch = arch::native, class Ex = default_executor>
 using cpu = host_backend<Arch, Ex>;
 

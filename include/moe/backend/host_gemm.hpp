@@ -23,9 +23,7 @@ template <class Arch>
 void multiply_nt(Arch arch, const tile& t, gathered<float> a, matrix_stack<const float> b, matrix_view<float> c) noexcept {
   const matrix_view<const float> w = b[t.expert].slice(t.column, t.columns);
   if (!t.is_tall()) return gemm_nt(arch, a.from(t.row), w, c);
-  arch::weight_rows packed;
-  packed.add(w);
-  gemm_nt_packed(arch, a.from(t.row), packed, c);
+  gemm_nt_packed(arch, a.from(t.row), w, c);
 }
 
 template <class Arch>

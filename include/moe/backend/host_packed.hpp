@@ -46,7 +46,7 @@ inline prepared_rows carve_rows(const packed_kernels& k, dim rows, dim padded, a
 template <class T>
 packed_slot carve_slot(const packed_kernels& k, shape s, dim rows, arena& mem) noexcept {
   const dim d = round_up(s.d, packing<T>::depth), f = round_up(s.f, packing<T>::depth),
-            chunk = rows < k.chunk ? rows : k.chunk;
+            chunk = at_most(rows, k.chunk);
   packed_slot slot;
   slot.x = carve_rows(k, chunk, d, mem);
   slot.a = carve_rows(k, chunk, f, mem);
@@ -89,8 +89,8 @@ struct packed_ffn_work {
   static constexpr dim together = Form::gated ? 2 : 1;
   dim f() const noexcept { return on.sizes.f; }
   dim d() const noexcept { return on.sizes.d; }
-  dim hidden_panels() const noexcept { return (f() + panel_rows - 1) / panel_rows; }
-  dim output_panels() const noexcept { return (d() + panel_rows - 1) / panel_rows; }
+  dim hidden_panels() const noexcept { return panels_of(f()); }
+  dim output_panels() const noexcept { return panels_of(d()); }
 
   packed_slot slot(dim s) const noexcept {
     arena mem({memory.slots + static_cast<std::size_t>(s) * memory.slot_bytes, memory.slot_bytes});
@@ -127,12 +127,12 @@ struct packed_ffn_work {
     for (dim r = 0; r < s.x.rows; ++r)
       for (dim i = 0; i < n; ++i) {
         const float* z = s.c.row(r) + i * together * panel_rows;
-        const dim column = (first + i) * panel_rows, width = f() - column < panel_rows ? f() - column : panel_rows;
+        const dim column = (first + i) * panel_rows, width = at_most(f() - column, panel_rows);
         activate(typename B::arch{}, form, z, Form::gated ? z + panel_rows : z, memory.a.row(row + r) + column, width);
       }
   }
   void down_panels(packed_slot& s, dim e, dim row, dim first, dim n) const noexcept {
-    const dim column = first * panel_rows, width = d() - column < n * panel_rows ? d() - column : n * panel_rows;
+    const dim column = first * panel_rows, width = at_most(d() - column, n * panel_rows);
     const matrix_view<float> to = ys.slice(row, s.a.rows).columns(column, width), near = s.c.slice(0, s.a.rows);
     const bool in_place = kernels.writes_once && width == n * panel_rows;
     multiply(s, s.a, down, down_bias, e * output_panels() + first, n, in_place ? to : near);
@@ -141,21 +141,21 @@ struct packed_ffn_work {
   }
 
   dim at(dim e) const noexcept { return rows.offsets[static_cast<std::size_t>(e)]; }
-  dim chunks_of(dim e) const noexcept { return (at(e + 1) - at(e) + kernels.chunk - 1) / kernels.chunk; }
+  dim chunks_of(dim e) const noexcept { return blocks(at(e + 1) - at(e), kernels.chunk); }
   /// f(e, first row, rows) for the i-th chunk, chunks of an expert of nearly equal height.
   template <class F>
   void visit_chunk(dim i, F f) const noexcept {
     dim e = 0;
     for (dim n; i >= (n = chunks_of(e)); ++e) i -= n;
-    const dim n = chunks_of(e), height = (at(e + 1) - at(e) + n - 1) / n, first = at(e) + i * height;
-    f(e, first, at(e + 1) - first < height ? at(e + 1) - first : height);
+    const dim n = chunks_of(e), height = blocks(at(e + 1) - at(e), n), first = at(e) + i * height;
+    f(e, first, at_most(at(e + 1) - first, height));
   }
   /// f(slot, unit) for every unit, each thread in a slot of its own. A thread takes neighbouring units, many at first and
   /// one at a time in the end, so that it reads on where it was and all end together.
   template <class F>
   void share(dim units, F f) const noexcept {
     std::atomic<dim> next{0};
-    const dim slots = memory.count < units ? memory.count : units;
+    const dim slots = at_most(memory.count, units);
     on.executor().for_each(slots, 1, [&](dim first, dim last) {
       for (; first < last; ++first) {
         packed_slot s = slot(first);
@@ -185,10 +185,10 @@ struct packed_ffn_work {
         prepare_tokens(s, row, n);
         constexpr dim most = panels_at_once / together;
         for (dim p = 0; p < hidden_panels(); p += most)
-          up_panels(s, e, row, p, hidden_panels() - p < most ? hidden_panels() - p : most);
+          up_panels(s, e, row, p, at_most(hidden_panels() - p, most));
         prepare_hidden(s, row, n);
         for (dim p = 0; p < output_panels(); p += panels_at_once)
-          down_panels(s, e, row, p, output_panels() - p < panels_at_once ? output_panels() - p : panels_at_once);
+          down_panels(s, e, row, p, at_most(output_panels() - p, panels_at_once));
       });
     });
   }
@@ -206,14 +206,14 @@ struct packed_ffn_work {
   void in_runs(dim chunks, dim panels, dim most, Prepare prepare_chunk, Multiply multiply_run) const noexcept {
     constexpr dim enough = 64;
     dim run = most;
-    while (run > 1 && chunks * ((panels + run - 1) / run) < enough) run /= 2;
-    const dim runs = (panels + run - 1) / run;
+    while (run > 1 && chunks * blocks(panels, run) < enough) run /= 2;
+    const dim runs = blocks(panels, run);
     share(chunks * runs, [&](packed_slot& s, dim unit) {
       visit_chunk(unit / runs, [&](dim e, dim row, dim n) {
         if (s.ready != unit / runs) prepare_chunk(s, row, n);
         s.ready = unit / runs;
         const dim p = unit % runs * run;
-        multiply_run(s, e, row, p, panels - p < run ? panels - p : run);
+        multiply_run(s, e, row, p, at_most(panels - p, run));
       });
     });
   }

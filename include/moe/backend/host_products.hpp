@@ -15,18 +15,6 @@
 
 namespace moe::arch {
 
-/// Rows of a matrix or of several, to be multiplied with together: b[0 .. count) of `depth` floats each.
-struct weight_rows {
-  static constexpr dim room = detail::outer_columns;
-  const float* row[room] = {};
-  dim count = 0, depth = 0;
-
-  void add(matrix_view<const float> rows) noexcept {
-    depth = rows.cols;
-    for (dim r = 0; r < rows.rows; ++r) row[count++] = rows.row(r);
-  }
-};
-
 namespace detail {
 
 /// f(n) with n as a constant of 1 .. N: the block that is as high as what is left. Nothing for other n.
@@ -36,7 +24,7 @@ void with_constant(dim n, F f) noexcept {
     (void)((n == I + 1 ? (f(std::integral_constant<int, I + 1>{}), true) : false) || ...);
   }(std::make_integer_sequence<int, N>{});
 }
-inline dim smaller(dim a, dim b) noexcept { return a < b ? a : b; }
+using moe::detail::at_most, moe::detail::blocks, moe::detail::round_up;
 
 /// How far a dot product goes before its lanes are summed: that much of `streams` weight rows stays in the nearest cache.
 inline constexpr dim dot_depth = 1024;
@@ -47,8 +35,8 @@ template <class K, int N>
 void dot_columns(gathered<float> a, dim first, dim k, const float* b, dim stride, const float* next, matrix_view<float> c,
                  dim step) noexcept {
   constexpr int M = K::dot_rows;
-  const dim blocks = (c.rows + M - 1) / M, line = K::width * dim{sizeof(float)}, pace = (line + blocks - 1) / blocks;
-  prefetch_walk ahead{reinterpret_cast<const char*>(blocks == 1 ? b + 1024 / sizeof(float) : next), pace};
+  const dim turns = blocks(c.rows, M), line = K::width * dim{sizeof(float)}, pace = blocks(line, turns);
+  prefetch_walk ahead{reinterpret_cast<const char*>(turns == 1 ? b + 1024 / sizeof(float) : next), pace};
   dim i = 0;
   for (; i + M <= c.rows; i += M, ahead.at += pace * (k / K::width))
     K::template dot_block<M, N>(a, i, first, k, b, stride, ahead, c, step);
@@ -59,12 +47,12 @@ void dot_columns(gathered<float> a, dim first, dim k, const float* b, dim stride
 /// from a near cache.
 template <class K, int N>
 void dot_tile(gathered<float> a, matrix_view<const float> b, dim stride, matrix_view<float> c, dim step) noexcept {
-  const dim cuts = (b.cols + dot_depth - 1) / dot_depth;
+  const dim cuts = blocks(b.cols, dot_depth);
   const bool few = c.rows <= K::dot_rows;
   const auto row_of = [&](dim i) { return few ? i / cuts : i % step; };
   const auto first_of = [&](dim i) { return (few ? i % cuts : i / step) * dot_depth; };
   for (dim i = 0; i < step * cuts; ++i) {
-    const dim j = row_of(i), first = first_of(i), k = smaller(b.cols - first, dot_depth);
+    const dim j = row_of(i), first = first_of(i), k = at_most(b.cols - first, dot_depth);
     dot_columns<K, N>(a, first, k, b.row(j) + first, stride, b.row(row_of(i + 1)) + first_of(i + 1),
                       c.columns(j, c.cols - j), step);
   }
@@ -92,25 +80,27 @@ void pack(Row row, dim depth, dim n, float* packed) noexcept {
     const float* from = row(p);
     for (dim j = 0; j < n; j += columns) {
       float* to = packed_place<K>(packed, depth, p, j);
-      const dim some = smaller(n - j, columns);
+      const dim some = at_most(n - j, columns);
       std::memcpy(to, from + j, static_cast<std::size_t>(some) * sizeof(float));
       for (dim l = some; l < columns; ++l) to[l] = 0;
     }
   }
 }
-/// Columns: float p of row j of b goes to row p.
+/// Columns of n <= outer_columns rows: float p of a row j goes to row p.
 template <class K>
-void pack_transposed(const weight_rows& b, dim first, dim depth, float* packed) noexcept {
-  constexpr dim W = K::width, columns = K::columns;
-  const dim whole = b.count / W * W, padded = (b.count + columns - 1) / columns * columns;
+void pack_transposed(matrix_view<const float> b, dim first, dim depth, float* packed) noexcept {
+  constexpr dim W = K::width;
+  const float* row[outer_columns];
+  for (dim j = 0; j < b.rows; ++j) row[j] = b.row(j);
+  const dim whole = b.rows / W * W, padded = round_up(b.rows, K::columns);
   for (dim j = 0; j < whole; j += W) {
     dim p = 0;
-    for (; p + W <= depth; p += W) K::transpose(b.row + j, first + p, packed_place<K>(packed, depth, p, j));
+    for (; p + W <= depth; p += W) K::transpose(row + j, first + p, packed_place<K>(packed, depth, p, j));
     for (; p < depth; ++p)
-      for (dim l = j; l < j + W; ++l) *packed_place<K>(packed, depth, p, l) = b.row[l][first + p];
+      for (dim l = j; l < j + W; ++l) *packed_place<K>(packed, depth, p, l) = row[l][first + p];
   }
   for (dim j = whole; j < padded; ++j)
-    for (dim p = 0; p < depth; ++p) *packed_place<K>(packed, depth, p, j) = j < b.count ? b.row[j][first + p] : 0.f;
+    for (dim p = 0; p < depth; ++p) *packed_place<K>(packed, depth, p, j) = j < b.rows ? row[j][first + p] : 0.f;
 }
 
 /// c += the sum over p of a[i][first + p * step] times row p of what was packed, which is as wide as c. While a block works,
@@ -121,14 +111,14 @@ void outer_tile(gathered<float> a, dim first, dim step, const float* packed, dim
   constexpr int M = outer_rows;
   constexpr dim columns = K::columns;
   if (c.rows == 0 || c.cols == 0) return;
-  const dim turns = (c.cols + columns - 1) / columns * ((c.rows + M - 1) / M), share = (pieces + turns - 1) / turns;
+  const dim turns = blocks(c.cols, columns) * blocks(c.rows, M), share = blocks(pieces, turns);
   float padded[M * columns];
   for (dim j = 0, piece = 0; j < c.cols; j += columns, packed += depth * columns)
     for (dim i = 0; i < c.rows; i += M) {
       prefetch_list ahead(packed);
       for (dim s = 0; s < share && piece < pieces; ++s, ++piece) ahead.add(next(piece));
-      for (dim r = i + M; step == 1 && r < smaller(i + 2 * M, c.rows); ++r) ahead.add(a.row(r) + first);
-      const dim m = smaller(c.rows - i, M), n = smaller(c.cols - j, columns);
+      for (dim r = i + M; step == 1 && r < at_most(i + 2 * M, c.rows); ++r) ahead.add(a.row(r) + first);
+      const dim m = at_most(c.rows - i, M), n = at_most(c.cols - j, columns);
       const matrix_view<float> to = c.slice(i, m).columns(j, n);
       const bool whole = n == columns;
       for (dim r = 0; !whole && r < m; ++r)
@@ -142,15 +132,17 @@ void outer_tile(gathered<float> a, dim first, dim step, const float* packed, dim
     }
 }
 
-/// c[m,n] += a[m,k] b[n,k]^T by outer products: every cut of the depth of b is packed once for all rows.
+/// c[m,n] += a[m,k] b[n,k]^T by outer products: every cut of b is packed once for all rows.
 template <class K>
-void product_nt_packed(gathered<float> a, const weight_rows& b, matrix_view<float> c) noexcept {
+void product_nt_packed(gathered<float> a, matrix_view<const float> b, matrix_view<float> c) noexcept {
   alignas(64) float packed[outer_depth * outer_columns];
-  for (dim first = 0; first < b.depth; first += outer_depth) {
-    const dim depth = smaller(b.depth - first, outer_depth), after = first + depth;
-    pack_transposed<K>(b, first, depth, packed);
-    outer_tile<K>(a, first, 1, packed, depth, c, after < b.depth ? b.count : 0, [&](dim j) { return b.row[j] + after; });
-  }
+  for (dim j = 0; j < c.cols; j += outer_columns)
+    for (dim first = 0; first < b.cols; first += outer_depth) {
+      const dim depth = at_most(b.cols - first, outer_depth), n = at_most(c.cols - j, outer_columns), after = first + depth;
+      pack_transposed<K>(b.slice(j, n), first, depth, packed);
+      outer_tile<K>(a, first, 1, packed, depth, c.columns(j, n), after < b.cols ? n : 0,
+                    [&](dim l) { return b.row(j + l) + after; });
+    }
 }
 
 /// c[m,n] += a[m,k] b[k,n]
@@ -159,9 +151,9 @@ void product_nn(gathered<float> a, matrix_view<const float> b, matrix_view<float
   alignas(64) float packed[outer_depth * outer_columns];
   for (dim j = 0; j < c.cols; j += outer_columns)
     for (dim first = 0; first < b.rows; first += outer_depth) {
-      const dim depth = smaller(b.rows - first, outer_depth), n = smaller(c.cols - j, outer_columns), after = first + depth;
+      const dim depth = at_most(b.rows - first, outer_depth), n = at_most(c.cols - j, outer_columns), after = first + depth;
       pack<K>([&](dim p) { return b.row(first + p) + j; }, depth, n, packed);
-      outer_tile<K>(a, first, 1, packed, depth, c.columns(j, n), smaller(b.rows - after, outer_depth),
+      outer_tile<K>(a, first, 1, packed, depth, c.columns(j, n), at_most(b.rows - after, outer_depth),
                     [&](dim p) { return b.row(after + p) + j; });
     }
 }
@@ -177,16 +169,16 @@ void product_tn(gathered<float> a, gathered<float> b, dim depth, matrix_view<flo
   alignas(64) float right[outer_depth * W];
   for (dim first = 0; first < depth; first += outer_depth)
     for (dim i = 0; i < c.rows; i += halves * W) {
-      const dim k = smaller(depth - first, outer_depth);
-      const auto height = [&](int h) { return c.rows - i < h * W ? 0 : smaller(c.rows - i - h * W, W); };
+      const dim k = at_most(depth - first, outer_depth);
+      const auto height = [&](int h) { return c.rows - i < h * W ? 0 : at_most(c.rows - i - h * W, W); };
       for (dim p = 0; p < k; ++p)
         for (int h = 0; h < halves; ++h)
           if (const dim m = height(h); m > 0)
             std::memcpy(left[h] + p * W, a.row(first + p) + i + h * W, static_cast<std::size_t>(m) * sizeof(float));
       for (dim j = 0; j < c.cols; j += W) {
-        const dim n = smaller(c.cols - j, W);
+        const dim n = at_most(c.cols - j, W);
         const bool done = j + n == c.cols;  // with this cut of the depth: then the next one is packed next
-        const dim from = done ? first + k : first, at = done ? 0 : j + n, pieces = smaller(depth - from, outer_depth);
+        const dim from = done ? first + k : first, at = done ? 0 : j + n, pieces = at_most(depth - from, outer_depth);
         pack<K>([&](dim p) { return b.row(first + p) + j; }, k, n, right);
         for (int h = 0; h < halves && height(h) > 0; ++h)
           outer_tile<K>(gathered<float>{{left[h], W, 1, 1}}, 0, W, right, k, c.slice(i + h * W, height(h)).columns(j, n),

@@ -12,9 +12,6 @@ inline constexpr dim panel = 64;      // most columns of a tile: that many weigh
 inline constexpr dim row_block = 336;  // most rows of a tile: a whole number of every kernel's blocks
 inline constexpr dim few_rows = 36;    // and of the chunks that an expert's rows are cut to where there are few tiles
 
-inline dim at_most(dim n, dim bound) noexcept { return n < bound ? n : bound; }
-inline dim blocks(dim n, dim size) noexcept { return (n + size - 1) / size; }
-
 /// Rows of an expert, and the columns of a panel.
 struct tile {
   dim expert, row, rows, column, columns;

@@ -31,7 +31,8 @@ namespace detail {
 
 inline constexpr dim panel_rows = 32, tile_rows = 16, line_bytes = 64, tile_bytes = 1024;
 
-constexpr dim round_up(dim n, dim grain) noexcept { return (n + grain - 1) / grain * grain; }
+/// Panels of n weight rows.
+constexpr dim panels_of(dim n) noexcept { return blocks(n, panel_rows); }
 
 /// The largest magnitude of n floats, or NaN where one of them is not finite.
 inline float magnitude(const float* v, dim n) noexcept {
@@ -42,6 +43,13 @@ inline float magnitude(const float* v, dim n) noexcept {
     finite = finite && v[i] - v[i] == 0;
   }
   return finite ? largest : NAN;
+}
+
+/// What a row of that magnitude is multiplied by to become bytes of -127 .. 127: 0, where it holds zeros, numbers too small for
+/// such a factor, or one that is not finite.
+inline float to_bytes(float largest) noexcept {
+  const float per = 127 / largest;
+  return per - per == 0 ? per : 0;
 }
 
 /// Elements of T as they are, without scales.
@@ -84,10 +92,10 @@ struct packing<std::int8_t> : detail::plain_packing<std::int8_t> {
   static constexpr bool scaled = true;
 
   static void pack(const float* w, dim k, dim r, std::int8_t* panel, float* scale) noexcept {
-    const float largest = detail::magnitude(w, k), per = largest > 0 ? 127 / largest : 0;
+    const float largest = detail::magnitude(w, k), per = detail::to_bytes(largest);
     scale[r] = largest / 127;
     for (dim i = 0; i < detail::round_up(k, depth); ++i) {
-      const float q = i < k && per > 0 ? std::nearbyint(w[i] * per) : 0;
+      const float q = i < k && per != 0 ? std::nearbyint(w[i] * per) : 0;
       panel[place(r, i)] = static_cast<std::int8_t>(static_cast<std::uint8_t>(static_cast<int>(q) + 128));
     }
   }
@@ -153,7 +161,7 @@ struct packed_matrix {
   dim cols = 0;              ///< k of the unpacked matrix
 
   static constexpr dim panel_bytes(dim cols) noexcept {
-    return detail::round_up(cols, pack_rule::depth) / pack_rule::depth * pack_rule::step_bytes;
+    return detail::blocks(cols, pack_rule::depth) * pack_rule::step_bytes;
   }
   static packed_matrix make(const char* name, const char* scale_name, dim panels, dim cols, arena& mem) noexcept {
     packed_matrix m{mem.matrix<unit>(name, panels, panel_bytes(cols) / static_cast<dim>(sizeof(unit))), {}, cols};

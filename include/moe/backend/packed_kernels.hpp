@@ -26,8 +26,8 @@ struct prepared_rows {
   float* factors = nullptr;
   dim rows = 0, lines = 0, height = 1, factor_count = 0;
 
-  dim blocks() const noexcept { return (rows + height - 1) / height; }
-  dim height_of(dim block) const noexcept { return rows - block * height < height ? rows - block * height : height; }
+  dim blocks() const noexcept { return detail::blocks(rows, height); }
+  dim height_of(dim block) const noexcept { return detail::at_most(rows - block * height, height); }
   std::byte* block(dim b) const noexcept { return data + b * height * lines * detail::line_bytes; }
   std::byte* line(dim r, dim l) const noexcept {
     return block(r / height) + (l * height_of(r / height) + r % height) * detail::line_bytes;
@@ -85,10 +85,10 @@ void prepare_f32(const float* x, dim k, std::byte* to, dim stride, float*, bool)
 }
 template <int Build>
 void prepare_i8(const float* x, dim k, std::byte* to, dim stride, float* factors, bool sums_of_32) noexcept {
-  const float largest = moe::detail::magnitude(x, k), per = largest > 0 ? 127 / largest : 0;
+  const float largest = moe::detail::magnitude(x, k), per = moe::detail::to_bytes(largest);
   std::int32_t total = 0, part = 0;
   for (dim i = 0; i < moe::detail::round_up(k, sums_of_32 ? 128 : 64); ++i) {
-    const auto q = static_cast<std::int8_t>(i < k && per > 0 ? std::nearbyint(x[i] * per) : 0);
+    const auto q = static_cast<std::int8_t>(i < k && per != 0 ? std::nearbyint(x[i] * per) : 0);
     std::memcpy(to + i / 64 * stride + i % 64, &q, 1);
     total += q;
     part += q;

@@ -75,7 +75,7 @@ void gemm_nt(basic_scalar<Level>, gathered<float> a, matrix_view<const float> b,
 }
 /// The same for many rows, with weights that are packed on the way.
 template <int Level>
-void gemm_nt_packed(basic_scalar<Level>, gathered<float> a, const weight_rows& b, matrix_view<float> c) noexcept {
+void gemm_nt_packed(basic_scalar<Level>, gathered<float> a, matrix_view<const float> b, matrix_view<float> c) noexcept {
   detail::product_nt_packed<detail::lane_blocks<detail::plain_lanes<Level>>>(a, b, c);
 }
 /// c[m,n] += a[m,k] b[k,n]

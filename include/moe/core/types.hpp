@@ -16,6 +16,11 @@ using idx = std::int32_t;
 namespace detail {
 /// As a constant, since device code may not call what numeric_limits offers.
 inline constexpr float infinity = std::numeric_limits<float>::infinity();
+
+constexpr dim at_most(dim n, dim bound) noexcept { return n < bound ? n : bound; }
+/// Blocks of `size` that hold n, and the size of all of them.
+constexpr dim blocks(dim n, dim size) noexcept { return (n + size - 1) / size; }
+constexpr dim round_up(dim n, dim size) noexcept { return blocks(n, size) * size; }
 }  // namespace detail
 
 /// Sizes of a layer. `tokens` is the bound or, inside a call, the number at hand.

@@ -23,6 +23,7 @@ namespace moe {
 /// weights  gate_up, down and biases       saves  nothing
 /// errors   shape_error when f is not positive or a tensor does not fit
 /// An inference-only policy: it has no backward.
+/// A scale for each row of both operands: Dettmers et al. 2022 (LLM.int8()), arXiv:2208.07339
 template <class T, class Form = glu<silu>, bool Biased = false, class Token = float>
 struct packed_ffn_expert {
   static constexpr dim together = Form::gated ? 2 : 1;
@@ -45,8 +46,8 @@ struct packed_ffn_expert {
                         ", expected at most 65536");
   }
   void check(const weights& w, shape s) const {
-    check_matrix(w.gate_up, s.experts * panels(s.f) * together, s.d, "packed_ffn_expert: gate_up");
-    check_matrix(w.down, s.experts * panels(s.d), s.f, "packed_ffn_expert: down");
+    check_matrix(w.gate_up, s.experts * detail::panels_of(s.f) * together, s.d, "packed_ffn_expert: gate_up");
+    check_matrix(w.down, s.experts * detail::panels_of(s.d), s.f, "packed_ffn_expert: down");
     if constexpr (Biased) {
       expect(static_cast<dim>(w.gate_up_bias.size()), w.gate_up.panels.rows * detail::panel_rows,
              "packed_ffn_expert: gate_up_bias", "values", "32 a panel");
@@ -56,8 +57,8 @@ struct packed_ffn_expert {
   }
   weights make_weights(shape s, arena& mem) const noexcept {
     weights w;
-    w.gate_up = packed_matrix<T>::make("gate_up", "gate_up_scale", s.experts * panels(s.f) * together, s.d, mem);
-    w.down = packed_matrix<T>::make("down", "down_scale", s.experts * panels(s.d), s.f, mem);
+    w.gate_up = packed_matrix<T>::make("gate_up", "gate_up_scale", s.experts * detail::panels_of(s.f) * together, s.d, mem);
+    w.down = packed_matrix<T>::make("down", "down_scale", s.experts * detail::panels_of(s.d), s.f, mem);
     if constexpr (Biased) {
       w.gate_up_bias = mem.vector<float>("gate_up_bias", w.gate_up.panels.rows * detail::panel_rows, initial::zeros);
       w.down_bias = mem.vector<float>("down_bias", w.down.panels.rows * detail::panel_rows, initial::zeros);
@@ -78,14 +79,14 @@ struct packed_ffn_expert {
     using source = basic_ffn_expert<Form, Layout, Biased>;
     const matrix_stack<const float> up = source::up_of(from, s.f), down = stack<const float>(from.down, s.d);
     for (dim e = 0; e < s.experts; ++e) {
-      const dim first = e * panels(s.f) * together;
+      const dim first = e * detail::panels_of(s.f) * together;
       if constexpr (Form::gated) pack_panels(source::gate_of(from, s.f)[e], to.gate_up, first, together);
       pack_panels(up[e], to.gate_up, first + together - 1, together);
-      pack_panels(down[e], to.down, e * panels(s.d), 1);
+      pack_panels(down[e], to.down, e * detail::panels_of(s.d), 1);
       if constexpr (Biased) {
         if constexpr (Form::gated) pack_bias(source::gate_bias_of(from, s.f)[e], to.gate_up_bias, first, together);
         pack_bias(source::up_bias_of(from, s.f)[e], to.gate_up_bias, first + together - 1, together);
-        pack_bias(stack<const float>(from.down_bias, s.d)[e], to.down_bias, e * panels(s.d), 1);
+        pack_bias(stack<const float>(from.down_bias, s.d)[e], to.down_bias, e * detail::panels_of(s.d), 1);
       }
     }
   }
@@ -105,7 +106,6 @@ struct packed_ffn_expert {
   }
 
  private:
-  static dim panels(dim n) noexcept { return (n + detail::panel_rows - 1) / detail::panel_rows; }
   static void check_matrix(const packed_matrix<T>& m, dim rows, dim cols, const char* what) {
     expect(m.panels, rows, packed_matrix<T>::panel_bytes(cols) / dim{sizeof(typename packing<T>::unit)}, what,
            "panels x elements of one");
@@ -115,7 +115,7 @@ struct packed_ffn_expert {
   }
   static void pack_panels(matrix_view<const float> w, packed_matrix<T>& to, dim first, dim step) {
     for (dim r = 0; r < w.rows; r += detail::panel_rows, first += step)
-      to.pack(first, w.slice(r, w.rows - r < detail::panel_rows ? w.rows - r : detail::panel_rows));
+      to.pack(first, w.slice(r, detail::at_most(w.rows - r, detail::panel_rows)));
   }
   static void pack_bias(matrix_view<const float> bias, std::span<float> to, dim first, dim step) noexcept {
     for (dim r = 0; r < bias.rows; ++r)

@@ -7,8 +7,6 @@
 
 #if defined(MOE_X86)
 
-#include <immintrin.h>
-
 namespace moe::arch::detail {
 
 /// As lane_blocks.

@@ -22,7 +22,7 @@ struct compiled : scalar {
 };
 
 void gemm_nt(compiled, gathered<float> a, matrix_view<const float> b, matrix_view<float> c) noexcept;
-void gemm_nt_packed(compiled, gathered<float> a, const weight_rows& b, matrix_view<float> c) noexcept;
+void gemm_nt_packed(compiled, gathered<float> a, matrix_view<const float> b, matrix_view<float> c) noexcept;
 void gemm_nn(compiled, gathered<float> a, matrix_view<const float> b, matrix_view<float> c) noexcept;
 void gemm_tn(compiled, gathered<float> a, gathered<float> b, dim depth, matrix_view<float> c) noexcept;
 void axpy(compiled, float w, const float* x, float* y, dim n) noexcept;
@@ -55,7 +55,7 @@ using native = compiled;
 #if defined(MOE_DEFINE_KERNELS)
 
 void gemm_nt(compiled, gathered<float> a, matrix_view<const float> b, matrix_view<float> c) noexcept { gemm_nt(native{}, a, b, c); }
-void gemm_nt_packed(compiled, gathered<float> a, const weight_rows& b, matrix_view<float> c) noexcept { gemm_nt_packed(native{}, a, b, c); }
+void gemm_nt_packed(compiled, gathered<float> a, matrix_view<const float> b, matrix_view<float> c) noexcept { gemm_nt_packed(native{}, a, b, c); }
 void gemm_nn(compiled, gathered<float> a, matrix_view<const float> b, matrix_view<float> c) noexcept { gemm_nn(native{}, a, b, c); }
 void gemm_tn(compiled, gathered<float> a, gathered<float> b, dim depth, matrix_view<float> c) noexcept { gemm_tn(native{}, a, b, depth, c); }
 void axpy(compiled, float w, const float* x, float* y, dim n) noexcept { axpy(native{}, w, x, y, n); }

@@ -23,7 +23,7 @@ namespace detail {
 /// What a level computes products and rows with.
 struct float_kernels {
   void (*gemm_nt)(gathered<float>, matrix_view<const float>, matrix_view<float>) noexcept;
-  void (*gemm_nt_packed)(gathered<float>, const weight_rows&, matrix_view<float>) noexcept;
+  void (*gemm_nt_packed)(gathered<float>, matrix_view<const float>, matrix_view<float>) noexcept;
   void (*gemm_nn)(gathered<float>, matrix_view<const float>, matrix_view<float>) noexcept;
   void (*gemm_tn)(gathered<float>, gathered<float>, dim, matrix_view<float>) noexcept;
   void (*axpy)(float, const float*, float*, dim) noexcept;
@@ -50,7 +50,7 @@ void gemm_nt(basic_dynamic<Build>, gathered<float> a, matrix_view<const float> b
   detail::float_kernels_in_use<Build>().gemm_nt(a, b, c);
 }
 template <int Build>
-void gemm_nt_packed(basic_dynamic<Build>, gathered<float> a, const weight_rows& b, matrix_view<float> c) noexcept {
+void gemm_nt_packed(basic_dynamic<Build>, gathered<float> a, matrix_view<const float> b, matrix_view<float> c) noexcept {
   detail::float_kernels_in_use<Build>().gemm_nt_packed(a, b, c);
 }
 template <int Build>

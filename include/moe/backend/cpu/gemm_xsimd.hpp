@@ -16,7 +16,7 @@ void gemm_nt(simd<Set>, gathered<float> a, matrix_view<const float> b, matrix_vi
 }
 /// The same for many rows, with weights that are packed on the way.
 template <class Set>
-void gemm_nt_packed(simd<Set>, gathered<float> a, const weight_rows& b, matrix_view<float> c) noexcept {
+void gemm_nt_packed(simd<Set>, gathered<float> a, matrix_view<const float> b, matrix_view<float> c) noexcept {
   detail::product_nt_packed<typename detail::simd_blocks<Set>::type>(a, b, c);
 }
 /// c[m,n] += a[m,k] b[k,n]

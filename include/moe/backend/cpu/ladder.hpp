@@ -6,9 +6,26 @@
 
 #include "moe/backend/scalar.hpp"
 
+#if defined(MOE_X86)
+
+// GCC 12 takes the registers that its AVX-512 intrinsics leave undefined for a mistake of whoever calls them.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#include <immintrin.h>
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
+
 /// The features of a level, for MOE_TARGET.
 #define MOE_AVX2 "avx2,fma,f16c"
-#define MOE_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
+#define MOE_AVX512 "avx512f,avx512bw,avx512dq,avx512vl," MOE_AVX2
+#define MOE_AVX512_VNNI MOE_AVX512 ",avx512vnni"
+#define MOE_AMX "amx-tile,amx-bf16,amx-int8"
+
+#endif
 
 namespace moe::arch {
 

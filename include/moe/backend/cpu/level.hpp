@@ -138,8 +138,8 @@ inline cpu_level_report report_cpu_level() noexcept {
   return {cpu_level_in_use(), detail::this_machine().level, detail::current_level().why.load(std::memory_order_relaxed)};
 }
 
-/// Throws level_error where MOE_CPU_LEVEL names no level, or one that this machine lacks. Called wherever a backend that
-/// chooses at run time is made and weights are packed; until it has been, such a value is as if it were not set.
+/// Throws level_error where MOE_CPU_LEVEL names no level, or one that this machine lacks. Called wherever a
+/// cpu backend is made; until it has been, such a value is as if it were not set.
 inline void check_cpu_level() {
   if (const std::string_view wanted = detail::wanted_level(); !wanted.empty())
     detail::level_named(wanted, detail::this_machine().level, "MOE_CPU_LEVEL");

@@ -10,8 +10,6 @@
 
 #if defined(MOE_X86)
 
-#define MOE_AMX "amx-tile,amx-bf16,amx-int8"
-
 namespace moe::arch::detail {
 
 /// What the configuration instruction reads.
@@ -81,7 +79,7 @@ MOE_NO_INLINE void multiply_tiles(const tile_work& w) noexcept {
     Tiles::zero3();
   }
   const std::byte *a = w.upper, *b = w.lower, *q = w.weights, *ahead = w.ahead;
-  for (dim s = 0; s < w.steps; ++s, a += w.upper_step, b += w.lower_step, q += 2 * tile_bytes) {
+  for (dim s = 0; s < w.steps; ++s, a += w.upper_step, q += 2 * tile_bytes) {
     Tiles::load4(a, line_bytes);
     Tiles::load6(q, line_bytes);
     if constexpr (Bytes)
@@ -96,6 +94,7 @@ MOE_NO_INLINE void multiply_tiles(const tile_work& w) noexcept {
     for (dim l = 0; l < w.lines_ahead; ++l, ahead += line_bytes) moe::detail::prefetch(ahead);
     if (!two) continue;
     Tiles::load5(b, line_bytes);
+    b += w.lower_step;
     if constexpr (Bytes)
       Tiles::add_bytes2();
     else

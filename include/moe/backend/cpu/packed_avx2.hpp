@@ -8,8 +8,6 @@
 
 #if defined(MOE_X86)
 
-#include <immintrin.h>
-
 namespace moe::arch::detail {
 
 inline constexpr int rows_256 = 6;

@@ -8,10 +8,6 @@
 
 #if defined(MOE_X86)
 
-#include <immintrin.h>
-
-#define MOE_AVX512_VNNI MOE_AVX512 ",avx512vnni"
-
 namespace moe::arch::detail {
 
 #if defined(__GNUC__)
@@ -191,7 +187,7 @@ void prepare_i8_512(const float* x, dim k, std::byte* to, dim stride, float* fac
   float most;
   std::memcpy(&most, &bits, sizeof most);
   const bool finite = most - most == 0;
-  const __m512 per = _mm512_set1_ps(most > 0 && finite ? 127 / most : 0);
+  const __m512 per = _mm512_set1_ps(moe::detail::to_bytes(most));
   __m512i total = _mm512_setzero_si512();
   const dim end = moe::detail::round_up(k, sums_of_32 ? 128 : 64);
   for (dim i = 0; i < end; i += 32) {

@@ -108,7 +108,7 @@ MOE_NO_INLINE void widen_panel(const std::byte* panel, dim k, const float* row_s
                 upper = _mm512_set1_epi16(static_cast<short>(0xff00));
   for (int t = 0; t < 2; ++t) {
     const __m512 s = _mm512_loadu_ps(row_scale + 16 * t);
-    const __m512 per = _mm512_maskz_div_ps(_mm512_cmp_ps_mask(s, _mm512_setzero_ps(), _CMP_GT_OQ), _mm512_set1_ps(2048), s);
+    const __m512 per = _mm512_maskz_div_ps(_mm512_cmp_ps_mask(s, _mm512_set1_ps(1e-30f), _CMP_GT_OQ), _mm512_set1_ps(2048), s);
     for (dim b = 0; b < k / 128; ++b)
       for (int h = 0; h < 4; ++h) {  // 32 k each
         const std::byte* block = panel + b * rule::step_bytes;

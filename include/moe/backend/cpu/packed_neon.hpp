@@ -243,7 +243,7 @@ void prepare_i8_neon(const float* x, dim k, std::byte* to, dim stride, float* fa
   }
   const float most = __builtin_bit_cast(float, vmaxvq_u32(largest));
   const bool finite = most - most == 0;
-  const float per = most > 0 && finite ? 127 / most : 0;
+  const float per = moe::detail::to_bytes(most);
   std::int32_t total = 0;
   for (dim i = 0; i < moe::detail::round_up(k, sums_of_32 ? 128 : 64); i += 32) {
     const float* from = next_32(x, i, k, spare);
