@@ -1,0 +1,88 @@
+// SPDX-License-Identifier: Apache-2.0
+/// How many heads attention has, how they lie in memory, and where packed sequences begin.
+///
+/// Activations are token-major: q[T, h*d], k[T, h_kv*d], v[T, h_kv*dv], the heads of a token side by side. One head seen
+/// alone is a matrix [T, d] with the row stride of the whole; all of them are a `matrix_stack`. Query head a reads key head
+/// a / (h / h_kv).
+#pragma once
+
+#include <span>
+
+#include "moe/core/error.hpp"
+
+namespace moe {
+
+/// Sizes of grouped-query attention: h query heads of width d share h_kv keys of width d and values of width dv.
+struct attention_heads {
+  dim heads = 0;     ///< h
+  dim kv_heads = 0;  ///< h_kv, divides h
+  dim d = 0;         ///< width of a query and of a key
+  dim dv = 0;        ///< width of a value
+
+  /// Query heads that share a key head.
+  MOE_HD constexpr dim group() const noexcept { return heads / kv_heads; }
+  /// The key head that query head a reads.
+  MOE_HD constexpr dim key_head(dim a) const noexcept { return a / group(); }
+  MOE_HD constexpr dim query_cols() const noexcept { return heads * d; }
+  MOE_HD constexpr dim key_cols() const noexcept { return kv_heads * d; }
+  MOE_HD constexpr dim value_cols() const noexcept { return kv_heads * dv; }
+  MOE_HD constexpr dim output_cols() const noexcept { return heads * dv; }
+
+  void check(const char* what = "attention_heads") const {
+    const auto positive = [&](dim n, const char* name) {
+      if (n <= 0) throw shape_error(std::string(what) + ": " + name + " is " + std::to_string(n) + ", expected at least 1");
+    };
+    positive(heads, "heads");
+    positive(kv_heads, "kv_heads");
+    positive(d, "d");
+    positive(dv, "dv");
+    if (heads % kv_heads != 0)
+      throw shape_error(std::string(what) + ": heads is " + std::to_string(heads) + ", expected a multiple of " +
+                        std::to_string(kv_heads) + " (kv_heads)");
+  }
+};
+
+/// The heads of token-major rows: matrix [T, n*width] as n matrices [T, width].
+template <class T>
+MOE_HD constexpr matrix_stack<T> split_heads(matrix_view<T> rows, dim n) noexcept {
+  const dim width = n > 0 ? rows.cols / n : 0;
+  return {rows.columns(0, width), width};
+}
+
+/// Sequences packed one after the other: sequence s holds tokens offsets[s] .. offsets[s+1]. Positions, blocks, convolution
+/// and windows restart at each. Without offsets all tokens are one sequence.
+struct packed_sequences {
+  std::span<const idx> offsets;  ///< [S+1], ascending from 0 to T; or empty
+
+  /// Where the sequence of token t begins.
+  MOE_HD constexpr dim start(dim t) const noexcept { return offsets.empty() ? 0 : offsets[holder(t)]; }
+  /// Where it ends, of `tokens` in all.
+  MOE_HD constexpr dim end(dim t, dim tokens) const noexcept { return offsets.empty() ? tokens : offsets[holder(t) + 1]; }
+
+  void check(dim tokens, const char* what) const {
+    if (offsets.empty()) return;
+    const auto refuse = [&](const std::string& came) {
+      throw shape_error(std::string(what) + ": offsets " + came + ", expected to ascend from 0 to " + std::to_string(tokens) +
+                        " (T)");
+    };
+    if (offsets.size() == 1) refuse("hold one number");
+    if (offsets.front() != 0) refuse("start at " + std::to_string(offsets.front()));
+    for (std::size_t s = 1; s < offsets.size(); ++s)
+      if (offsets[s] < offsets[s - 1])
+        refuse("fall from " + std::to_string(offsets[s - 1]) + " to " + std::to_string(offsets[s]));
+    if (offsets.back() != tokens) refuse("end at " + std::to_string(offsets.back()));
+  }
+
+ private:
+  /// The last sequence that begins at or before t.
+  MOE_HD constexpr std::size_t holder(dim t) const noexcept {
+    std::size_t low = 0, high = offsets.size() - 1;
+    while (high - low > 1) {
+      const std::size_t middle = (low + high) / 2;
+      (offsets[middle] <= t ? low : high) = middle;
+    }
+    return low;
+  }
+};
+
+}  // namespace moe
