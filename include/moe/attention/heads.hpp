@@ -2,10 +2,11 @@
 /// How many heads attention has, how they lie in memory, and where packed sequences begin.
 ///
 /// Activations are token-major: q[T, h*d], k[T, h_kv*d], v[T, h_kv*dv], the heads of a token side by side. One head seen
-/// alone is a matrix [T, d] with the row stride of the whole; all of them are a `matrix_stack`. Query head a reads key head
-/// a / (h / h_kv).
+/// alone is a matrix [T, d] with the row stride of the whole; all of them are a `matrix_stack`, or `grouped_heads` where
+/// other columns lie between the groups. Query head a reads key head a / (h / h_kv).
 #pragma once
 
+#include <concepts>
 #include <span>
 
 #include "moe/core/error.hpp"
@@ -49,21 +50,60 @@ MOE_HD constexpr matrix_stack<T> split_heads(matrix_view<T> rows, dim n) noexcep
   return {rows.columns(0, width), width};
 }
 
+/// Heads of which each run of `group` lies side by side: what a fused projection with gate columns in every group gives.
+template <class T>
+struct grouped_heads {
+  matrix_view<T> first;
+  dim group = 1, step = 0;  ///< heads of a group, and elements from one to the next
+  dim group_step = 0;       ///< elements from group to group
+
+  MOE_HD constexpr matrix_view<T> operator[](dim a) const noexcept {
+    return {first.data + a / group * group_step + a % group * step, first.rows, first.cols, first.ld};
+  }
+};
+
+/// What functions over heads take: x[a] is head a, a matrix with a row for each token.
+template <class X>
+concept HeadViews = requires(const X& x, dim a) {
+  { x[a].row(a) };
+  { x[a].cols } -> std::convertible_to<dim>;
+};
+
 /// Sequences packed one after the other: sequence s holds tokens offsets[s] .. offsets[s+1]. Positions, blocks, convolution
-/// and windows restart at each. Without offsets all tokens are one sequence.
+/// and windows restart at each. Without offsets all tokens are one sequence. Of a sequence that goes on, `past` tokens came
+/// before: a step of decoding S sequences has offsets 0 .. S and the lengths of their caches as `past`.
 struct packed_sequences {
   std::span<const idx> offsets;  ///< [S+1], ascending from 0 to T; or empty
+  std::span<const idx> past;     ///< [S]; empty: none
 
-  /// Where the sequence of token t begins.
-  MOE_HD constexpr dim start(dim t) const noexcept { return offsets.empty() ? 0 : offsets[holder(t)]; }
-  /// Where it ends, of `tokens` in all.
-  MOE_HD constexpr dim end(dim t, dim tokens) const noexcept { return offsets.empty() ? tokens : offsets[holder(t) + 1]; }
+  MOE_HD constexpr dim count() const noexcept { return offsets.empty() ? 1 : static_cast<dim>(offsets.size()) - 1; }
+  /// The sequence that holds token t: the last that begins at or before it.
+  MOE_HD constexpr dim sequence(dim t) const noexcept {
+    std::size_t low = 0, high = offsets.empty() ? 1 : offsets.size() - 1;
+    while (high - low > 1) {
+      const std::size_t middle = (low + high) / 2;
+      (offsets[middle] <= t ? low : high) = middle;
+    }
+    return static_cast<dim>(low);
+  }
+  MOE_HD constexpr dim first(dim s) const noexcept { return offsets.empty() ? 0 : offsets[static_cast<std::size_t>(s)]; }
+  /// One beyond the last token of sequence s, of `tokens` in all.
+  MOE_HD constexpr dim last(dim s, dim tokens) const noexcept {
+    return offsets.empty() ? tokens : offsets[static_cast<std::size_t>(s) + 1];
+  }
+  /// Of token t in its sequence, the past included.
+  MOE_HD constexpr dim position(dim t) const noexcept {
+    const dim s = sequence(t);
+    return t - first(s) + (past.empty() ? 0 : past[static_cast<std::size_t>(s)]);
+  }
 
   void check(dim tokens, const char* what) const {
+    if (!past.empty())
+      expect(static_cast<dim>(past.size()), count(), (std::string(what) + ": past").c_str(), "lengths", "S");
     if (offsets.empty()) return;
     const auto refuse = [&](const std::string& came) {
-      throw shape_error(std::string(what) + ": offsets " + came + ", expected to ascend from 0 to " + std::to_string(tokens) +
-                        " (T)");
+      throw shape_error(std::string(what) + ": offsets " + came + ", expected to ascend from 0 to " +
+                        std::to_string(tokens) + " (T)");
     };
     if (offsets.size() == 1) refuse("hold one number");
     if (offsets.front() != 0) refuse("start at " + std::to_string(offsets.front()));
@@ -71,17 +111,6 @@ struct packed_sequences {
       if (offsets[s] < offsets[s - 1])
         refuse("fall from " + std::to_string(offsets[s - 1]) + " to " + std::to_string(offsets[s]));
     if (offsets.back() != tokens) refuse("end at " + std::to_string(offsets.back()));
-  }
-
- private:
-  /// The last sequence that begins at or before t.
-  MOE_HD constexpr std::size_t holder(dim t) const noexcept {
-    std::size_t low = 0, high = offsets.size() - 1;
-    while (high - low > 1) {
-      const std::size_t middle = (low + high) / 2;
-      (offsets[middle] <= t ? low : high) = middle;
-    }
-    return low;
   }
 };
 
