@@ -12,7 +12,7 @@
 
 #include "cross_entropy.hpp"
 #include "moe/layer.hpp"
-#include "rms_norm.hpp"
+#include "moe/norm/rms_norm.hpp"
 #include "window_embedding.hpp"
 
 namespace demo {
@@ -29,7 +29,7 @@ class language_model {
   template <class Part>
   struct parameters {
     window_embedding::weights embedding;
-    std::vector<rms_norm::weights> norms;  ///< [blocks+1]
+    std::vector<moe::rms_norm::weights> norms;  ///< [blocks+1]
     std::vector<Part> blocks;
     moe::matrix_view<float> head;  ///< [256,d]
   };
@@ -40,7 +40,7 @@ class language_model {
     windows in;
     window_embedding::context embedding;
     std::vector<moe::matrix_view<float>> h, normed;  ///< [blocks+1] of [T,d]
-    std::vector<rms_norm::context> norms;
+    std::vector<moe::rms_norm::context> norms;
     std::vector<typename Block::context> blocks;
     moe::matrix_view<float> logits;  ///< [T,256]; backward turns them into their gradient
     std::span<float> bits;           ///< [T] loss of each token
@@ -78,8 +78,12 @@ class language_model {
   std::size_t weight_bytes() const { return bytes_of([&](moe::arena& mem) { (void)make_weights(mem); }); }
   std::size_t work_bytes(moe::dim T) const {
     const std::vector<moe::idx> none(static_cast<std::size_t>(T));
-    return bytes_of([&](moe::arena& mem) { (void)make_context({{}, none}, mem); }) + block_.scratch_bytes(T) +
-           2 * static_cast<std::size_t>((T + 64) * width()) * sizeof(float) + 4096;
+    return bytes_of([&](moe::arena& mem) {
+             (void)make_context({{}, none}, mem);
+             (void)mem.matrix<float>("dh", T, width()), (void)mem.matrix<float>("dn", T, width());
+             (void)norm_.make_backward_scratch(T, width(), mem);
+           }) +
+           block_.scratch_bytes(T);
   }
   std::vector<moe::slot> catalogue() const {
     std::vector<moe::slot> list;
@@ -157,7 +161,7 @@ class language_model {
 
   std::size_t count_;
   window_embedding embedding_;
-  rms_norm norm_{};
+  moe::rms_norm norm_{};
   Block block_;
 };
 

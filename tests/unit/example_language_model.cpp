@@ -131,37 +131,6 @@ TEST_SUITE("examples/language_model") {
     CHECK(by_weights == doctest::Approx(2 * dot(dy, y)).epsilon(1e-4));
   }
 
-  TEST_CASE("gradients of the norm match finite differences of its formula") {
-    constexpr dim T = 3, d = 5;
-    auto x = numbers(T * d, 2), gain = numbers(d, 3), dy = numbers(T * d, 4);
-    std::vector<float> y(T * d), dx(T * d), dgain(d), inverse(T);
-    const auto f = [&](const std::vector<double>& v) {  // <dy, norm(v)>, v = x then gain
-      double sum = 0;
-      for (std::size_t t = 0; t < T; ++t) {
-        double square = 0;
-        for (std::size_t j = 0; j < d; ++j) square += v[t * d + j] * v[t * d + j];
-        for (std::size_t j = 0; j < d; ++j)
-          sum += double{dy[t * d + j]} * v[T * d + j] * v[t * d + j] / std::sqrt(square / d + double{demo::rms_norm::epsilon});
-      }
-      return sum;
-    };
-    moe::arena none;
-    const moe::scalar<> backend;
-    const moe::call<moe::scalar<>> on{backend, none, {}};
-    demo::rms_norm::weights w{gain}, dw{dgain};
-    demo::rms_norm::context ctx{inverse};
-    demo::rms_norm{}.forward(on, w, matrix(x, T), matrix(y, T), ctx);
-    demo::rms_norm{}.backward(on, w, matrix(x, T), ctx, matrix(dy, T), matrix(dx, T), dw);
-
-    std::vector<double> v(x.begin(), x.end());
-    v.insert(v.end(), gain.begin(), gain.end());
-    double value = 0;
-    for (std::size_t i = 0; i < T * d; ++i) value += double{dy[i]} * double{y[i]};
-    CHECK(value == doctest::Approx(f(v)).epsilon(1e-5));
-    for (std::size_t i = 0; i < T * d; ++i) CHECK(std::fabs(double{dx[i]} - slope(v, i, f)) < 1e-4);
-    for (std::size_t j = 0; j < d; ++j) CHECK(std::fabs(double{dgain[j]} - slope(v, T * d + j, f)) < 1e-4);
-  }
-
   TEST_CASE("cross-entropy is in bits per byte and its gradient, in nats, matches finite differences") {
     constexpr dim T = 2;
     auto logits = numbers(T * 256, 5);
