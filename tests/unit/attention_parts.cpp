@@ -47,12 +47,13 @@ dim place(const std::vector<idx>& offsets, dim t) {
 }
 
 // Rotation as a product of complex numbers.
-reference::vec rotate(reference::vec x, dim T, dim heads, dim d, dim R, double base, bool half, const std::vector<idx>& offsets,
-                      dim shift) {
+reference::vec rotate(reference::vec x, dim T, dim heads, dim d, dim R, double base, bool half,
+                      const std::vector<idx>& offsets, dim shift) {
   for (dim t = 0; t < T; ++t)
     for (dim a = 0; a < heads; ++a)
       for (dim i = 0; i < R / 2; ++i) {
-        const double angle = static_cast<double>(place(offsets, t) + shift) * std::pow(base, -2.0 * static_cast<double>(i) / static_cast<double>(R));
+        const double angle = static_cast<double>(place(offsets, t) + shift) *
+                             std::pow(base, -2.0 * static_cast<double>(i) / static_cast<double>(R));
         const dim row = (t * heads + a) * d;
         double& p = x[static_cast<std::size_t>(row + (half ? i : 2 * i))];
         double& q = x[static_cast<std::size_t>(row + (half ? i + R / 2 : 2 * i + 1))];
@@ -69,7 +70,8 @@ reference::vec normalise(const reference::vec& x, const reference::vec& weight, 
   for (std::size_t r = 0; r < x.size() / d; ++r) {
     double square = 0;
     for (std::size_t j = 0; j < d; ++j) square += x[r * d + j] * x[r * d + j];
-    for (std::size_t j = 0; j < d; ++j) y[r * d + j] = weight[j] * x[r * d + j] / std::sqrt(square / static_cast<double>(d) + epsilon);
+    for (std::size_t j = 0; j < d; ++j)
+      y[r * d + j] = weight[j] * x[r * d + j] / std::sqrt(square / static_cast<double>(d) + epsilon);
   }
   return y;
 }
@@ -92,7 +94,9 @@ reference::vec convolve(const reference::vec& k, const reference::vec& w, dim W,
 
 TEST_SUITE("attention/heads") {
   TEST_CASE("sizes that cannot be heads are refused with their name") {
-    const auto refused = [](moe::attention_heads h, const char* why) { CHECK_THROWS_WITH_AS(h.check(), why, moe::shape_error); };
+    const auto refused = [](moe::attention_heads h, const char* why) {
+      CHECK_THROWS_WITH_AS(h.check(), why, moe::shape_error);
+    };
     refused({6, 4, 8, 8}, "attention_heads: heads is 6, expected a multiple of 4 (kv_heads)");
     refused({0, 1, 8, 8}, "attention_heads: heads is 0, expected at least 1");
     refused({4, -1, 8, 8}, "attention_heads: kv_heads is -1, expected at least 1");
@@ -134,7 +138,8 @@ TEST_SUITE("attention/heads") {
     refused({0, 4}, "x: offsets end at 4, expected to ascend from 0 to 5 (T)");
     refused({0}, "x: offsets hold one number, expected to ascend from 0 to 5 (T)");
     const std::vector<idx> past{1, 2}, offsets{0, 5};
-    CHECK_THROWS_WITH_AS((packed_sequences{offsets, past}.check(5, "x")), "x: past has 2 lengths, expected 1 (S)", moe::shape_error);
+    CHECK_THROWS_WITH_AS((packed_sequences{offsets, past}.check(5, "x")), "x: past has 2 lengths, expected 1 (S)",
+                         moe::shape_error);
     CHECK_NOTHROW(packed_sequences{offsets, {}}.check(5, "x"));
   }
 }
@@ -151,7 +156,8 @@ TEST_SUITE("attention/rotary") {
         const auto table = rope.make_table(104, d, mem);
         const packed_sequences s{offsets, later ? std::span<const idx>(past) : std::span<const idx>()};
         std::vector<float> x = normals(T * heads * d, 1);
-        const auto expected = rotate(doubles(x), T, heads, d, width ? width : d, 50, std::is_same_v<Pairs, moe::half_split>, offsets, later ? 100 : 0);
+        const auto expected = rotate(doubles(x), T, heads, d, width ? width : d, 50, std::is_same_v<Pairs, moe::half_split>,
+                                     offsets, later ? 100 : 0);
         const std::vector<float> before = x;
         rope.check(d);
         rope.check(table, s, T);
@@ -190,7 +196,8 @@ TEST_SUITE("attention/rotary") {
     CHECK(x == rounded(y));
   }
   TEST_CASE("widths, bases and tables that do not fit are refused") {
-    CHECK_THROWS_WITH_AS(moe::rotary<>{.width = 12}.check(8), "rotary: width is 12, expected at most 8 (d)", moe::shape_error);
+    CHECK_THROWS_WITH_AS(moe::rotary<>{.width = 12}.check(8), "rotary: width is 12, expected at most 8 (d)",
+                         moe::shape_error);
     CHECK_THROWS_WITH_AS(moe::rotary<>{}.check(7), "rotary: width is 7, expected an even number", moe::shape_error);
     CHECK_THROWS_AS(moe::rotary<>{.base = 0}.check(8), moe::shape_error);
     CHECK_THROWS_AS(moe::rotary<>{.width = -2}.check(8), moe::shape_error);
@@ -234,7 +241,8 @@ TEST_SUITE("norm/rms_norm") {
     moe::rms_norm::weights w{weight}, dw{dweight};
     moe::rms_norm::context ctx{matrix(inverse, T)};
     norm.forward(on(), w, moe::split_heads(matrix(x, T), heads), heads, moe::split_heads(matrix(y, T), heads), ctx);
-    norm.backward_in_place(on(), w, moe::split_heads(matrix(x, T), heads), heads, ctx, moe::split_heads(matrix(dx, T), heads), dw);
+    norm.backward_in_place(on(), w, moe::split_heads(matrix(x, T), heads), heads, ctx,
+                           moe::split_heads(matrix(dx, T), heads), dw);
     reference::vec vx = doubles(x), vw = doubles(weight);
     const double epsilon = 0.1f;
     const auto loss = [&] { return inner(normalise(vx, vw, epsilon), dy); };
@@ -285,7 +293,8 @@ TEST_SUITE("norm/rms_norm") {
     moe::rms_norm{}.backward(moe::call<backend>{b, scratch, {}}, w, matrix(x, 300), ctx, matrix(x, 300), {}, dw);
     CHECK(scratch.peak() <= count.peak());
     CHECK(dweight[39] == 300);
-    CHECK_THROWS_WITH_AS(moe::rms_norm{}.check(w, 41), "rms_norm: weight has 40 elements, expected 41 (d)", moe::shape_error);
+    CHECK_THROWS_WITH_AS(moe::rms_norm{}.check(w, 41), "rms_norm: weight has 40 elements, expected 41 (d)",
+                         moe::shape_error);
   }
 }
 
@@ -374,10 +383,12 @@ TEST_SUITE("attention/key_convolution") {
     std::vector<float> k = normals(T * c, 1), dk(T * c), weight(3 * c), dweight(3 * c);
     moe::key_convolution<3>::weights w{matrix(weight, 3)}, dw{matrix(dweight, 3)};
     const backend b{};
-    moe::key_convolution<3>{}.backward(moe::call<backend>{b, scratch, {}}, w, matrix(k, T), {}, matrix(k, T), matrix(dk, T), dw);
+    moe::key_convolution<3>{}.backward(moe::call<backend>{b, scratch, {}}, w, matrix(k, T), {}, matrix(k, T), matrix(dk, T),
+                                       dw);
     CHECK(scratch.peak() <= count.peak());
     CHECK(dk == k);  // w = 0: the slope of silu meets no weight
     CHECK(dweight[0] > 0);
-    CHECK_THROWS_WITH_AS(moe::key_convolution<3>{}.check(w, 9), "key_convolution: w is 3 x 8, expected 3 x 9 (W x h_kv*d)", moe::shape_error);
+    CHECK_THROWS_WITH_AS(moe::key_convolution<3>{}.check(w, 9), "key_convolution: w is 3 x 8, expected 3 x 9 (W x h_kv*d)",
+                         moe::shape_error);
   }
 }

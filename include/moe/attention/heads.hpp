@@ -69,6 +69,23 @@ concept HeadViews = requires(const X& x, dim a) {
   { x[a].cols } -> std::convertible_to<dim>;
 };
 
+namespace detail {
+
+/// f(0) + f(1) + ... + f(d-1), in eight sums that a vector adds side by side.
+template <class F>
+MOE_HD float sum_of(dim d, F f) noexcept {
+  float s[8] = {};
+  dim j = 0;
+  for (; j + 8 <= d; j += 8) {
+    MOE_UNROLL
+    for (int l = 0; l < 8; ++l) s[l] += f(j + l);
+  }
+  for (; j < d; ++j) s[j % 8] += f(j);
+  return ((s[0] + s[4]) + (s[1] + s[5])) + ((s[2] + s[6]) + (s[3] + s[7]));
+}
+
+}  // namespace detail
+
 /// Sequences packed one after the other: sequence s holds tokens offsets[s] .. offsets[s+1]. Positions, blocks, convolution
 /// and windows restart at each. Without offsets all tokens are one sequence. Of a sequence that goes on, `past` tokens came
 /// before: a step of decoding S sequences has offsets 0 .. S and the lengths of their caches as `past`.

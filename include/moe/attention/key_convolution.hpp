@@ -19,12 +19,18 @@ namespace moe {
 template <int W>
   requires(W >= 2)
 struct key_convolution {
-  struct weights { matrix_view<float> w; };
+  struct weights {
+    matrix_view<float> w;
+  };
   using weights_grad = weights;
   /// The last W-1 keys of each sequence before the convolution, the oldest first: [S*(W-1), c].
   template <class T>
-  struct tail { matrix_view<T> k; };
-  struct backward_scratch { matrix_view<float> u, sum; };
+  struct tail {
+    matrix_view<T> k;
+  };
+  struct backward_scratch {
+    matrix_view<float> u, sum;
+  };
 
   static constexpr int length = W;
 

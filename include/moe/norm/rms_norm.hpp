@@ -17,10 +17,16 @@ namespace moe {
 /// x and dy are floats or halves; y may be x where no backward follows. In the backward of heads, dx replaces dy.
 /// Zhang and Sennrich 2019, arXiv:1910.07467
 struct rms_norm {
-  struct weights { std::span<float> weight; };
+  struct weights {
+    std::span<float> weight;
+  };
   using weights_grad = weights;
-  struct context { matrix_view<float> inverse; };
-  struct backward_scratch { matrix_view<float> sum; };
+  struct context {
+    matrix_view<float> inverse;
+  };
+  struct backward_scratch {
+    matrix_view<float> sum;
+  };
 
   float epsilon = 1e-6f;
 
@@ -83,7 +89,7 @@ struct rms_norm {
         const auto in = x[a];
         const auto* from = in.row(t);
         auto* to = y[a].row(t);
-        const float square = sum_of(in.cols, [from](dim j) {
+        const float square = detail::sum_of(in.cols, [from](dim j) {
           const float v = static_cast<float>(from[j]);
           return v * v;
         });
@@ -108,7 +114,7 @@ struct rms_norm {
         const auto* grad = dy[a].row(t);
         auto* to = dx[a].row(t);
         const float *scale = weight, by = inverse(t, a);
-        const float inner = sum_of(in.cols, [scale, grad, from](dim j) {
+        const float inner = detail::sum_of(in.cols, [scale, grad, from](dim j) {
           return scale[j] * static_cast<float>(grad[j]) * static_cast<float>(from[j]);
         });
         const float along = inner * by * by / static_cast<float>(in.cols);
@@ -143,18 +149,6 @@ struct rms_norm {
   template <class Y>
   using output = std::remove_cvref_t<decltype(std::declval<const Y&>()[0](0, 0))>;
 
-  /// f(0) + f(1) + ... + f(d-1), in eight sums that a vector adds side by side.
-  template <class F>
-  MOE_HD static float sum_of(dim d, F f) noexcept {
-    float s[8] = {};
-    dim j = 0;
-    for (; j + 8 <= d; j += 8) {
-      MOE_UNROLL
-      for (int l = 0; l < 8; ++l) s[l] += f(j + l);
-    }
-    for (; j < d; ++j) s[j % 8] += f(j);
-    return ((s[0] + s[4]) + (s[1] + s[5])) + ((s[2] + s[6]) + (s[3] + s[7]));
-  }
   template <class B, class X, class Y>
   void add_weight_gradient(const call<B>& on, const X& x, dim n, const context& ctx, const Y& dy,
                            weights_grad& dw) const noexcept {
