@@ -51,7 +51,12 @@ int run(const options& o) {
   const auto of = [&](int threads) -> const machine_limits& {
     return *std::find_if(limits.begin(), limits.end(), [&](const machine_limits& l) { return l.threads == threads; });
   };
-  for (const model_shape& s : o.shapes)
+  if (o.fixed) {
+    const row& r = rows.emplace_back(measure_static_layer(o.rounds));
+    out.add(r);
+    std::printf("%.0f ns a call, %.0f to read an expert's weights\n", 1e9 / r.tokens_per_s, 1e9 / r.roof_tokens_per_s);
+  }
+  for (const model_shape& s : o.fixed ? std::vector<model_shape>() : o.shapes)
     for (const weight_type& type : o.types)
       compete(s, type, o, of, [&](const row& r) {
         out.add(r);

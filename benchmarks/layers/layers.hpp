@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "support/contestant.hpp"
+#include "support/report.hpp"
 
 namespace bench {
 
@@ -14,6 +15,10 @@ std::vector<weight_type> library_types(bool backward);
 
 /// The library's layer at one of those types.
 std::unique_ptr<contestant> library_layer_of(const model_shape& s, std::string_view type, bool backward);
+
+/// The static layer of a control loop, one token a call, each on another expert than the call before. Its weights are more than
+/// the first cache holds: the roof is the time to read an expert's from the second.
+row measure_static_layer(int rounds);
 
 std::unique_ptr<contestant> make_f32(const model_shape& s, bool backward);
 std::unique_ptr<contestant> make_bf16(const model_shape& s, bool backward);

@@ -21,6 +21,8 @@ other implementations of them, all in turn in one process; prints medians.
                     is above 1: what the first would have above it goes to the others in proportion. A bias on the scores
                     makes it so; every peer gets the same scores. Default: 0
   --backward        a training step without its optimizer: forward, then all gradients
+  --static          instead of these: a static layer (d 32, f 64, E 4, k 1), the expert changing at every call, in nanoseconds;
+                    its roof is the time to read an expert's weights from the second cache
   --json FILE       writes every row as JSON, too
   --plot FOLDER     draws roofline.svg and ratios.svg
   --peers           also what benchmarks/peers can install and drive (slow the first time)
@@ -103,6 +105,7 @@ options parse(int argc, char** argv, const std::vector<weight_type>& types, int 
     const std::string_view flag = words[i];
     if (flag == "--help" || flag == "-h") o.help = true;
     else if (flag == "--backward") o.backward = true;
+    else if (flag == "--static") o.fixed = true;
     else if (flag == "--shape" || flag == "--tokens" || flag == "--type" || flag == "--threads" || flag == "--skew" ||
              flag == "--json" || flag == "--rounds" || flag == "--rotate") {
       if (i + 1 == words.size()) throw usage_error(std::string(flag) + " lacks its value");

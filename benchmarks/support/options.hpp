@@ -23,7 +23,7 @@ struct options {
   std::string json;         ///< empty: none
   double rotate = 1 << 30;  ///< bytes of other layers between two calls of one
   int rounds = 5;
-  bool backward = false, help = false;
+  bool backward = false, fixed = false, help = false;
 };
 
 /// `types` are those that this program knows how to run. Throws usage_error, which names the flag, what came and what was

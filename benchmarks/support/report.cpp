@@ -25,9 +25,9 @@ void write_limits(std::FILE* to, const machine_limits& l) {
 
 void write_row(std::FILE* to, const row& r) {
   std::fprintf(to,
-               "{\"case\": \"layer\", \"shape\": \"%s\", \"d\": %td, \"f\": %td, \"E\": %td, \"k\": %td, \"T\": %td, "
+               "{\"case\": \"%s\", \"shape\": \"%s\", \"d\": %td, \"f\": %td, \"E\": %td, \"k\": %td, \"T\": %td, "
                "\"type\": \"%s\", \"threads\": %d, \"skew\": %g, \"backward\": %s, ",
-               r.shape.name.c_str(), r.shape.d, r.shape.f, r.shape.experts, r.shape.k, r.tokens,
+               r.name, r.shape.name.c_str(), r.shape.d, r.shape.f, r.shape.experts, r.shape.k, r.tokens,
                std::string(r.type.name).c_str(), r.threads, r.skew, r.backward ? "true" : "false");
   std::fprintf(to,
                "\"tokens_per_s\": %.6g, \"flops_per_s\": %.6g, \"weight_bytes_per_s\": %.6g, \"roof_tokens_per_s\": %.6g, "
@@ -49,14 +49,14 @@ void table::limits(const machine_limits& l) const {
 }
 
 void table::heading() const {
-  std::printf("\n%-5s %-16s %4s %5s %-7s %3s %9s %8s %9s %6s %-7s", "case", "shape", "skew", "T", "type", "thr", "tokens/s",
+  std::printf("\n%-6s %-16s %4s %5s %-7s %3s %9s %8s %9s %6s %-7s", "case", "shape", "skew", "T", "type", "thr", "tokens/s",
               "Gflop/s", "roof", "share", "by");
   for (const std::string& p : peers_) std::printf(" %16s", p.c_str());
   std::printf("\n");
 }
 
 void table::add(const row& r) const {
-  std::printf("%-5s %-16s %4.3g %5td %-7s %3d %9s %8s %9s %5.1f%% %-7s", r.backward ? "train" : "layer", r.shape.name.c_str(),
+  std::printf("%-6s %-16s %4.3g %5td %-7s %3d %9s %8s %9s %5.1f%% %-7s", r.backward ? "train" : r.name, r.shape.name.c_str(),
               r.skew, r.tokens, std::string(r.type.name).c_str(), r.threads, brief(r.tokens_per_s).c_str(),
               brief(r.flops_per_s / 1e9).c_str(), brief(r.roof_tokens_per_s).c_str(), 100 * r.share(),
               r.memory_bound ? "memory" : "compute");

@@ -26,6 +26,7 @@ struct row {
   double tokens_per_s, flops_per_s, weight_bytes_per_s, roof_tokens_per_s;
   bool memory_bound, quiet;
   std::vector<peer_result> peers;
+  const char* name = "layer";  ///< its case
 
   double share() const { return tokens_per_s / roof_tokens_per_s; }
 };

@@ -82,6 +82,15 @@ TEST_SUITE("layer") {
   TEST_CASE("the scalar backend allocates nothing on one thread") {
     expect_no_allocation(layer<moe::scalar<moe::serial>>(shape));
   }
+  TEST_CASE("a static layer allocates nothing") {
+    static moe::static_layer<33, 70, 5, 2> net;
+    static decltype(net)::weights dw;
+    std::vector<float> x = testing::normals(33, 1), y(33), dx(33);
+    decltype(net)::context c;
+    net.forward(x.data(), y.data(), c);  // the level is found once in a process
+    CHECK(testing::allocations_of([&] { net.forward(x.data(), y.data(), c); }) == nothing_allocated);
+    CHECK(testing::allocations_of([&] { net.backward(x.data(), c, y.data(), dx.data(), dw); }) == nothing_allocated);
+  }
   TEST_CASE("the scalar backend allocates nothing with a thread pool") {
     const moe::thread_pool pool(3);
     using backend = moe::scalar<moe::pool_executor>;

@@ -66,6 +66,10 @@ def main():
     expect([row["backward"] for row in rows] == [True], f"rows are {rows}")
     check_row(rows[0])
 
+    static, table = rows_of(program, "--threads", "1", "--static")
+    expect([row["case"] for row in static] == ["static"] and ROW <= static[0].keys(), f"rows are {static}")
+    expect(" ns a call" in table, f"the table is\n{table}")
+
     for flags in (["--shape", "d=8,f=8,E=2,k=4"], ["--type", "f33"], ["--tokens", "0"], ["--skew", "x"], ["--threads"], ["--fast"]):
         ran = run(program, *flags)
         expect(ran.returncode == 2 and flags[0] in ran.stderr and "usage:" in ran.stderr, f"{flags} gave {ran}")

@@ -42,6 +42,24 @@
 #define MOE_NO_INLINE
 #endif
 
+/// A function that has no code of its own: it becomes a part of its callers, compiled for their processor. MOE_FLATTEN does
+/// the same to all that a function calls.
+#if defined(_MSC_VER)
+#define MOE_INLINE __forceinline
+#define MOE_FLATTEN
+#elif defined(__GNUC__)
+#define MOE_INLINE inline __attribute__((always_inline))
+#define MOE_FLATTEN __attribute__((flatten))
+#else
+#define MOE_INLINE inline
+#define MOE_FLATTEN
+#endif
+
+/// The compiler has vector types of its own, of any width.
+#if defined(__GNUC__) && !defined(__CUDACC__)
+#define MOE_VECTORS 1
+#endif
+
 /// A function for processors with the named features, whatever the compiler's flags; called only where they are. Its callees
 /// are intrinsics and other such functions: the attribute does not reach into lambdas. MSVC takes every intrinsic anywhere.
 #if (defined(__x86_64__) || defined(_M_X64)) && !defined(__CUDACC__)
@@ -51,6 +69,13 @@
 #define MOE_TARGET(features) __attribute__((target(features)))
 #else
 #define MOE_TARGET(features)
+#endif
+
+/// Clang halves vectors of 512 bits where the flags name a processor that would rather have it so; here they stay whole.
+#if defined(__clang__)
+#define MOE_WHOLE_VECTORS __attribute__((min_vector_width(512)))
+#else
+#define MOE_WHOLE_VECTORS
 #endif
 
 /// Checks an internal precondition in debug builds. Errors of a caller are exceptions instead (core/error.hpp).
@@ -71,7 +96,7 @@ inline void spin_pause() noexcept {
 }
 
 /// Floats that the compiler computes with side by side, as many as its flags make fast, and a number for those flags.
-#if defined(__GNUC__) && !defined(__CUDACC__)
+#if defined(MOE_VECTORS)
 #if defined(__AVX__)
 typedef float float_group __attribute__((vector_size(32)));
 #else

@@ -4,6 +4,7 @@
 /// on top of them.
 #pragma once
 
+#include "moe/backend/cpu/level.hpp"
 #include "moe/backend/scalar.hpp"
 
 #if defined(MOE_X86)
@@ -18,12 +19,6 @@
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic pop
 #endif
-
-/// The features of a level, for MOE_TARGET.
-#define MOE_AVX2 "avx2,fma,f16c"
-#define MOE_AVX512 "avx512f,avx512bw,avx512dq,avx512vl," MOE_AVX2
-#define MOE_AVX512_VNNI MOE_AVX512 ",avx512vnni"
-#define MOE_AMX "amx-tile,amx-bf16,amx-int8"
 
 #endif
 

@@ -12,6 +12,12 @@
 
 #include "moe/backend/cpu/probe.hpp"
 
+/// The features of a level, for MOE_TARGET.
+#define MOE_AVX2 "avx2,fma,f16c"
+#define MOE_AVX512 "avx512f,avx512bw,avx512dq,avx512vl," MOE_AVX2
+#define MOE_AVX512_VNNI MOE_AVX512 ",avx512vnni"
+#define MOE_AMX "amx-tile,amx-bf16,amx-int8"
+
 namespace moe {
 
 /// The rungs. On x86 each stands on the one before it; neon stands on scalar.
