@@ -141,6 +141,31 @@ TEST_SUITE("backend/cpu/dynamic") {
       }
     });
   }
+  TEST_CASE("every form activates and differentiates as on plain floats, at every level and for every tail length") {
+    const auto check = [](const auto& form) {
+      for (dim n = 1; n < 70; ++n) {
+        const auto gate = testing::normals(n, 1), up = testing::normals(n, 2), da = testing::normals(n, 3);
+        const auto run = [&](auto arch) {
+          const std::size_t size = static_cast<std::size_t>(n) + 1;  // one more, which stays as it was
+          std::vector<std::vector<float>> r{std::vector<float>(size, 5), da, std::vector<float>(size, 5), std::vector<float>(size, 5)};
+          moe::activate(arch, form, gate.data(), up.data(), r[0].data(), n);
+          const float share = moe::activate_backward(arch, form, 0.5f, gate.data(), up.data(), r[1].data(), r[2].data(), r[3].data(), n);
+          r.push_back({share / static_cast<float>(n)});
+          return r;
+        };
+        const auto got = run(dynamic{}), want = run(scalar{});
+        for (std::size_t i = 0; i < got.size(); ++i) CHECK(distance(got[i], want[i]) < 2e-6);
+      }
+    };
+    at_every_level([&] {
+      check(moe::plain<moe::relu>{});
+      check(moe::plain<moe::gelu>{});
+      check(moe::glu<moe::silu>{});
+      check(moe::glu<moe::gelu_tanh>{});
+      check(moe::gpt_oss_glu{});
+      check(moe::clamped<moe::glu<moe::silu>>{{}, 1.f});
+    });
+  }
 #if defined(__unix__)
   TEST_CASE("a backend cannot be made where MOE_CPU_LEVEL asks for what there is not") {
     const char* before = std::getenv("MOE_CPU_LEVEL");

@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <utility>
 
 #include "moe/core/view.hpp"
 
@@ -87,12 +88,10 @@ class lanes {
   }
   /// Of the lanes, pairs that are far from each other first.
   MOE_INLINE float sum() const noexcept {
-    float lane[N];
-    store(lane);
     if constexpr (N > 4)
-      return (half::load(lane) + half::load(lane + N / 2)).sum();
+      return halves(std::make_index_sequence<N / 2>{}).sum();
     else
-      return (lane[0] + lane[2]) + (lane[1] + lane[3]);
+      return (v_[0] + v_[2]) + (v_[1] + v_[3]);
   }
 
   /// e^x within two units in the last place; infinite from e^88.37, 0 below 2^-126. Cephes' expf.
@@ -132,6 +131,12 @@ class lanes {
  private:
   MOE_INLINE explicit lanes(const vector& v) noexcept : v_(v) {}
 
+  template <std::size_t... I>
+  MOE_INLINE half halves(std::index_sequence<I...>) const noexcept {
+    half r;
+    r.v_ = __builtin_shufflevector(v_, v_, static_cast<int>(I)...) + __builtin_shufflevector(v_, v_, static_cast<int>(I + N / 2)...);
+    return r;
+  }
   MOE_INLINE static lanes magnitude(const lanes& x) noexcept { return select(x < lanes(0), -x, x); }
   /// A polynomial, the highest power's coefficient first.
   template <class... C>
@@ -141,6 +146,8 @@ class lanes {
     return p;
   }
 
+  template <int, int>
+  friend class lanes;
   vector v_;
 };
 

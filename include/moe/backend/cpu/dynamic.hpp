@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 /// Float32 kernels at the level in use, whatever the compiler's flags: `cpu<arch::dynamic>`. Products and sums over rows go
-/// through a table; elementwise rules, which are the user's own code, run at the level of the build.
+/// through a table; elementwise rules, which may be the user's own code, are compiled once for each level.
 #pragma once
 
+#include "moe/backend/cpu/at_level.hpp"
 #include "moe/backend/cpu/blocks_avx2.hpp"
 #include "moe/backend/cpu/blocks_avx512.hpp"
 #include "moe/backend/cpu/compiled.hpp"
@@ -68,6 +69,18 @@ void axpy(basic_dynamic<Build>, float w, const float* x, float* y, dim n) noexce
 template <int Build>
 float dot(basic_dynamic<Build>, const float* x, const float* y, dim n) noexcept {
   return detail::float_kernels_in_use<Build>().dot(x, y, n);
+}
+/// f(j, lane) for j in 0 .. n in steps of the lane's width.
+template <int Build, class F>
+void for_each_lane(basic_dynamic<Build>, dim n, F f) noexcept {
+#if defined(MOE_VECTORS)
+  at_level_in_use<Build>([&](auto level) {
+    using V = typename decltype(level)::type;
+    for (dim j = 0; j < n; j += V::width) f(j, lanes_of_row<V>{n - j});
+  });
+#else
+  for_each_lane(native{}, n, f);
+#endif
 }
 
 }  // namespace moe::arch
