@@ -41,8 +41,15 @@ std::vector<machine_limits> measure_all_limits(std::vector<int> threads) {
 int run(const options& o) {
   moe::check_cpu_level();
   const moe::cpu_level_report level = moe::report_cpu_level();
+  const std::vector<listed_peer> listed = read_peer_list(o.peer_list, "layer");
   const std::vector<machine_limits> limits = measure_all_limits(o.threads);
-  const table out(o.backward ? std::vector<std::string>{} : peer_names());
+  std::vector<std::string> columns;
+  if (!o.backward) {
+    columns = peer_names();
+    for (const listed_peer& p : listed)
+      if (!p.command.empty()) columns.push_back(p.name);
+  }
+  const table out(columns);
   std::printf("level %s: %s\n", std::string(moe::name(level.level)).c_str(), level.why);
   for (const machine_limits& l : limits) out.limits(l);
   out.heading();
@@ -58,10 +65,11 @@ int run(const options& o) {
   }
   for (const model_shape& s : o.fixed ? std::vector<model_shape>() : o.shapes)
     for (const weight_type& type : o.types)
-      compete(s, type, o, of, [&](const row& r) {
+      compete(s, type, o, listed, of, [&](const row& r) {
         out.add(r);
         rows.push_back(r);
       });
+  out.footer(rows);
   judge_loop(rows);
 
   if (o.json.empty()) return 0;

@@ -9,6 +9,10 @@ class eigen_contestant final : public contestant {
  public:
   explicit eigen_contestant(const model_shape& s) : contestant("eigen"), loop_(s.experts, static_cast<int>(s.k)) {}
 
+  std::string version() const override {
+    return std::to_string(EIGEN_WORLD_VERSION) + "." + std::to_string(EIGEN_MAJOR_VERSION) + "." +
+           std::to_string(EIGEN_MINOR_VERSION);
+  }
   void prepare(std::span<const batch> batches, int) override { batches_ = batches; }
   void run(std::size_t i, matrix_view<float> y) override {
     const batch& b = batches_[i];

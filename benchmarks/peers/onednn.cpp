@@ -85,6 +85,10 @@ class onednn_loop final : public contestant {
   explicit onednn_loop(const model_shape& s)
       : contestant("onednn"), s_(s), stream_(engine_), up_(engine_, type, 2 * s.f, s.d), down_(engine_, type, s.d, s.f) {}
 
+  std::string version() const override {
+    const dnnl::version_t& v = *dnnl::version();
+    return std::to_string(v.major) + "." + std::to_string(v.minor) + "." + std::to_string(v.patch);
+  }
   void prepare(std::span<const batch> batches, int) override {
     batches_ = batches;
     up_.forget();

@@ -10,6 +10,7 @@
 #include "moe/core/arena.hpp"
 #include "moe/core/rng.hpp"
 #include "peers/peers.hpp"
+#include "peers/process_peer.hpp"
 #include "support/measure.hpp"
 #include "support/routing.hpp"
 
@@ -88,18 +89,24 @@ class collector : public benchmark::BenchmarkReporter {
 struct entrant {
   explicit entrant(std::unique_ptr<contestant> c) : who(std::move(c)) {}
   std::unique_ptr<contestant> who;
-  long calls = 1;          // in a turn
-  std::size_t next = 0;    // batch
-  bool agrees = true;
+  long calls = 1;        // in a turn
+  std::size_t next = 0;  // batch
+  std::string disagreement;
   std::vector<double> times;
+
+  std::string left_out() const { return who->failure().empty() ? disagreement : who->failure(); }
+  bool competes() const { return left_out().empty(); }
 };
 
 class contest {
  public:
-  contest(const model_shape& s, const weight_type& type, const options& o) : shape_(s), type_(type), options_(o) {
+  contest(const model_shape& s, const weight_type& type, const options& o, const std::vector<listed_peer>& listed)
+      : shape_(s), type_(type), options_(o) {
     entrants_.emplace_back(library_layer_of(s, type.name, o.backward));
-    if (!o.backward)
+    if (!o.backward) {
       for (auto& p : peers_of(s, type.name)) entrants_.emplace_back(std::move(p));
+      for (auto& p : process_peers(listed, s, type.name, o.rotate)) entrants_.emplace_back(std::move(p));
+    }
     build_layers();
   }
 
@@ -114,20 +121,15 @@ class contest {
   }
 
  private:
-  // Every entrant takes layers until `rotate` bytes of others lie between two uses of one.
   void build_layers() {
-    for (bool more = true; more;) {
+    const auto wants = [&](const entrant& e) { return e.competes() && e.who->wants_layers(options_.rotate); };
+    while (std::any_of(entrants_.begin(), entrants_.end(), wants)) {
       const auto w = std::make_shared<const owned_layer>(shape_, routers_.size());
       moe::buffer router(static_cast<std::size_t>(w->router.rows * w->router.cols) * sizeof(float));
       std::copy_n(w->router.data, w->router.rows * w->router.cols, router.as<float>().data());
       routers_.push_back(std::move(router));
-      more = false;
-      for (entrant& e : entrants_) {
-        const double bytes = e.who->bytes(), one = e.who->layers() == 0 ? 0 : bytes / e.who->layers();
-        if (e.who->layers() > 0 && bytes - one >= options_.rotate) continue;
-        e.who->take(w);
-        more = more || e.who->bytes() * (e.who->layers() - 1) / e.who->layers() < options_.rotate;
-      }
+      for (entrant& e : entrants_)
+        if (wants(e)) e.who->take(w);
     }
   }
 
@@ -170,29 +172,27 @@ class contest {
 
   matrix_view<float> y() const { return {result_.as<float>().data(), batches_[0].x.rows, shape_.d}; }
 
-  // One call to compare outputs, one to know how long it takes. The second entrant, a float32 loop, is the reference where there is one.
+  // One call to compare outputs, one to know how long it takes.
   void warm_up(dim T, int threads) {
     std::vector<std::vector<float>> outputs;
     for (entrant& e : entrants_) {
       e.times.clear();
       e.next = 0;
+      e.disagreement.clear();
       e.who->prepare(batches_, threads);
       e.who->run(0, y());
       outputs.emplace_back(result_.as<float>().begin(), result_.as<float>().end());
-      const double start = seconds();
-      e.who->run(1 % batches_.size(), y());
-      e.calls = std::max(1l, std::lround(turn / (seconds() - start)));
+      e.calls = std::max(1l, std::lround(turn / e.who->seconds_of(1 % batches_.size(), y())));
     }
-    const std::size_t reference = entrants_.size() > 1 ? 1 : 0;
+    // The reference is the float32 loop of Eigen where there is one.
+    const std::size_t reference = entrants_.size() > 1 && entrants_[1].who->name() == "eigen" ? 1 : 0;
     for (std::size_t i = 0; i < entrants_.size(); ++i) {
-      const double error = relative_error(outputs[i], outputs[reference], T);
-      entrants_[i].agrees = error <= type_.tolerance;
-      if (entrants_[i].agrees) continue;
-      const std::string what = entrants_[i].who->name() + " and " + entrants_[reference].who->name() + " disagree on " +
-                               shape_.name + ", T = " + std::to_string(T) + ", " + std::string(type_.name) +
-                               ": relative error " + std::to_string(error);
-      if (i == 0) throw std::runtime_error(what);
-      std::fprintf(stderr, "%s\n", what.c_str());
+      const double error = entrants_[i].competes() ? relative_error(outputs[i], outputs[reference], T) : 0;
+      if (error <= type_.tolerance) continue;
+      entrants_[i].disagreement = "disagrees with " + entrants_[reference].who->name() + " on " + shape_.name +
+                                  ", T = " + std::to_string(T) + ", " + std::string(type_.name) + ": relative error " +
+                                  std::to_string(error);
+      if (i == 0) throw std::runtime_error(entrants_[0].who->name() + " " + entrants_[0].disagreement);
     }
   }
 
@@ -201,9 +201,11 @@ class contest {
   bool take_turns(int threads) {
     const bool quiet = wait_for_quiet(threads, 4 * options_.rounds);
     collector times;
+    std::vector<entrant*> started;
     benchmark::ClearRegisteredBenchmarks();
     for (entrant& e : entrants_) {
-      if (!e.agrees) continue;
+      if (!e.competes()) continue;
+      started.push_back(&e);
       auto* b = benchmark::RegisterBenchmark(e.who->name().c_str(), [&e, this](benchmark::State& state) {
         e.who->repeat(state, e.next, batches_.size(), y());
         e.next += static_cast<std::size_t>(state.iterations());
@@ -214,8 +216,7 @@ class contest {
     }
     benchmark::RunSpecifiedBenchmarks(&times);
     auto time = times.seconds_per_call.begin();
-    for (entrant& e : entrants_)
-      if (e.agrees) e.times.push_back(*time++);
+    for (entrant* e : started) e->times.push_back(*time++);
     return quiet;
   }
 
@@ -229,8 +230,11 @@ class contest {
     row r{shape_, type_, T, limits.threads, skew, options_.backward, tokens / time, flops / time,
           (options_.backward ? 2 : 1) * weights / time, tokens / std::max(by_memory, by_compute), by_memory >= by_compute,
           quiet, {}};
-    for (std::size_t i = 1; i < entrants_.size(); ++i)
-      if (entrants_[i].agrees) r.peers.push_back({entrants_[i].who->name(), tokens / median(entrants_[i].times)});
+    for (std::size_t i = 1; i < entrants_.size(); ++i) {
+      const entrant& e = entrants_[i];
+      if (e.competes()) r.peers.push_back({e.who->name(), e.who->version(), tokens / median(e.times)});
+      else r.left_out.push_back({e.who->name(), e.left_out()});
+    }
     return r;
   }
 
@@ -247,9 +251,9 @@ class contest {
 
 }  // namespace
 
-void compete(const model_shape& s, const weight_type& type, const options& o,
+void compete(const model_shape& s, const weight_type& type, const options& o, const std::vector<listed_peer>& listed,
              const std::function<const machine_limits&(int)>& of, const std::function<void(const row&)>& done) {
-  contest(s, type, o).run(of, done);
+  contest(s, type, o, listed).run(of, done);
 }
 
 }  // namespace bench

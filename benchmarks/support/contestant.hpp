@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "moe/core/view.hpp"
+#include "support/measure.hpp"
 #include "support/shapes.hpp"
 
 namespace bench {
@@ -45,6 +46,11 @@ class contestant {
   int layers() const { return layers_; }
   /// Bytes of the weights of all layers so far.
   double bytes() const { return bytes_; }
+  /// Whether it wants another layer: until `rotate` bytes of others lie between two uses of one.
+  virtual bool wants_layers(double rotate) const { return layers_ == 0 || bytes_ * (layers_ - 1) / layers_ < rotate; }
+  /// Why it cannot compete, or can no longer; empty where it can.
+  virtual std::string failure() const { return {}; }
+  virtual std::string version() const { return {}; }
 
   /// Takes a copy of a layer in a form of its own, or keeps the source itself.
   void take(const std::shared_ptr<const layer_source>& w) {
@@ -55,6 +61,12 @@ class contestant {
   virtual void prepare(std::span<const batch> batches, int threads) = 0;
   /// y[T,d] = batch i of those prepared.
   virtual void run(std::size_t i, matrix_view<float> y) = 0;
+  /// What that takes.
+  virtual double seconds_of(std::size_t i, matrix_view<float> y) {
+    const double start = seconds();
+    run(i, y);
+    return seconds() - start;
+  }
 
   /// Google Benchmark's loop over calls from number `first` on. A peer in a process of its own overrides it: there the clock
   /// is that of the other process (`SetIterationTime`), since a round trip takes as long as a small layer.

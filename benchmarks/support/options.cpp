@@ -25,7 +25,10 @@ other implementations of them, all in turn in one process; prints medians.
                     its roof is the time to read an expert's weights from the second cache
   --json FILE       writes every row as JSON, too
   --plot FOLDER     draws roofline.svg and ratios.svg
-  --peers           also what benchmarks/peers can install and drive (slow the first time)
+  --peers           also ONNX Runtime, PyTorch, llama.cpp and kt-kernel, which benchmarks/peers installs into the build folder
+                    (several gigabytes the first time) and drives in processes of their own; they are handed the routing. What
+                    cannot be installed or does not run here is named with the reason
+  --peer-list FILE  peers in processes of their own, as benchmarks/peers/peer_list.hpp has it
   --rounds N        turns that each implementation gets. Default: 5
   --rotate MIB      weights of other layers that are used before those of a layer come again. Default: 1024. With less, what is
                     measured is a cache
@@ -107,11 +110,12 @@ options parse(int argc, char** argv, const std::vector<weight_type>& types, int 
     else if (flag == "--backward") o.backward = true;
     else if (flag == "--static") o.fixed = true;
     else if (flag == "--shape" || flag == "--tokens" || flag == "--type" || flag == "--threads" || flag == "--skew" ||
-             flag == "--json" || flag == "--rounds" || flag == "--rotate") {
+             flag == "--json" || flag == "--peer-list" || flag == "--rounds" || flag == "--rotate") {
       if (i + 1 == words.size()) throw usage_error(std::string(flag) + " lacks its value");
       const std::string_view value = words[++i];
       if (flag == "--shape") o.shapes.push_back(shape_of(value));
       else if (flag == "--json") o.json = value;
+      else if (flag == "--peer-list") o.peer_list = value;
       else if (flag == "--rotate") o.rotate = static_cast<double>(whole(flag, value, value)) * (1 << 20);
       else if (flag == "--rounds") o.rounds = static_cast<int>(whole(flag, value, value));
       else

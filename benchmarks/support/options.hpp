@@ -21,6 +21,7 @@ struct options {
   std::vector<int> threads;
   std::vector<double> skews;
   std::string json;         ///< empty: none
+  std::string peer_list;    ///< empty: none
   double rotate = 1 << 30;  ///< bytes of other layers between two calls of one
   int rounds = 5;
   bool backward = false, fixed = false, help = false;

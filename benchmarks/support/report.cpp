@@ -2,6 +2,8 @@
 #include "support/report.hpp"
 
 #include <algorithm>
+#include <map>
+#include <set>
 
 namespace bench {
 namespace {
@@ -39,6 +41,13 @@ void write_row(std::FILE* to, const row& r) {
   std::fprintf(to, "}}");
 }
 
+std::map<std::string, std::string> versions(const std::vector<row>& rows) {
+  std::map<std::string, std::string> all;
+  for (const row& r : rows)
+    for (const peer_result& p : r.peers) all[p.name] = p.version;
+  return all;
+}
+
 }  // namespace
 
 void table::limits(const machine_limits& l) const {
@@ -69,6 +78,15 @@ void table::add(const row& r) const {
   std::fflush(stdout);
 }
 
+void table::footer(const std::vector<row>& rows) const {
+  std::printf("\n");
+  for (const auto& [name, version] : versions(rows)) std::printf("%s: %s\n", name.c_str(), version.c_str());
+  std::set<std::string> said;
+  for (const row& r : rows)
+    for (const absent_peer& p : r.left_out)
+      if (said.insert(p.name + p.reason).second) std::printf("left out: %s: %s\n", p.name.c_str(), p.reason.c_str());
+}
+
 void write_json(std::FILE* to, const std::vector<machine_limits>& limits, const std::vector<row>& rows) {
   std::fprintf(to, "[\n{\"case\": \"limits\", ");
   write_limits(to, limits.back());
@@ -78,7 +96,13 @@ void write_json(std::FILE* to, const std::vector<machine_limits>& limits, const 
     write_limits(to, limits[i]);
     std::fprintf(to, "}");
   }
-  std::fprintf(to, "]}");
+  std::fprintf(to, "], \"versions\": {");
+  const char* between = "";
+  for (const auto& [name, version] : versions(rows)) {
+    std::fprintf(to, "%s\"%s\": \"%s\"", between, name.c_str(), version.c_str());
+    between = ", ";
+  }
+  std::fprintf(to, "}}");
   for (const row& r : rows) {
     std::fprintf(to, ",\n");
     write_row(to, r);

@@ -17,6 +17,7 @@ ROW = {"case", "d", "f", "E", "k", "T", "type", "threads", "skew", "backward", "
        "weight_bytes_per_s", "roof_tokens_per_s", "roof", "share", "peers"}
 TYPES = {"f32", "bf16", "f16", "int8", "int4", "ternary"}
 SHAPE = {"d": 48, "f": 40, "E": 8, "k": 2}
+HERE = pathlib.Path(__file__).resolve().parent
 SMALL = ["--shape", ",".join(f"{name}={n}" for name, n in SHAPE.items()), "--rotate", "1", "--rounds", "1"]
 
 
@@ -52,6 +53,29 @@ def check_row(row):
     expect(math.isclose(row["flops_per_s"], work * row["tokens_per_s"], rel_tol=1e-3), f"flops_per_s in {row}")
 
 
+def check_peers(program):
+    """Peers in processes of their own: one competes, and the line below the table says why each of the others does not."""
+    with tempfile.TemporaryDirectory() as folder:
+        listed = pathlib.Path(folder) / "peers.txt"
+        lines = [["run", "layer", how, sys.executable, str(HERE / "fake_peer.py"), how]
+                 for how in ("right", "wrong", "refuses", "dies")]
+        lines += [["run", "layer", "missing", str(HERE / "nobody")], ["lack", "layer", "lacking", "not installed: no room"],
+                  ["run", "attention", "other", "false"]]
+        listed.write_text("".join("\t".join(line) + "\n" for line in lines), encoding="utf-8")
+        (row,), table = rows_of(program, "--tokens", "2", "--threads", "1", "--type", "f32", "--peer-list", str(listed))
+        check_row(row)
+        expect("right" in row["peers"] and not {"wrong", "refuses", "dies", "missing", "lacking", "other"} & row["peers"].keys(),
+               f"peers are {row['peers']}")
+        expect("right: 1.0 of layer" in table, f"no version in\n{table}")
+        reasons = dict(line.removeprefix("left out: ").split(": ", 1) for line in table.splitlines() if line.startswith("left out"))
+        expect(reasons.keys() == {"wrong", "refuses", "dies", "missing", "lacking"}, f"left out are {reasons}")
+        expect("disagrees" in reasons["wrong"] and reasons["refuses"] == "has no f32" and reasons["dies"] == "it fell over" and
+               reasons["lacking"] == "not installed: no room", f"reasons are {reasons}")
+        listed.write_text("walk\tlayer\tx\ty\n", encoding="utf-8")
+        ran = run(program, "--tokens", "2", "--peer-list", str(listed))
+        expect(ran.returncode == 1 and "walk" in ran.stderr, f"a wrong list gave {ran}")
+
+
 def main():
     program = sys.argv[1]
     rows, table = rows_of(program, "--tokens", "3,150", "--threads", "1", "--skew", "0,1.2")
@@ -69,6 +93,8 @@ def main():
     static, table = rows_of(program, "--threads", "1", "--static")
     expect([row["case"] for row in static] == ["static"] and ROW <= static[0].keys(), f"rows are {static}")
     expect(" ns a call" in table, f"the table is\n{table}")
+
+    check_peers(program)
 
     for flags in (["--shape", "d=8,f=8,E=2,k=4"], ["--type", "f33"], ["--tokens", "0"], ["--skew", "x"], ["--threads"], ["--fast"]):
         ran = run(program, *flags)
