@@ -12,7 +12,7 @@ struct entry {
   std::unique_ptr<contestant> (*make)(const model_shape&, bool backward);
 };
 constexpr entry entries[] = {{"f32", true, make_f32},
-                             {"bf16", false, make_bf16},
+                             {"bf16", true, make_bf16},
                              {"f16", false, make_f16},
                              {"int8", false, make_int8},
                              {"int4", false, make_int4}};

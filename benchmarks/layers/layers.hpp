@@ -22,6 +22,7 @@ row measure_static_layer(int rounds);
 
 std::unique_ptr<contestant> make_f32(const model_shape& s, bool backward);
 std::unique_ptr<contestant> make_bf16(const model_shape& s, bool backward);
+std::unique_ptr<contestant> make_bf16_training(const model_shape& s);
 std::unique_ptr<contestant> make_f16(const model_shape& s, bool backward);
 std::unique_ptr<contestant> make_int8(const model_shape& s, bool backward);
 std::unique_ptr<contestant> make_int4(const model_shape& s, bool backward);

@@ -79,7 +79,7 @@ class library_training : public library_layer<K, Expert, Weights> {
     this->work_ = moe::buffer(this->net_.context_bytes(T) + this->net_.scratch_bytes(T));
     this->mem_ = moe::arena(this->work_.bytes());
     this->context_ = this->net_.make_context(T, this->mem_);
-    gradients_ = moe::buffer(this->net_.weight_bytes());
+    gradients_ = moe::buffer(this->net_.gradient_bytes());
     moe::arena mem(gradients_.bytes());
     dw_ = this->net_.make_gradients(mem);
     dx_ = moe::buffer(static_cast<std::size_t>(T * d) * sizeof(float));

@@ -34,7 +34,9 @@ std::unique_ptr<contestant> make(const model_shape& s) {
 
 }  // namespace
 
-std::unique_ptr<contestant> make_bf16(const model_shape& s, bool) { return make<moe::bf16>(s); }
+std::unique_ptr<contestant> make_bf16(const model_shape& s, bool backward) {
+  return backward ? make_bf16_training(s) : make<moe::bf16>(s);
+}
 std::unique_ptr<contestant> make_f16(const model_shape& s, bool) { return make<moe::f16>(s); }
 std::unique_ptr<contestant> make_int8(const model_shape& s, bool) { return make<std::int8_t>(s); }
 std::unique_ptr<contestant> make_int4(const model_shape& s, bool) { return make<moe::int4_groups<32>>(s); }

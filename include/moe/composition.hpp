@@ -120,10 +120,12 @@ struct ill_composed {
   void check_forward(any, any, any, any, any) const noexcept {}
   void check_backward(any, any, any, any, any, any, any) const noexcept {}
   std::size_t weight_bytes() const noexcept { return 0; }
+  std::size_t gradient_bytes() const noexcept { return 0; }
   std::size_t context_bytes(dim) const noexcept { return 0; }
   std::size_t inference_context_bytes(dim) const noexcept { return 0; }
   std::size_t scratch_bytes(dim) const noexcept { return 0; }
   std::vector<slot> catalogue() const { return {}; }
+  std::vector<slot> gradient_catalogue() const { return {}; }
 
  private:
   shape sizes_;

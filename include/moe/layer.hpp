@@ -97,10 +97,16 @@ class layer_impl {
   const X& experts() const noexcept { return experts_; }
   const C& combine() const noexcept { return combine_; }
 
-  /// Bytes of the flat parameter buffer; of a context for T tokens; of the scratch of one call, forward or backward.
+  /// Bytes of the flat parameter buffer; of one for gradients, which are float32 whatever the weights are; of a context for T
+  /// tokens; of the scratch of one call, forward or backward.
   std::size_t weight_bytes() const noexcept {
     moe::arena count;
     (void)carve_weights(count);
+    return padded(count);
+  }
+  std::size_t gradient_bytes() const noexcept {
+    moe::arena count;
+    (void)carve_gradients(count);
     return padded(count);
   }
   std::size_t context_bytes(dim T) const {
@@ -128,14 +134,20 @@ class layer_impl {
     return list;
   }
 
+  /// Every gradient by the name of its weight, float32: the layout of masters and moments too.
+  std::vector<slot> gradient_catalogue() const {
+    std::vector<slot> list;
+    moe::arena count(list);
+    (void)carve_gradients(count);
+    return list;
+  }
+
   weights make_weights(arena_type& mem) const {
     auto& m = opened(mem, weight_bytes(), "moe::layer::make_weights: the arena", "weight_bytes()");
     return space::close(carve_weights(m));
   }
   gradients make_gradients(arena_type& mem) const {
-    moe::arena count;
-    (void)carve_gradients(count);
-    auto& m = opened(mem, padded(count), "moe::layer::make_gradients: the arena", "weight_bytes()");
+    auto& m = opened(mem, gradient_bytes(), "moe::layer::make_gradients: the arena", "gradient_bytes()");
     return space::close(carve_gradients(m));
   }
   /// A context for T tokens. The inference one keeps the plan alone.
@@ -227,8 +239,10 @@ class layer_impl {
             scoped("combine", mem, [&] { return detail::make_weights(combine_, sizes_, mem); })};
   }
   gradient_views carve_gradients(moe::arena& mem) const noexcept {
-    return {detail::make_gradients(gate_, sizes_, mem), detail::make_gradients(router_, sizes_, mem),
-            detail::make_gradients(experts_, sizes_, mem), detail::make_gradients(combine_, sizes_, mem), sizes_};
+    return {scoped("gate", mem, [&] { return detail::make_gradients(gate_, sizes_, mem); }),
+            scoped("router", mem, [&] { return detail::make_gradients(router_, sizes_, mem); }),
+            scoped("experts", mem, [&] { return detail::make_gradients(experts_, sizes_, mem); }),
+            scoped("combine", mem, [&] { return detail::make_gradients(combine_, sizes_, mem); }), sizes_};
   }
   template <class F>
   static auto scoped(const char* name, moe::arena& mem, F carve) noexcept {

@@ -46,6 +46,7 @@
 #include "moe/sum.hpp"
 #include "moe/train/clip.hpp"
 #include "moe/train/initialise.hpp"
+#include "moe/train/mixed.hpp"
 #include "moe/train/optimizer.hpp"
 #include "moe/train/schedule.hpp"
 #include "moe/version.hpp"

@@ -56,6 +56,11 @@ class basic_dense {
     (void)carve_weights(count);
     return padded(count);
   }
+  std::size_t gradient_bytes() const noexcept {
+    moe::arena count;
+    (void)carve_gradients(count);
+    return padded(count);
+  }
   std::size_t context_bytes(dim T) const {
     moe::arena count;
     (void)detail::make_context(expert_, at(T), T, count);
@@ -83,13 +88,19 @@ class basic_dense {
     (void)carve_weights(count);
     return list;
   }
+  std::vector<slot> gradient_catalogue() const {
+    std::vector<slot> list;
+    moe::arena count(list);
+    (void)carve_gradients(count);
+    return list;
+  }
   weights make_weights(arena_type& mem) const {
     auto& m = detail::opened(space::open(mem), weight_bytes(), "moe::dense::make_weights: the arena", "weight_bytes()");
     return space::close(carve_weights(m));
   }
   gradients make_gradients(arena_type& mem) const {
-    moe::arena& m = detail::opened(space::open(mem), weight_bytes(), "moe::dense::make_gradients: the arena", "weight_bytes()");
-    return space::close(gradient_views{make_gate(m), detail::make_gradients(expert_, sizes_, m), sizes_});
+    moe::arena& m = detail::opened(space::open(mem), gradient_bytes(), "moe::dense::make_gradients: the arena", "gradient_bytes()");
+    return space::close(carve_gradients(m));
   }
   context make_context(dim T, arena_type& mem) const {
     moe::arena& m = detail::opened(space::open(mem), context_bytes(T), "moe::dense::make_context: the arena", "context_bytes(T)");
@@ -214,6 +225,14 @@ class basic_dense {
     w.expert = detail::make_weights(expert_, sizes_, mem);
     return w;
   }
+  gradient_views carve_gradients(moe::arena& mem) const noexcept {
+    gradient_views w;
+    w.sizes = sizes_;
+    w.gate = make_gate(mem);
+    moe::arena::scope in(mem, "experts");
+    w.expert = detail::make_gradients(expert_, sizes_, mem);
+    return w;
+  }
   /// [2,T]: the open gate of each token; its gradient.
   static matrix_view<float> make_gate_scratch(dim T, moe::arena& mem) noexcept {
     return Gated ? mem.matrix<float>("gates", 2, T) : matrix_view<float>{};
@@ -275,6 +294,7 @@ class sum {
   const backend_type& backend() const noexcept { return shared_.backend(); }
 
   std::size_t weight_bytes() const noexcept { return routed_.weight_bytes() + shared_.weight_bytes(); }
+  std::size_t gradient_bytes() const noexcept { return routed_.gradient_bytes() + shared_.gradient_bytes(); }
   std::size_t context_bytes(dim T) const { return routed_.context_bytes(T) + shared_.context_bytes(T); }
   std::size_t inference_context_bytes(dim T) const {
     return routed_.inference_context_bytes(T) + shared_.inference_context_bytes(T);
@@ -291,11 +311,20 @@ class sum {
     (void)make_weights(count);
     return list;
   }
+  std::vector<slot> gradient_catalogue() const {
+    std::vector<slot> list;
+    moe::arena count(list);
+    (void)make_gradients(count);
+    return list;
+  }
   weights make_weights(arena_type& mem) const {
     return {scoped("routed", mem, [&] { return routed_.make_weights(mem); }),
             scoped("shared", mem, [&] { return shared_.make_weights(mem); })};
   }
-  gradients make_gradients(arena_type& mem) const { return {routed_.make_gradients(mem), shared_.make_gradients(mem)}; }
+  gradients make_gradients(arena_type& mem) const {
+    return {scoped("routed", mem, [&] { return routed_.make_gradients(mem); }),
+            scoped("shared", mem, [&] { return shared_.make_gradients(mem); })};
+  }
   context make_context(dim T, arena_type& mem) const { return {routed_.make_context(T, mem), shared_.make_context(T, mem)}; }
   context make_inference_context(dim T, arena_type& mem) const {
     return {routed_.make_inference_context(T, mem), shared_.make_inference_context(T, mem)};

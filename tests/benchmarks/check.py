@@ -86,9 +86,10 @@ def main():
     expect("f32" in types and got == list(itertools.product(types, (0, 1.2), (3, 150))), f"rows are {got}")
     expect(len([line for line in table.splitlines() if line.startswith("layer")]) == len(rows), f"the table is\n{table}")
 
-    rows, _ = rows_of(program, "--tokens", "5", "--threads", "1", "--type", "f32", "--backward")
-    expect([row["backward"] for row in rows] == [True], f"rows are {rows}")
-    check_row(rows[0])
+    rows, _ = rows_of(program, "--tokens", "5", "--threads", "1", "--type", "f32,bf16", "--backward")
+    expect([(row["type"], row["backward"]) for row in rows] == [("f32", True), ("bf16", True)], f"rows are {rows}")
+    for row in rows:
+        check_row(row)
 
     static, table = rows_of(program, "--threads", "1", "--static")
     expect([row["case"] for row in static] == ["static"] and ROW <= static[0].keys(), f"rows are {static}")

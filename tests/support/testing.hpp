@@ -75,7 +75,7 @@ struct model {
         tokens(T),
         d(width),
         params(net.weight_bytes()),
-        grads(net.weight_bytes()),
+        grads(net.gradient_bytes()),
         memory(net.context_bytes(T) + net.scratch_bytes(T)),
         params_mem(params.bytes()),
         grads_mem(grads.bytes()),

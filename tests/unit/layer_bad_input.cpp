@@ -166,7 +166,7 @@ TEST_SUITE("layer") {
     };
     short_of(net.weight_bytes(), "moe::layer::make_weights: the arena", "weight_bytes()",
              [&](moe::arena& mem) { (void)net.make_weights(mem); });
-    short_of(net.weight_bytes(), "moe::layer::make_gradients: the arena", "weight_bytes()",
+    short_of(net.weight_bytes(), "moe::layer::make_gradients: the arena", "gradient_bytes()",
              [&](moe::arena& mem) { (void)net.make_gradients(mem); });
     short_of(net.context_bytes(T), "moe::layer::make_context: the arena", "context_bytes(T)",
              [&](moe::arena& mem) { (void)net.make_context(T, mem); });

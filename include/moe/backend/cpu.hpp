@@ -5,6 +5,7 @@
 #include "moe/backend/cpu/compiled.hpp"
 #include "moe/backend/cpu/dynamic.hpp"
 #include "moe/backend/cpu/gemm_xsimd.hpp"
+#include "moe/backend/cpu/mixed_levels.hpp"
 #include "moe/backend/cpu/packed_levels.hpp"
 #include "moe/backend/cpu/rows_xsimd.hpp"
 #include "moe/backend/cpu/simd.hpp"

@@ -1,8 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 /// Products and rows in blocks that fit vector registers, for every level that says what its vectors are: `L`, a vector type
 /// and its operations. What a processor has better instructions for offers the same functions in a class of its own.
+/// Weights of type W, float or bf16, become floats on their way into a register.
 #pragma once
 
+#include <cstring>
+
+#include "moe/core/dtype.hpp"
 #include "moe/core/view.hpp"
 
 namespace moe::arch::detail {
@@ -21,19 +25,19 @@ struct prefetch_walk {
   dim pace;
 };
 
-/// Memory that is needed soon, in pieces of `reach` floats: a block of outer products asks for one in as many steps as the
+/// Memory that is needed soon, in pieces of `reach` bytes: a block of outer products asks for one in as many steps as the
 /// piece has lines.
 struct prefetch_list {
-  static constexpr dim reach = 128, line = 16, steps = reach / line, room = outer_depth / steps;
-  const float* piece[room];
+  static constexpr dim reach = 512, line = 64, steps = reach / line, room = outer_depth / steps;
+  const char* piece[room];
   dim count = 0;
 
   /// Starts with memory that is near already.
-  explicit prefetch_list(const float* near) noexcept {
-    for (const float*& p : piece) p = near;
+  explicit prefetch_list(const void* near) noexcept {
+    for (const char*& p : piece) p = static_cast<const char*>(near);
   }
-  void add(const float* p) noexcept {
-    if (count < room) piece[count++] = p;
+  void add(const void* p) noexcept {
+    if (count < room) piece[count++] = static_cast<const char*>(p);
   }
   void ask(dim step) const noexcept { moe::detail::prefetch_second(piece[step / steps] + step % steps * line); }
 };
@@ -45,11 +49,11 @@ struct lane_blocks {
   static constexpr int width = L::width, dot_rows = L::many_registers ? 6 : 3, strips = L::many_registers ? 4 : 2;
   static constexpr dim columns = strips * width;  // of a block of outer products
 
-  /// c(i + m, n * step) += the dot product of rows a[i + m] and b[n], both over k floats from `first`; b's rows are `stride`
-  /// floats apart.
-  template <int M, int N>
-  MOE_NO_INLINE static void dot_block(gathered<float> a, dim i, dim first, dim k, const float* b, dim stride,
-                                      prefetch_walk ahead, matrix_view<float> c, dim step) noexcept {
+  /// c(i + m, n * step) += the dot product of rows a[i + m] and b[n], both over k elements from `first`; b's rows are `stride`
+  /// elements apart.
+  template <int M, int N, class W>
+  MOE_NO_INLINE static void dot_block(gathered<float> a, dim i, dim first, dim k, const W* b, dim stride, prefetch_walk ahead,
+                                      matrix_view<float> c, dim step) noexcept {
     const float* x[M];
     V sum[M][N];
     MOE_UNROLL
@@ -58,32 +62,29 @@ struct lane_blocks {
       MOE_UNROLL
       for (int n = 0; n < N; ++n) sum[m][n] = L::all(0);
     }
-    float last[M + N][width];  // the last, shorter part of each row, filled up with zeros
-    for (dim part = k % width, whole = k - part;;) {
-      for (dim p = 0; p < whole; p += width, ahead.at += ahead.pace) {
-        V v[M];
-        MOE_UNROLL
-        for (int m = 0; m < M; ++m) v[m] = L::load(x[m] + p);
-        MOE_UNROLL
-        for (int n = 0; n < N; ++n) {
-          moe::detail::prefetch(ahead.at + n * stride * dim{sizeof(float)});
-          const V w = L::load(b + n * stride + p);
-          MOE_UNROLL
-          for (int m = 0; m < M; ++m) sum[m][n] = L::multiply_add(v[m], w, sum[m][n]);
-        }
-      }
-      if (part == 0) break;
+    const dim part = k % width;
+    for (dim p = 0; p < k - part; p += width, ahead.at += ahead.pace) {
+      V v[M];
       MOE_UNROLL
-      for (int n = 0; n < N; ++n) L::store(last[M + n], L::load_last(b + n * stride, k, part));
+      for (int m = 0; m < M; ++m) v[m] = L::load(x[m] + p);
       MOE_UNROLL
-      for (int m = 0; m < M; ++m) {
-        L::store(last[m], L::load_last(x[m], k, part));
-        x[m] = last[m];
+      for (int n = 0; n < N; ++n) {
+        moe::detail::prefetch(ahead.at + n * stride * dim{sizeof(W)});
+        const V w = L::load(b + n * stride + p);
+        MOE_UNROLL
+        for (int m = 0; m < M; ++m) sum[m][n] = L::multiply_add(v[m], w, sum[m][n]);
       }
-      b = last[M];
-      stride = width;
-      part = 0;
-      whole = width;
+    }
+    if (part > 0) {
+      float last[M][width];  // the last, shorter part of each row, filled up with zeros
+      MOE_UNROLL
+      for (int m = 0; m < M; ++m) L::store(last[m], L::load_last(x[m], k, part));
+      MOE_UNROLL
+      for (int n = 0; n < N; ++n) {
+        const V w = L::load_last(b + n * stride, k, part);
+        MOE_UNROLL
+        for (int m = 0; m < M; ++m) sum[m][n] = L::multiply_add(L::load(last[m]), w, sum[m][n]);
+      }
     }
     MOE_UNROLL
     for (int m = 0; m < M; ++m) {
@@ -97,9 +98,9 @@ struct lane_blocks {
     }
   }
 
-  /// c(i + m, all columns of a block) += the sum over p of a[i + m][first + p * step] times row p of `packed`, in order.
+  /// c(i + m, all columns of a block) += the sum over p of a[i + m][first + p] times row p of `packed`, in order.
   template <int M>
-  MOE_NO_INLINE static void outer_block(gathered<float> a, dim i, dim first, dim step, const float* packed, dim depth,
+  MOE_NO_INLINE static void outer_block(gathered<float> a, dim i, dim first, const float* packed, dim depth,
                                         const prefetch_list& ahead, float* c, dim ld) noexcept {
     const float* x[M];
     V sum[M][strips];
@@ -116,7 +117,7 @@ struct lane_blocks {
       for (int n = 0; n < strips; ++n) v[n] = L::load(packed + n * width);
       MOE_UNROLL
       for (int m = 0; m < M; ++m) {
-        const V w = L::all(x[m][p * step]);
+        const V w = L::all(x[m][p]);
         MOE_UNROLL
         for (int n = 0; n < strips; ++n) sum[m][n] = L::multiply_add(w, v[n], sum[m][n]);
       }
@@ -128,10 +129,19 @@ struct lane_blocks {
     }
   }
 
-  /// to[p * columns + j] = row[j][first + p] for `width` rows and as many p.
+  /// to[p * Step + j] = row[j][first + p] for `width` rows and as many p.
+  template <dim Step = columns>
   static void transpose(const float* const* row, dim first, float* to) noexcept {
     for (int j = 0; j < width; ++j)
-      for (int p = 0; p < width; ++p) to[p * columns + j] = row[j][first + p];
+      for (int p = 0; p < width; ++p) to[p * Step + j] = row[j][first + p];
+  }
+
+  /// to[j] = from[j]
+  static void widen(const float* from, float* to, dim n) noexcept {
+    std::memcpy(to, from, static_cast<std::size_t>(n) * sizeof(float));
+  }
+  static void widen(const bf16* from, float* to, dim n) noexcept {
+    for (dim j = 0; j < n; ++j) to[j] = static_cast<float>(from[j]);
   }
 
   /// y[j] += w x[j]

@@ -40,28 +40,51 @@ float activate_backward(Arch arch, const Form& form, float w, const float* gate,
   return share;
 }
 
-/// z = x W^T + b and a = form(z) for every row of a bank, a tile at a time. Gated forms take two stacks: z[A,2f] holds gate
-/// then up. z may be empty (inference): then it lives in the tile alone. Biases, a column per expert, may be empty.
-template <HostBackend B, class Form>
-void grouped_up(const call<B>& on, const bank_rows& rows, gathered<float> x, const Form& form,
-                matrix_stack<const float> gate, matrix_stack<const float> gate_bias, matrix_stack<const float> up,
-                matrix_stack<const float> up_bias, matrix_view<float> z, matrix_view<float> a) noexcept {
-  typename B::arch arch{};
-  const dim f = a.cols;
-  detail::for_each_tile(on, rows.offsets, f, up.first.cols, 16, [&](const detail::tile& t) {
-    detail::tile_result results[2];
-    const auto product = [&](int which, matrix_stack<const float> w, matrix_stack<const float> bias) {
-      const matrix_view<float> c = results[which].view(t);
-      detail::start(arch, c, t, bias);
-      detail::multiply_nt(arch, t, x, w, c);
-      if (z) detail::copy_tile(arch, c, detail::part_of(z.columns(which * f, f), t));
-      return c;
-    };
+namespace detail {
+
+/// z = x W^T + b and a = form(z) for one tile, which holds both close together.
+template <class Arch, class W, class Form>
+struct up_tile {
+  tile_products<Arch, W> products;
+  const Form& form;
+  gathered<float> x;
+  matrix_stack<const W> gate, up;
+  matrix_stack<const float> gate_bias, up_bias;
+  matrix_view<float> z, a;
+
+  /// A wide tile of z grows where it belongs, a narrow one, or one that nobody keeps, close together.
+  matrix_view<float> product(const tile& t, int which, tile_result& near) const noexcept {
+    const dim f = a.cols;
+    const matrix_view<float> to = z ? part_of(z.columns(which * f, f), t) : matrix_view<float>{};
+    const matrix_view<float> c = t.columns > panel ? to : near.view(t);
+    const bool first = Form::gated && which == 0;
+    start(Arch{}, c, t, first ? gate_bias : up_bias);
+    multiply_nt(products, t, x, first ? gate : up, c);
+    if (z && c.data != to.data) copy_tile(Arch{}, c, to);
+    return c;
+  }
+  void operator()(const tile& t) const noexcept {
+    tile_result results[2];
     matrix_view<float> g;
-    if constexpr (Form::gated) g = product(0, gate, gate_bias);
-    const matrix_view<float> u = product(Form::gated, up, up_bias), to = detail::part_of(a, t);
-    for (dim r = 0; r < t.rows; ++r) activate(arch, form, Form::gated ? g.row(r) : nullptr, u.row(r), to.row(r), t.columns);
-  });
+    if constexpr (Form::gated) g = product(t, 0, results[0]);
+    const matrix_view<float> u = product(t, Form::gated, results[1]), to = part_of(a, t);
+    for (dim r = 0; r < t.rows; ++r)
+      activate(Arch{}, form, Form::gated ? g.row(r) : nullptr, u.row(r), to.row(r), t.columns);
+  }
+};
+
+}  // namespace detail
+
+/// z = x W^T + b and a = form(z) for every row of a bank, a tile at a time. Gated forms take two stacks: z[A,2f] holds gate
+/// then up. z may be empty (inference): then it lives in the tile alone. Biases, a column per expert, may be empty. Weights
+/// are float or bf16.
+template <HostBackend B, class Form, class W>
+void grouped_up(const call<B>& on, const bank_rows& rows, gathered<float> x, const Form& form, matrix_stack<const W> gate,
+                matrix_stack<const float> gate_bias, matrix_stack<const W> up, matrix_stack<const float> up_bias,
+                matrix_view<float> z, matrix_view<float> a) noexcept {
+  const detail::up_tile<typename B::arch, W, Form> one{{}, form, x, gate, up, gate_bias, up_bias, z, a};
+  const dim columns = z ? one.products.columns : detail::panel;
+  detail::for_each_tile(on, rows.offsets, a.cols, up.first.cols, 16, columns, one);
 }
 
 /// The same step backward, row by row. On entry a holds da' = dy W_down, unweighted. Then for each row, with its weight w:

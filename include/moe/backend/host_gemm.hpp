@@ -18,12 +18,40 @@ inline matrix_view<float> part_of(matrix_view<float> m, const tile& t) noexcept 
   return m.slice(t.row, t.rows).columns(t.column, t.columns);
 }
 
-/// c += a b[e]^T for one tile.
+/// The products of one tile with weights of type W, and how large tiles are.
+template <class Arch, class W>
+struct tile_products {
+  static constexpr dim columns = panel, gradient_rows = arch::detail::gradient_rows,
+                       gradient_columns = arch::detail::gradient_columns;
+  static void nt(gathered<float> a, matrix_view<const W> b, matrix_view<float> c) noexcept { gemm_nt(Arch{}, a, b, c); }
+  static void nt_packed(gathered<float> a, matrix_view<const W> b, matrix_view<float> c) noexcept {
+    gemm_nt_packed(Arch{}, a, b, c);
+  }
+  static void nn(gathered<float> a, matrix_view<const W> b, matrix_view<float> c) noexcept { gemm_nn(Arch{}, a, b, c); }
+  static void tn(gathered<float> a, gathered<float> b, dim depth, matrix_view<float> c) noexcept {
+    gemm_tn(Arch{}, a, b, depth, c);
+  }
+};
 template <class Arch>
-void multiply_nt(Arch arch, const tile& t, gathered<float> a, matrix_stack<const float> b, matrix_view<float> c) noexcept {
-  const matrix_view<const float> w = b[t.expert].slice(t.column, t.columns);
-  if (!t.is_tall()) return gemm_nt(arch, a.from(t.row), w, c);
-  gemm_nt_packed(arch, a.from(t.row), w, c);
+struct tile_products<Arch, bf16> {
+  arch::mixed_kernels kernels = mixed_kernels_of(Arch{});
+  dim columns = kernels.columns, gradient_rows = kernels.gradient_rows, gradient_columns = kernels.gradient_columns;
+  void nt(gathered<float> a, matrix_view<const bf16> b, matrix_view<float> c) const noexcept { kernels.gemm_nt(a, b, c); }
+  void nt_packed(gathered<float> a, matrix_view<const bf16> b, matrix_view<float> c) const noexcept {
+    kernels.gemm_nt_packed(a, b, c);
+  }
+  void nn(gathered<float> a, matrix_view<const bf16> b, matrix_view<float> c) const noexcept { kernels.gemm_nn(a, b, c); }
+  void tn(gathered<float> a, gathered<float> b, dim depth, matrix_view<float> c) const noexcept {
+    kernels.gemm_tn(a, b, depth, c);
+  }
+};
+
+/// c += a b[e]^T for one tile.
+template <class Products, class W>
+void multiply_nt(const Products& products, const tile& t, gathered<float> a, matrix_stack<W> b, matrix_view<float> c) noexcept {
+  const auto w = b[t.expert].slice(t.column, t.columns);
+  if (!t.is_tall()) return products.nt(a.from(t.row), w, c);
+  products.nt_packed(a.from(t.row), w, c);
 }
 
 template <class Arch>
@@ -34,58 +62,80 @@ void copy_tile(Arch arch, matrix_view<float> from, matrix_view<float> to) noexce
 /// The rows of a tile, all equal to their columns of the bias v[e](j, 0), or 0 where there is none.
 template <class Arch>
 void start(Arch arch, matrix_view<float> c, const tile& t, matrix_stack<const float> v) noexcept {
-  float bias[panel] = {};
-  for (dim j = 0; v.first && j < t.columns; ++j) bias[j] = v[t.expert](t.column + j, 0);
-  copy_tile(arch, {bias, c.rows, c.cols, 0}, c);
+  for (dim first = 0; first < t.columns; first += panel) {
+    const dim n = at_most(t.columns - first, panel);
+    float bias[panel] = {};
+    for (dim j = 0; v.first && j < n; ++j) bias[j] = v[t.expert](t.column + first + j, 0);
+    copy_tile(arch, {bias, c.rows, n, 0}, c.columns(first, n));
+  }
 }
 
-/// store(tile, start + a b[e]^T) over the tiles of a result; start(c, tile) sets what is added to.
-template <HostBackend B, class Start, class Store>
-void for_each_product(const call<B>& on, const bank_rows& rows, gathered<float> a, matrix_stack<const float> b, Start start,
-                      Store store) noexcept {
-  for_each_tile(on, rows.offsets, b.first.rows, b.first.cols, 16, [&](const tile& t) {
-    tile_result result;
-    const matrix_view<float> c = result.view(t);
+/// out = start + a b[e]^T over the tiles of a result; start(c, tile) sets what is added to. Narrow tiles grow close
+/// together, wide ones where they belong.
+template <HostBackend B, class W, class Start>
+void for_each_product(const call<B>& on, const bank_rows& rows, gathered<float> a, matrix_stack<const W> b,
+                      matrix_view<float> out, Start start) noexcept {
+  const tile_products<typename B::arch, W> products;
+  for_each_tile(on, rows.offsets, b.first.rows, b.first.cols, 16, products.columns, [&](const tile& t) {
+    tile_result near;
+    const matrix_view<float> to = part_of(out, t), c = t.columns > panel ? to : near.view(t);
     start(c, t);
-    multiply_nt(typename B::arch{}, t, a, b, c);
-    store(t, c);
+    multiply_nt(products, t, a, b, c);
+    if (c.data != to.data) copy_tile(typename B::arch{}, c, to);
   });
 }
 
 }  // namespace detail
 
-/// out[r] += a[r] b[e]^T for every row of a bank: a[A,k] read through the plan, b[e] of n x k, out[A,n].
+/// out[r] += a[r] b[e]^T for every row of a bank: a[A,k] read through the plan, b[e] of n x k, out[A,n]. Weights of type W
+/// are float or bf16 here, results are floats.
 template <HostBackend B>
 void grouped_gemm_nt(const call<B>& on, const bank_rows& rows, gathered<float> a, matrix_stack<const float> b,
                      matrix_view<float> out) noexcept {
-  const typename B::arch arch{};
-  detail::for_each_product(
-      on, rows, a, b,
-      [&](matrix_view<float> c, const detail::tile& t) { detail::copy_tile(arch, detail::part_of(out, t), c); },
-      [&](const detail::tile& t, matrix_view<float> c) { detail::copy_tile(arch, c, detail::part_of(out, t)); });
+  detail::for_each_product(on, rows, a, b, out, [&](matrix_view<float> c, const detail::tile& t) {
+    if (const matrix_view<float> from = detail::part_of(out, t); from.data != c.data)
+      detail::copy_tile(typename B::arch{}, from, c);
+  });
 }
 /// out[r] = a[r] b[e]^T + bias[e], the bias a column per expert or empty.
-template <HostBackend B>
-void grouped_gemm_nt(const call<B>& on, const bank_rows& rows, gathered<float> a, matrix_stack<const float> b,
+template <HostBackend B, class W>
+void grouped_gemm_nt(const call<B>& on, const bank_rows& rows, gathered<float> a, matrix_stack<const W> b,
                      matrix_stack<const float> bias, matrix_view<float> out) noexcept {
-  const typename B::arch arch{};
-  detail::for_each_product(
-      on, rows, a, b, [&](matrix_view<float> c, const detail::tile& t) { detail::start(arch, c, t, bias); },
-      [&](const detail::tile& t, matrix_view<float> c) { detail::copy_tile(arch, c, detail::part_of(out, t)); });
+  detail::for_each_product(on, rows, a, b, out, [&](matrix_view<float> c, const detail::tile& t) {
+    detail::start(typename B::arch{}, c, t, bias);
+  });
 }
 /// out[r] += a[r] b[e] for every row of a bank: a[A,k] read through the plan, b[e] of k x n, out[A,n].
 template <HostBackend B>
 void grouped_gemm_nn(const call<B>& on, const bank_rows& rows, gathered<float> a, matrix_stack<const float> b,
                      matrix_view<float> out) noexcept {
-  detail::for_each_tile(on, rows.offsets, b.first.cols, b.first.rows, detail::panel, [&](const detail::tile& t) {
+  detail::for_each_tile(on, rows.offsets, b.first.cols, b.first.rows, detail::panel, detail::panel, [&](const detail::tile& t) {
     gemm_nn(typename B::arch{}, a.from(t.row), b[t.expert].columns(t.column, t.columns), detail::part_of(out, t));
   });
 }
-/// c[e] += the sum over e's rows of a[r]^T b[r]: a[A,m] and b[A,n] read through the plan, c[e] of m x n.
-template <HostBackend B>
-void grouped_gemm_tn(const call<B>& on, const bank_rows& rows, gathered<float> a, gathered<float> b,
-                     matrix_stack<float> c) noexcept {
-  constexpr dim height = 2 * detail::panel, breadth = 4 * detail::panel;
+/// dx[r] = dz[r] w[e] + dz2[r] w2[e] for every row of a bank, the second product only where there is a w2: both w[e] of
+/// k x n, dx[A,n] overwritten.
+template <HostBackend B, class W>
+void grouped_dgrad(const call<B>& on, const bank_rows& rows, gathered<float> dz, matrix_stack<const W> w,
+                   gathered<float> dz2, matrix_stack<const W> w2, matrix_view<float> dx) noexcept {
+  const detail::tile_products<typename B::arch, W> products;
+  const dim depth = w.first.rows * (w2.first ? 2 : 1);
+  detail::for_each_tile(on, rows.offsets, w.first.cols, depth, detail::panel, products.columns, [&](const detail::tile& t) {
+    detail::tile_result near;
+    const matrix_view<float> to = detail::part_of(dx, t), c = t.columns > detail::panel ? to : near.view(t);
+    detail::start(typename B::arch{}, c, t, {});
+    products.nn(dz.from(t.row), w[t.expert].columns(t.column, t.columns), c);
+    if (w2.first) products.nn(dz2.from(t.row), w2[t.expert].columns(t.column, t.columns), c);
+    if (c.data != to.data) detail::copy_tile(typename B::arch{}, c, to);
+  });
+}
+/// c[e] += the sum over e's rows of a[r]^T b[r]: a[A,m] and b[A,n] read through the plan, c[e] of m x n. The gradient of
+/// weights of type W: with bf16, levels that multiply bf16 round a and b to it.
+template <class W, HostBackend B>
+void grouped_wgrad(const call<B>& on, const bank_rows& rows, gathered<float> a, gathered<float> b,
+                   matrix_stack<float> c) noexcept {
+  const detail::tile_products<typename B::arch, W> products;
+  const dim height = products.gradient_rows, breadth = products.gradient_columns;
   const dim panels = detail::blocks(c.first.rows, height), bands = detail::blocks(c.first.cols, breadth);
   on.executor().for_each(rows.experts() * panels * bands, 1, [&](dim unit, dim last) {
     for (; unit < last; ++unit) {
@@ -95,9 +145,15 @@ void grouped_gemm_tn(const call<B>& on, const bank_rows& rows, gathered<float> a
       gathered<float> left = a.from(r), right = b.from(r);
       left.source = left.source.columns(i, m);
       right.source = right.source.columns(j, n);
-      gemm_tn(typename B::arch{}, left, right, depth, c[e].slice(i, m).columns(j, n));
+      products.tn(left, right, depth, c[e].slice(i, m).columns(j, n));
     }
   });
+}
+/// The same in float32.
+template <HostBackend B>
+void grouped_gemm_tn(const call<B>& on, const bank_rows& rows, gathered<float> a, gathered<float> b,
+                     matrix_stack<float> c) noexcept {
+  grouped_wgrad<float>(on, rows, a, b, c);
 }
 
 /// c[m,n] += a[m,k] b[n,k]^T
@@ -111,7 +167,7 @@ template <HostBackend B>
 void gemm_nt(const call<B>& on, matrix_view<const float> a, matrix_view<const float> b, matrix_view<const float> bias,
              matrix_view<float> c) noexcept {
   const idx offsets[] = {0, static_cast<idx>(a.rows)};
-  grouped_gemm_nt(on, {.offsets = offsets}, {a}, {b, 0}, {bias, 0}, c);
+  grouped_gemm_nt(on, {.offsets = offsets}, {a}, matrix_stack<const float>{b, 0}, {bias, 0}, c);
 }
 /// c[m,n] += a[m,k] b[k,n]
 template <HostBackend B>

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 /// One tile of a product on one thread, from the blocks `K` of a level: lane_blocks, or a class with the same functions.
-/// Nothing is allocated.
+/// Weights of type W are float or bf16; bf16 are widened to floats as they are read, or packed. Nothing is allocated.
 ///
 /// Each element of a result has one order of additions, which depends on the reduced dimension alone: neither on the other
 /// rows and columns of the tile nor on its place among them. There are two orders for a b^T: dot products, which read each
@@ -31,12 +31,12 @@ inline constexpr dim dot_depth = 1024;
 
 /// All rows of a tile against N columns of it. While one block works, the weights of the next come nearer: `next` is where
 /// they lie, and each block of rows asks for its share. A block alone asks for its own, a kilobyte ahead.
-template <class K, int N>
-void dot_columns(gathered<float> a, dim first, dim k, const float* b, dim stride, const float* next, matrix_view<float> c,
+template <class K, int N, class W>
+void dot_columns(gathered<float> a, dim first, dim k, const W* b, dim stride, const W* next, matrix_view<float> c,
                  dim step) noexcept {
   constexpr int M = K::dot_rows;
-  const dim turns = blocks(c.rows, M), line = K::width * dim{sizeof(float)}, pace = blocks(line, turns);
-  prefetch_walk ahead{reinterpret_cast<const char*>(turns == 1 ? b + 1024 / sizeof(float) : next), pace};
+  const dim turns = blocks(c.rows, M), line = K::width * dim{sizeof(W)}, pace = blocks(line, turns);
+  prefetch_walk ahead{reinterpret_cast<const char*>(turns == 1 ? b + 1024 / sizeof(W) : next), pace};
   dim i = 0;
   for (; i + M <= c.rows; i += M, ahead.at += pace * (k / K::width))
     K::template dot_block<M, N>(a, i, first, k, b, stride, ahead, c, step);
@@ -45,8 +45,8 @@ void dot_columns(gathered<float> a, dim first, dim k, const float* b, dim stride
 
 /// Few rows follow each weight row to its end, as it lies in memory; more stay within one depth, so that they, too, are read
 /// from a near cache.
-template <class K, int N>
-void dot_tile(gathered<float> a, matrix_view<const float> b, dim stride, matrix_view<float> c, dim step) noexcept {
+template <class K, int N, class W>
+void dot_tile(gathered<float> a, matrix_view<const W> b, dim stride, matrix_view<float> c, dim step) noexcept {
   const dim cuts = blocks(b.cols, dot_depth);
   const bool few = c.rows <= K::dot_rows;
   const auto row_of = [&](dim i) { return few ? i / cuts : i % step; };
@@ -60,8 +60,8 @@ void dot_tile(gathered<float> a, matrix_view<const float> b, dim stride, matrix_
 
 /// c[m,n] += a[m,k] b[n,k]^T by dot products. The rows of b are read as four streams, each a quarter of the tile and
 /// contiguous.
-template <class K>
-void product_nt(gathered<float> a, matrix_view<const float> b, matrix_view<float> c) noexcept {
+template <class K, class W>
+void product_nt(gathered<float> a, matrix_view<const W> b, matrix_view<float> c) noexcept {
   const dim step = c.cols / streams, whole = step * streams;
   dot_tile<K, streams>(a, b, step * b.ld, c, step);
   dot_tile<K, 1>(a, b.slice(whole, c.cols - whole), 0, c.columns(whole, c.cols - whole), c.cols - whole);
@@ -72,21 +72,21 @@ template <class K>
 float* packed_place(float* packed, dim depth, dim p, dim j) noexcept {
   return packed + j / K::columns * depth * K::columns + p * K::columns + j % K::columns;
 }
-/// Rows of n <= outer_columns floats.
+/// Rows of n <= outer_columns elements.
 template <class K, class Row>
 void pack(Row row, dim depth, dim n, float* packed) noexcept {
   constexpr dim columns = K::columns;
   for (dim p = 0; p < depth; ++p) {
-    const float* from = row(p);
+    const auto* from = row(p);
     for (dim j = 0; j < n; j += columns) {
       float* to = packed_place<K>(packed, depth, p, j);
       const dim some = at_most(n - j, columns);
-      std::memcpy(to, from + j, static_cast<std::size_t>(some) * sizeof(float));
+      K::widen(from + j, to, some);
       for (dim l = some; l < columns; ++l) to[l] = 0;
     }
   }
 }
-/// Columns of n <= outer_columns rows: float p of a row j goes to row p.
+/// Columns of n <= outer_columns rows: element p of a row j goes to row p.
 template <class K>
 void pack_transposed(matrix_view<const float> b, dim first, dim depth, float* packed) noexcept {
   constexpr dim W = K::width;
@@ -103,10 +103,17 @@ void pack_transposed(matrix_view<const float> b, dim first, dim depth, float* pa
     for (dim p = 0; p < depth; ++p) *packed_place<K>(packed, depth, p, j) = j < b.rows ? row[j][first + p] : 0.f;
 }
 
-/// c += the sum over p of a[i][first + p * step] times row p of what was packed, which is as wide as c. While a block works,
+template <class K>
+void pack_transposed(matrix_view<const bf16> b, dim first, dim depth, float* packed) noexcept {
+  alignas(64) float wide[outer_columns * outer_depth];
+  for (dim j = 0; j < b.rows; ++j) K::widen(b.row(j) + first, wide + j * depth, depth);
+  pack_transposed<K>(matrix_view<const float>(wide, b.rows, depth), 0, depth, packed);
+}
+
+/// c += the sum over p of a[i][first + p] times row p of what was packed, which is as wide as c. While a block works,
 /// the rows of the next come nearer, and its share of the pieces that are packed next, next(0 .. pieces).
 template <class K, class Next>
-void outer_tile(gathered<float> a, dim first, dim step, const float* packed, dim depth, matrix_view<float> c, dim pieces,
+void outer_tile(gathered<float> a, dim first, const float* packed, dim depth, matrix_view<float> c, dim pieces,
                 Next next) noexcept {
   constexpr int M = outer_rows;
   constexpr dim columns = K::columns;
@@ -117,14 +124,14 @@ void outer_tile(gathered<float> a, dim first, dim step, const float* packed, dim
     for (dim i = 0; i < c.rows; i += M) {
       prefetch_list ahead(packed);
       for (dim s = 0; s < share && piece < pieces; ++s, ++piece) ahead.add(next(piece));
-      for (dim r = i + M; step == 1 && r < at_most(i + 2 * M, c.rows); ++r) ahead.add(a.row(r) + first);
+      for (dim r = i + M; r < at_most(i + 2 * M, c.rows); ++r) ahead.add(a.row(r) + first);
       const dim m = at_most(c.rows - i, M), n = at_most(c.cols - j, columns);
       const matrix_view<float> to = c.slice(i, m).columns(j, n);
       const bool whole = n == columns;
       for (dim r = 0; !whole && r < m; ++r)
         for (dim l = 0; l < columns; ++l) padded[r * columns + l] = l < n ? to(r, l) : 0.f;
       with_constant<M>(m, [&](auto rows) {
-        K::template outer_block<rows>(a, i, first, step, packed, depth, ahead, whole ? to.data : padded,
+        K::template outer_block<rows>(a, i, first, packed, depth, ahead, whole ? to.data : padded,
                                       whole ? to.ld : columns);
       });
       for (dim r = 0; !whole && r < m; ++r)
@@ -133,59 +140,114 @@ void outer_tile(gathered<float> a, dim first, dim step, const float* packed, dim
 }
 
 /// c[m,n] += a[m,k] b[n,k]^T by outer products: every cut of b is packed once for all rows.
-template <class K>
-void product_nt_packed(gathered<float> a, matrix_view<const float> b, matrix_view<float> c) noexcept {
+template <class K, class W>
+void product_nt_packed(gathered<float> a, matrix_view<const W> b, matrix_view<float> c) noexcept {
   alignas(64) float packed[outer_depth * outer_columns];
   for (dim j = 0; j < c.cols; j += outer_columns)
     for (dim first = 0; first < b.cols; first += outer_depth) {
       const dim depth = at_most(b.cols - first, outer_depth), n = at_most(c.cols - j, outer_columns), after = first + depth;
       pack_transposed<K>(b.slice(j, n), first, depth, packed);
-      outer_tile<K>(a, first, 1, packed, depth, c.columns(j, n), after < b.cols ? n : 0,
+      outer_tile<K>(a, first, packed, depth, c.columns(j, n), after < b.cols ? n : 0,
                     [&](dim l) { return b.row(j + l) + after; });
     }
 }
 
 /// c[m,n] += a[m,k] b[k,n]
-template <class K>
-void product_nn(gathered<float> a, matrix_view<const float> b, matrix_view<float> c) noexcept {
+template <class K, class W>
+void product_nn(gathered<float> a, matrix_view<const W> b, matrix_view<float> c) noexcept {
   alignas(64) float packed[outer_depth * outer_columns];
   for (dim j = 0; j < c.cols; j += outer_columns)
     for (dim first = 0; first < b.rows; first += outer_depth) {
       const dim depth = at_most(b.rows - first, outer_depth), n = at_most(c.cols - j, outer_columns), after = first + depth;
       pack<K>([&](dim p) { return b.row(first + p) + j; }, depth, n, packed);
-      outer_tile<K>(a, first, 1, packed, depth, c.columns(j, n), at_most(b.rows - after, outer_depth),
+      outer_tile<K>(a, first, packed, depth, c.columns(j, n), at_most(b.rows - after, outer_depth),
                     [&](dim p) { return b.row(after + p) + j; });
     }
 }
 
-/// Halves of a tile of product_tn: columns of a that meet all columns of b while those are packed.
-inline constexpr int halves = 2;
+/// A tile of product_tn: so many columns of a and of b.
+inline constexpr dim gradient_rows = 128, gradient_columns = 256;
+
+/// Row i of the result, outer_depth floats long = column i of n <= gradient_rows columns of a, from row `first` on.
+template <class K>
+void transpose_rows(gathered<float> a, dim first, dim depth, dim n, float* to) noexcept {
+  constexpr dim W = K::width;
+  for (dim p = 0; p < depth; p += W) {
+    const float* row[W];
+    const bool whole = p + W <= depth;
+    for (dim l = 0; l < at_most(depth - p, W); ++l) row[l] = a.row(first + p + l);
+    dim i = 0;
+    for (; whole && i + W <= n; i += W) K::template transpose<outer_depth>(row, i, to + i * outer_depth + p);
+    for (; i < n; ++i)
+      for (dim l = 0; l < at_most(depth - p, W); ++l) to[i * outer_depth + p + l] = row[l][i];
+  }
+}
+
+/// The result of a tile of product_tn while it grows: strips of outer_columns columns, close together. Weights lie with rows
+/// far from each other, often in the same places of a cache.
+struct gradient_sums {
+  alignas(64) float data[gradient_rows * gradient_columns];
+  matrix_view<float> strip(dim j, dim m, dim n) noexcept { return {data + j * gradient_rows, m, n, outer_columns}; }
+};
+
+/// c[m,n] += a[k,m]^T b[k,n] for a tile, both over `depth` rows
+template <class K>
+void gradient_tile(gathered<float> a, gathered<float> b, dim depth, matrix_view<float> c) noexcept {
+  constexpr dim W = outer_columns;
+  alignas(64) float left[gradient_rows * outer_depth];
+  alignas(64) float right[W * outer_depth];
+  gradient_sums sums;
+  for (dim j = 0; j < c.cols; j += W)
+    std::memset(sums.strip(j, c.rows, W).data, 0, static_cast<std::size_t>(c.rows * W) * sizeof(float));
+  for (dim first = 0; first < depth; first += outer_depth) {
+    const dim k = at_most(depth - first, outer_depth);
+    transpose_rows<K>(a, first, k, c.rows, left);
+    for (dim j = 0; j < c.cols; j += W) {
+      const dim n = at_most(c.cols - j, W);
+      const bool done = j + n == c.cols;  // with this cut of the depth: then the next one is packed next
+      const dim from = done ? first + k : first, at = done ? 0 : j + n, pieces = at_most(depth - from, outer_depth);
+      pack<K>([&](dim p) { return b.row(first + p) + j; }, k, n, right);
+      outer_tile<K>(gathered<float>{{left, c.rows, outer_depth}}, 0, right, k, sums.strip(j, c.rows, n), pieces,
+                    [&](dim p) { return b.row(from + p) + at; });
+    }
+  }
+  for (dim i = 0; i < c.rows; ++i)
+    for (dim j = 0; j < c.cols; j += W)
+      K::add_scaled(1.f, sums.strip(j, c.rows, W).row(i), c.row(i) + j, at_most(c.cols - j, W));
+}
 
 /// c[m,n] += a[k,m]^T b[k,n], both over `depth` rows
 template <class K>
 void product_tn(gathered<float> a, gathered<float> b, dim depth, matrix_view<float> c) noexcept {
-  constexpr dim W = outer_columns;
-  alignas(64) float left[halves][outer_depth * W];
-  alignas(64) float right[outer_depth * W];
-  for (dim first = 0; first < depth; first += outer_depth)
-    for (dim i = 0; i < c.rows; i += halves * W) {
-      const dim k = at_most(depth - first, outer_depth);
-      const auto height = [&](int h) { return c.rows - i < h * W ? 0 : at_most(c.rows - i - h * W, W); };
-      for (dim p = 0; p < k; ++p)
-        for (int h = 0; h < halves; ++h)
-          if (const dim m = height(h); m > 0)
-            std::memcpy(left[h] + p * W, a.row(first + p) + i + h * W, static_cast<std::size_t>(m) * sizeof(float));
-      for (dim j = 0; j < c.cols; j += W) {
-        const dim n = at_most(c.cols - j, W);
-        const bool done = j + n == c.cols;  // with this cut of the depth: then the next one is packed next
-        const dim from = done ? first + k : first, at = done ? 0 : j + n, pieces = at_most(depth - from, outer_depth);
-        pack<K>([&](dim p) { return b.row(first + p) + j; }, k, n, right);
-        for (int h = 0; h < halves && height(h) > 0; ++h)
-          outer_tile<K>(gathered<float>{{left[h], W, 1, 1}}, 0, W, right, k, c.slice(i + h * W, height(h)).columns(j, n),
-                        h == 0 ? pieces : 0, [&](dim p) { return b.row(from + p) + at; });
-      }
+  for (dim i = 0; depth > 0 && i < c.rows; i += gradient_rows)
+    for (dim j = 0; j < c.cols; j += gradient_columns) {
+      const dim m = at_most(c.rows - i, gradient_rows), n = at_most(c.cols - j, gradient_columns);
+      gathered<float> left = a, right = b;
+      left.source = left.source.columns(i, m);
+      right.source = right.source.columns(j, n);
+      gradient_tile<K>(left, right, depth, c.slice(i, m).columns(j, n));
     }
 }
+
+}  // namespace detail
+
+/// What a level computes products of float32 rows with bf16 weights with, and the float32 gradients of such weights: the
+/// products of float32 by another type of weights, chosen at run time. Results add to c.
+struct mixed_kernels {
+  void (*gemm_nt)(gathered<float>, matrix_view<const bf16>, matrix_view<float>) noexcept;
+  void (*gemm_nt_packed)(gathered<float>, matrix_view<const bf16>, matrix_view<float>) noexcept;
+  void (*gemm_nn)(gathered<float>, matrix_view<const bf16>, matrix_view<float>) noexcept;
+  void (*gemm_tn)(gathered<float>, gathered<float>, dim, matrix_view<float>) noexcept;
+  dim columns;                          ///< most columns of a tile of a product
+  dim gradient_rows, gradient_columns;  ///< and of a tile of a gradient
+};
+
+namespace detail {
+
+template <class K>
+inline constexpr mixed_kernels mixed_from_blocks{
+    &product_nt<K, bf16>, &product_nt_packed<K, bf16>, &product_nn<K, bf16>, &product_tn<K>,
+    outer_columns,        gradient_rows,               gradient_columns};
 
 }  // namespace detail
 }  // namespace moe::arch

@@ -8,7 +8,7 @@
 
 namespace moe::detail {
 
-inline constexpr dim panel = 64;      // most columns of a tile: that many weight rows stay in the second cache
+inline constexpr dim panel = 64;      // most columns of a tile of float32: that many weight rows stay in the second cache
 inline constexpr dim row_block = 336;  // most rows of a tile: a whole number of every kernel's blocks
 inline constexpr dim few_rows = 36;    // and of the chunks that an expert's rows are cut to where there are few tiles
 
@@ -25,13 +25,16 @@ struct tile {
 /// cache, so in small batches each weight is read once, by one thread, and an expert with many rows feeds all of them.
 class tile_grid {
  public:
-  /// Over results of `width` columns, each a sum of `depth` products. Where there are few tiles, chunks are cut, then panels
-  /// halved down to `narrowest`, as long as a tile is worth handing out.
-  tile_grid(std::span<const idx> offsets, dim width, dim depth, dim narrowest) noexcept : offsets_(offsets), width_(width) {
+  /// Over results of `width` columns, each a sum of `depth` products, in panels of `widest` columns. Where there are few
+  /// tiles, wide panels are halved, then chunks cut, then panels halved down to `narrowest`, as long as a tile is worth
+  /// handing out.
+  tile_grid(std::span<const idx> offsets, dim width, dim depth, dim narrowest, dim widest = panel) noexcept
+      : offsets_(offsets), width_(width), panel_(widest) {
     constexpr dim enough = 64, worthwhile = 1 << 15;
     const dim products = (dim{offsets.back()} - offsets.front()) * width * depth;
     const auto finer = [&] { return tiles() < enough && products >= 2 * worthwhile * tiles(); };
     count();
+    while (panel_ > panel && finer()) panel_ /= 2;
     if (finer()) {
       chunk_ = 2 * few_rows;
       count();
@@ -66,14 +69,15 @@ class tile_grid {
   }
 
   std::span<const idx> offsets_;
-  dim width_, panel_ = panel, chunk_ = row_block, chunks_ = 0;
+  dim width_, panel_, chunk_ = row_block, chunks_ = 0;
   bool serial_ = false;
 };
 
 /// f(tile) for all tiles of a result of `width` columns.
 template <HostBackend B, class F>
-void for_each_tile(const call<B>& on, std::span<const idx> offsets, dim width, dim depth, dim narrowest, F f) noexcept {
-  const tile_grid grid(offsets, width, depth, narrowest);
+void for_each_tile(const call<B>& on, std::span<const idx> offsets, dim width, dim depth, dim narrowest, dim widest,
+                   F f) noexcept {
+  const tile_grid grid(offsets, width, depth, narrowest, widest);
   on.executor().for_each(grid.tiles(), grid.grain(), [&](dim i, dim last) {
     for (; i < last; ++i) f(grid[i]);
   });

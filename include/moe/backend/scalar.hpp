@@ -42,8 +42,17 @@ struct plain_lanes {
     for (int l = 0; l < width; ++l) lane[l] = l < n ? p[l] : 0.f;
     return load(lane);
   }
-  /// The last n < width floats of the row of k at p, and zeros.
-  static vector load_last(const float* p, dim k, dim n) noexcept { return load(p + k - n, n); }
+  static vector load(const bf16* p) noexcept { return load(p, width); }
+  static vector load(const bf16* p, dim n) noexcept {
+    float lane[width];
+    for (int l = 0; l < width; ++l) lane[l] = l < n ? static_cast<float>(p[l]) : 0.f;
+    return load(lane);
+  }
+  /// The last n < width elements of the row of k at p, and zeros.
+  template <class T>
+  static vector load_last(const T* p, dim k, dim n) noexcept {
+    return load(p + k - n, n);
+  }
   static void store(float* p, vector v) noexcept { std::memcpy(p, &v, sizeof v); }
   static void store(float* p, vector v, dim n) noexcept {
     for (dim l = 0; l < n; ++l) p[l] = v[l];
@@ -87,6 +96,11 @@ void gemm_nn(basic_scalar<Level>, gathered<float> a, matrix_view<const float> b,
 template <int Level>
 void gemm_tn(basic_scalar<Level>, gathered<float> a, gathered<float> b, dim depth, matrix_view<float> c) noexcept {
   detail::product_tn<detail::lane_blocks<detail::plain_lanes<Level>>>(a, b, depth, c);
+}
+/// Products with weights of bf16, widened to floats.
+template <int Level>
+mixed_kernels mixed_kernels_of(basic_scalar<Level>) noexcept {
+  return detail::mixed_from_blocks<detail::lane_blocks<detail::plain_lanes<Level>>>;
 }
 /// y[j] += w x[j]. This one and the next are plain loops: function objects that a device runs as well call them.
 template <int Level>

@@ -11,30 +11,35 @@ namespace moe {
 
 /// Tensors of feed-forward experts, one expert after another in their rows. Which of them there are follows from the form
 /// (gated or not), the layout and the biases; the others stay empty. Biases are columns, so that a layout splits them as it
-/// splits the weights.
-struct ffn_weights {
-  matrix_view<float> up, gate;            ///< [E*f, d]    separate
-  matrix_view<float> gate_up;             ///< [E*2f, d]   chunked or interleaved
-  matrix_view<float> down;                ///< [E*d, f]
+/// splits the weights, and floats whatever the type W of the weights.
+template <class W>
+struct basic_ffn_weights {
+  matrix_view<W> up, gate;                ///< [E*f, d]    separate
+  matrix_view<W> gate_up;                 ///< [E*2f, d]   chunked or interleaved
+  matrix_view<W> down;                    ///< [E*d, f]
   matrix_view<float> up_bias, gate_bias;  ///< [E*f, 1]
   matrix_view<float> gate_up_bias;        ///< [E*2f, 1]
   matrix_view<float> down_bias;           ///< [E*d, 1]
 };
+using ffn_weights = basic_ffn_weights<float>;
 
 /// y = down form(gate x, up x) + bias, or down form(up x) + bias for forms that are not gated.
 ///
-/// weights  ffn_weights
+/// weights  basic_ffn_weights<W>, W = float or bf16; their gradients are floats, ffn_weights, whatever W is
 /// saves    z[A,2f] when gated, else z[A,f]: the pre-activations, gate then up; nothing of width d
 /// adds to  dx, the gradients of all weights, dweight
 /// errors   shape_error when f is not positive or a tensor does not fit
+/// With bf16 weights all else stays float32, but where the level multiplies bf16 (AMX) each product rounds its rows to it
+/// (docs/numerics.md). Masters, moments and the step that rounds: train/mixed.hpp.
 /// The router's gradient is <da_r, a_r>, so no expert row is kept: Guo et al. 2025 (SonicMoE), arXiv:2512.14080.
-template <class Form = glu<silu>, class Layout = separate, bool Biased = false>
+template <class Form = glu<silu>, class Layout = separate, bool Biased = false, class W = float>
 struct basic_ffn_expert {
+  static_assert(std::same_as<W, float> || std::same_as<W, bf16>, "moe::basic_ffn_expert: weights must be float or bf16");
   static constexpr bool gated = Form::gated, fused = Form::gated && Layout::fused;
   using input = matrix_view<const float>;
   using input_grad = matrix_view<float>;
   using output = matrix_view<float>;
-  using weights = ffn_weights;
+  using weights = basic_ffn_weights<W>;
   using weights_grad = ffn_weights;
   struct context { matrix_view<float> z; };
   struct scratch { matrix_view<float> a; };
@@ -58,21 +63,8 @@ struct basic_ffn_expert {
       expect(w.down_bias, s.experts * s.d, 1, "ffn_expert: down_bias", "E*d x 1");
     }
   }
-  weights make_weights(shape s, arena& mem) const noexcept {
-    const dim n = s.experts * s.f;
-    weights w;
-    if constexpr (fused) w.gate_up = mem.matrix<float>("gate_up", 2 * n, s.d);
-    else w.up = mem.matrix<float>("up", n, s.d);
-    if constexpr (gated && !fused) w.gate = mem.matrix<float>("gate", n, s.d);
-    w.down = mem.matrix<float>("down", s.experts * s.d, s.f);
-    if constexpr (Biased) {
-      if constexpr (fused) w.gate_up_bias = mem.matrix<float>("gate_up_bias", 2 * n, 1, initial::zeros);
-      else w.up_bias = mem.matrix<float>("up_bias", n, 1, initial::zeros);
-      if constexpr (gated && !fused) w.gate_bias = mem.matrix<float>("gate_bias", n, 1, initial::zeros);
-      w.down_bias = mem.matrix<float>("down_bias", s.experts * s.d, 1, initial::zeros);
-    }
-    return w;
-  }
+  weights make_weights(shape s, arena& mem) const noexcept { return carve<W>(s, mem); }
+  weights_grad make_gradients(shape s, arena& mem) const noexcept { return carve<float>(s, mem); }
   context make_context(shape s, dim rows, arena& mem) const noexcept { return {mem.column<float>("z", rows, width(s))}; }
   output make_output(shape s, dim rows, arena& mem) const noexcept { return mem.matrix<float>("ys", rows, s.d); }
   scratch make_scratch(shape s, dim rows, arena& mem) const noexcept { return {mem.matrix<float>("a", rows, s.f)}; }
@@ -81,10 +73,18 @@ struct basic_ffn_expert {
   }
 
   /// Rows of gate and up of each expert, and their biases, wherever the layout has them.
-  static matrix_stack<float> gate_of(const weights& w, dim f) noexcept { return gate(w.gate, w.gate_up, f); }
-  static matrix_stack<float> up_of(const weights& w, dim f) noexcept { return up(w.up, w.gate_up, f); }
-  static matrix_stack<float> gate_bias_of(const weights& w, dim f) noexcept { return gate(w.gate_bias, w.gate_up_bias, f); }
-  static matrix_stack<float> up_bias_of(const weights& w, dim f) noexcept { return up(w.up_bias, w.gate_up_bias, f); }
+  template <class T>
+  static matrix_stack<T> gate_of(const basic_ffn_weights<T>& w, dim f) noexcept { return gate(w.gate, w.gate_up, f); }
+  template <class T>
+  static matrix_stack<T> up_of(const basic_ffn_weights<T>& w, dim f) noexcept { return up(w.up, w.gate_up, f); }
+  template <class T>
+  static matrix_stack<float> gate_bias_of(const basic_ffn_weights<T>& w, dim f) noexcept {
+    return gate(w.gate_bias, w.gate_up_bias, f);
+  }
+  template <class T>
+  static matrix_stack<float> up_bias_of(const basic_ffn_weights<T>& w, dim f) noexcept {
+    return up(w.up_bias, w.gate_up_bias, f);
+  }
 
   template <class B>
   void forward(const call<B>& on, const weights& w, const input& x, const bank_rows& rows, output ys,
@@ -92,9 +92,10 @@ struct basic_ffn_expert {
     scratch_frame frame(on.scratch);
     const dim f = on.sizes.f, d = on.sizes.d;
     const scratch s = make_scratch(on.sizes, ys.rows, on.scratch);
-    grouped_up(on, rows, rows.gather(x), form, gate_of(w, f), gate_bias_of(w, f), up_of(w, f), up_bias_of(w, f),
-               ctx.z, s.a);
-    grouped_gemm_nt(on, rows, gathered<float>{s.a}, stack<const float>(w.down, d), stack<const float>(w.down_bias, d), ys);
+    const matrix_stack<const W> gate = gate_of(w, f), up = up_of(w, f);
+    grouped_up(on, rows, rows.gather(x), form, gate, matrix_stack<const float>(gate_bias_of(w, f)), up,
+               matrix_stack<const float>(up_bias_of(w, f)), ctx.z, s.a);
+    grouped_gemm_nt(on, rows, gathered<float>{s.a}, stack<const W>(w.down, d), stack<const float>(w.down_bias, d), ys);
   }
 
   template <class B>
@@ -103,37 +104,53 @@ struct basic_ffn_expert {
     scratch_frame frame(on.scratch);
     const dim f = on.sizes.f, d = on.sizes.d;
     const backward_scratch s = make_backward_scratch(on.sizes, ctx.z.rows, on.scratch);
-    fill_rows(on, rows, s.a, 0.f);
-    grouped_gemm_nn(on, rows, dys, stack<const float>(w.down, d), s.a);
+    grouped_dgrad(on, rows, dys, stack<const W>(w.down, d), {}, {}, s.a);
     if constexpr (Biased) add_bias_share(on, rows, dys, w.down_bias, dweight);
     grouped_up_backward(on, rows, form, dys.weight, ctx.z, s.a, s.dz, dweight);
-    if (dw.down) grouped_gemm_tn(on, rows, dys, gathered<float>{s.a}, stack(dw.down, d));
+    if (dw.down) grouped_wgrad<W>(on, rows, dys, gathered<float>{s.a}, stack(dw.down, d));
     if (dw.down_bias) sum_rows(on, rows, dys, stack(dw.down_bias, d));
 
     const gathered<float> dgate{s.dz.columns(0, f)}, dup{s.dz.columns(gated ? f : 0, f)};
     add_gradient(on, rows, dup, x, up_of(dw, f), up_bias_of(dw, f));
     if constexpr (gated) add_gradient(on, rows, dgate, x, gate_of(dw, f), gate_bias_of(dw, f));
     if (!dx) return;
-    fill_rows(on, rows, s.dx, 0.f);
-    if constexpr (gated) grouped_gemm_nn(on, rows, dgate, matrix_stack<const float>(gate_of(w, f)), s.dx);
-    grouped_gemm_nn(on, rows, dup, matrix_stack<const float>(up_of(w, f)), s.dx);
+    const matrix_stack<const W> gate = gate_of(w, f), up = up_of(w, f);
+    grouped_dgrad(on, rows, dup, up, dgate, gated ? gate : matrix_stack<const W>{}, s.dx);
     scatter_add_rows(on, rows, gathered<float>{s.dx}, dx);
   }
 
  private:
   static dim width(shape s) noexcept { return (gated ? 2 : 1) * s.f; }
-  static matrix_stack<float> gate(matrix_view<float> alone, matrix_view<float> both, dim f) noexcept {
+  template <class T>
+  static basic_ffn_weights<T> carve(shape s, arena& mem) noexcept {
+    const dim n = s.experts * s.f;
+    basic_ffn_weights<T> w;
+    if constexpr (fused) w.gate_up = mem.matrix<T>("gate_up", 2 * n, s.d);
+    else w.up = mem.matrix<T>("up", n, s.d);
+    if constexpr (gated && !fused) w.gate = mem.matrix<T>("gate", n, s.d);
+    w.down = mem.matrix<T>("down", s.experts * s.d, s.f);
+    if constexpr (Biased) {
+      if constexpr (fused) w.gate_up_bias = mem.matrix<float>("gate_up_bias", 2 * n, 1, initial::zeros);
+      else w.up_bias = mem.matrix<float>("up_bias", n, 1, initial::zeros);
+      if constexpr (gated && !fused) w.gate_bias = mem.matrix<float>("gate_bias", n, 1, initial::zeros);
+      w.down_bias = mem.matrix<float>("down_bias", s.experts * s.d, 1, initial::zeros);
+    }
+    return w;
+  }
+  template <class T>
+  static matrix_stack<T> gate(matrix_view<T> alone, matrix_view<T> both, dim f) noexcept {
     if constexpr (fused) return Layout::gate(both, f);
     else return stack(alone, f);
   }
-  static matrix_stack<float> up(matrix_view<float> alone, matrix_view<float> both, dim f) noexcept {
+  template <class T>
+  static matrix_stack<T> up(matrix_view<T> alone, matrix_view<T> both, dim f) noexcept {
     if constexpr (fused) return Layout::up(both, f);
     else return stack(alone, f);
   }
   template <class B>
   static void add_gradient(const call<B>& on, const bank_rows& rows, gathered<float> dz, const input& x,
                            matrix_stack<float> dw, matrix_stack<float> dbias) noexcept {
-    if (dw.first) grouped_gemm_tn(on, rows, dz, rows.gather(x), dw);
+    if (dw.first) grouped_wgrad<W>(on, rows, dz, rows.gather(x), dw);
     if (dbias.first) sum_rows(on, rows, dz, dbias);
   }
   /// dweight[r] += <dy, down_bias[e]>
@@ -148,6 +165,8 @@ struct basic_ffn_expert {
 
 /// SwiGLU: down(silu(gate x) * up x).
 using ffn_expert = basic_ffn_expert<>;
+/// The same with weights of bf16.
+using bf16_ffn_expert = basic_ffn_expert<glu<silu>, separate, false, bf16>;
 /// The expert of gpt-oss: clamped and shifted gate, interleaved rows, biases.
 using gpt_oss_expert = basic_ffn_expert<gpt_oss_glu, interleaved, true>;
 

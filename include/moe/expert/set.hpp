@@ -121,7 +121,10 @@ class expert_set {
   }
   weights_grad make_gradients(shape s, arena& mem) const noexcept {
     weights_grad w;
-    each([&](auto i, const auto& b) { std::get<i>(w) = detail::make_gradients(b.expert, b.narrow(s), mem); });
+    each([&](auto i, const auto& b) {
+      arena::scope in(mem, names[i]);
+      std::get<i>(w) = detail::make_gradients(b.expert, b.narrow(s), mem);
+    });
     return w;
   }
   context make_context(shape s, dim rows, arena& mem) const noexcept {

@@ -51,7 +51,7 @@ struct noisy {
   }
   weights_grad make_gradients(shape s, arena& mem) const noexcept {
     const auto own = detail::make_gradients(inner, s, mem);
-    return {own, mem.matrix<float>("noise.w", s.experts, s.d)};
+    return {own, mem.matrix<float>("noise.w", s.experts, s.d, initial::zeros)};
   }
   context make_context(shape s, arena& mem) const noexcept {
     const auto own = detail::make_context(inner, s, mem);

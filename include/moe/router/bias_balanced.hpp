@@ -42,7 +42,7 @@ struct bias_balanced {
   }
   weights_grad make_gradients(shape s, arena& mem) const noexcept {
     const auto own = detail::make_gradients(inner, s, mem);
-    return {own, mem.matrix<float>("bias", s.experts, 1)};
+    return {own, mem.matrix<float>("bias", s.experts, 1, initial::zeros)};
   }
   context make_context(shape s, arena& mem) const noexcept { return detail::make_context(inner, s, mem); }
   key_scratch make_scratch(shape s, arena& mem) const noexcept { return detail::make_keys(inner, s, mem); }

@@ -8,6 +8,9 @@
 ///   const moe::adamw::state moments = optimizer.make_state(n, mem);      // zeros, where a fresh start begins
 ///   optimizer.step(executor, {.rate = schedule(t), .step = t}, w, dw, moments);
 ///
+/// A copy of the weights in another type, which a layer reads, is written along with them: a weight_copy (train/mixed.hpp) is
+/// the last argument of `step`.
+///
 /// `step` throws shape_error for lengths or hyper-parameters that cannot work. It returns false, and writes nothing, when
 /// `scale` is not finite: what the norm of a gradient with a NaN or an infinity leads to (train/clip.hpp). It does not
 /// look for such values itself; without the norm they reach weights and moments. Padding between tensors stays zero, and
@@ -23,6 +26,7 @@
 #include "moe/core/arena.hpp"
 #include "moe/core/error.hpp"
 #include "moe/core/executor.hpp"
+#include "moe/train/mixed.hpp"
 
 namespace moe {
 
@@ -74,8 +78,10 @@ struct adamw {
   }
 
   template <Executor X>
-  bool step(const X& executor, update u, std::span<float> w, std::span<const float> dw, state s) const {
+  bool step(const X& executor, update u, std::span<float> w, std::span<const float> dw, state s,
+            const weight_copy& copy = {}) const {
     check(u, w, dw, s);
+    copy.check(w.size(), "adamw: w");
     if (!std::isfinite(u.scale)) return false;
     const double t = static_cast<double>(u.step) + 1;
     const double mean = 1 - std::pow(double{beta1}, t), square = 1 - std::pow(double{beta2}, t);
@@ -89,6 +95,7 @@ struct adamw {
         s.v[i] = v;
         w[i] -= rate * m / (root * std::sqrt(v) + epsilon) + shrink * w[i];
       }
+      copy.write(w, static_cast<std::size_t>(first), static_cast<std::size_t>(last));
     });
     return true;
   }
@@ -127,8 +134,10 @@ struct sgd {
   }
 
   template <Executor X>
-  bool step(const X& executor, update u, std::span<float> w, std::span<const float> dw, state s) const {
+  bool step(const X& executor, update u, std::span<float> w, std::span<const float> dw, state s,
+            const weight_copy& copy = {}) const {
     check(u, w, dw, s);
+    copy.check(w.size(), "sgd: w");
     if (!std::isfinite(u.scale)) return false;
     const float shrink = u.rate * decay;
     executor.for_each(static_cast<dim>(w.size()), detail::update_block, [&](dim first, dim last) {
@@ -137,6 +146,7 @@ struct sgd {
         s.m[i] = m;
         w[i] -= u.rate * m + shrink * w[i];
       }
+      copy.write(w, static_cast<std::size_t>(first), static_cast<std::size_t>(last));
     });
     return true;
   }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-/// The blocks of products and rows of float32 on 512-bit vectors.
+/// The blocks of products and rows of float32 on 512-bit vectors; weights are float or bf16.
 #pragma once
 
 #include "moe/backend/cpu/ladder.hpp"
@@ -15,10 +15,10 @@ struct blocks_avx512 {
   static constexpr int width = 16, dot_rows = 6, strips = 4;
   static constexpr dim columns = strips * width;
 
-  template <int M, int N>
+  template <int M, int N, class W>
   MOE_TARGET(MOE_AVX512)
-  MOE_NO_INLINE static void dot_block(gathered<float> a, dim i, dim first, dim k, const float* b, dim stride,
-                                      prefetch_walk ahead, matrix_view<float> c, dim step) noexcept {
+  MOE_NO_INLINE static void dot_block(gathered<float> a, dim i, dim first, dim k, const W* b, dim stride, prefetch_walk ahead,
+                                      matrix_view<float> c, dim step) noexcept {
     const float* x[M];
     __m512 sum[M][N];
     MOE_UNROLL
@@ -34,8 +34,8 @@ struct blocks_avx512 {
       for (int m = 0; m < M; ++m) v[m] = _mm512_loadu_ps(x[m] + p);
       MOE_UNROLL
       for (int n = 0; n < N; ++n) {
-        moe::detail::prefetch(ahead.at + n * stride * dim{sizeof(float)});
-        const __m512 w = _mm512_loadu_ps(b + n * stride + p);
+        moe::detail::prefetch(ahead.at + n * stride * dim{sizeof(W)});
+        const __m512 w = load(b + n * stride + p);
         MOE_UNROLL
         for (int m = 0; m < M; ++m) sum[m][n] = _mm512_fmadd_ps(v[m], w, sum[m][n]);
       }
@@ -44,7 +44,7 @@ struct blocks_avx512 {
       const __mmask16 some = first_lanes(k - p);
       MOE_UNROLL
       for (int n = 0; n < N; ++n) {
-        const __m512 w = _mm512_maskz_loadu_ps(some, b + n * stride + p);
+        const __m512 w = load(b + n * stride + p, some);
         MOE_UNROLL
         for (int m = 0; m < M; ++m) sum[m][n] = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(some, x[m] + p), w, sum[m][n]);
       }
@@ -63,7 +63,7 @@ struct blocks_avx512 {
 
   template <int M>
   MOE_TARGET(MOE_AVX512)
-  MOE_NO_INLINE static void outer_block(gathered<float> a, dim i, dim first, dim step, const float* packed, dim depth,
+  MOE_NO_INLINE static void outer_block(gathered<float> a, dim i, dim first, const float* packed, dim depth,
                                         const prefetch_list& ahead, float* c, dim ld) noexcept {
     const float* x[M];
     __m512 sum[M][strips];
@@ -80,7 +80,7 @@ struct blocks_avx512 {
       for (int n = 0; n < strips; ++n) v[n] = _mm512_loadu_ps(packed + n * width);
       MOE_UNROLL
       for (int m = 0; m < M; ++m) {
-        const __m512 w = _mm512_set1_ps(x[m][p * step]);
+        const __m512 w = _mm512_set1_ps(x[m][p]);
         MOE_UNROLL
         for (int n = 0; n < strips; ++n) sum[m][n] = _mm512_fmadd_ps(w, v[n], sum[m][n]);
       }
@@ -92,10 +92,11 @@ struct blocks_avx512 {
     }
   }
 
+  template <dim Step = columns>
   MOE_TARGET(MOE_AVX512)
   MOE_NO_INLINE static void transpose(const float* const* row, dim first, float* to) noexcept {
     // A vector takes four floats of four rows that are four apart; then fours of four are transposed in place.
-    for (int q = 0; q < 4; ++q, first += 4, to += 4 * columns) {
+    for (int q = 0; q < 4; ++q, first += 4, to += 4 * Step) {
       __m512 v[4];
       MOE_UNROLL
       for (int j = 0; j < 4; ++j) {
@@ -107,10 +108,20 @@ struct blocks_avx512 {
       const __m512 a = _mm512_maskz_unpacklo_ps(all, v[0], v[1]), b = _mm512_maskz_unpackhi_ps(all, v[0], v[1]);
       const __m512 c = _mm512_maskz_unpacklo_ps(all, v[2], v[3]), d = _mm512_maskz_unpackhi_ps(all, v[2], v[3]);
       _mm512_storeu_ps(to, _mm512_shuffle_ps(a, c, 0x44));
-      _mm512_storeu_ps(to + columns, _mm512_shuffle_ps(a, c, 0xee));
-      _mm512_storeu_ps(to + 2 * columns, _mm512_shuffle_ps(b, d, 0x44));
-      _mm512_storeu_ps(to + 3 * columns, _mm512_shuffle_ps(b, d, 0xee));
+      _mm512_storeu_ps(to + Step, _mm512_shuffle_ps(a, c, 0xee));
+      _mm512_storeu_ps(to + 2 * Step, _mm512_shuffle_ps(b, d, 0x44));
+      _mm512_storeu_ps(to + 3 * Step, _mm512_shuffle_ps(b, d, 0xee));
     }
+  }
+
+  static void widen(const float* from, float* to, dim n) noexcept {
+    std::memcpy(to, from, static_cast<std::size_t>(n) * sizeof(float));
+  }
+  MOE_TARGET(MOE_AVX512)
+  static void widen(const bf16* from, float* to, dim n) noexcept {
+    dim j = 0;
+    for (; j + width <= n; j += width) _mm512_storeu_ps(to + j, load(from + j));
+    if (j < n) _mm512_mask_storeu_ps(to + j, first_lanes(n - j), load(from + j, first_lanes(n - j)));
   }
 
   MOE_TARGET(MOE_AVX512)
@@ -148,6 +159,20 @@ struct blocks_avx512 {
 
   MOE_TARGET(MOE_AVX512)
   static __mmask16 first_lanes(dim n) noexcept { return static_cast<__mmask16>(n < width ? (1u << n) - 1 : all); }
+
+  /// The vector at p; the lanes of `some` and zeros.
+  MOE_TARGET(MOE_AVX512)
+  static __m512 load(const float* p) noexcept { return _mm512_loadu_ps(p); }
+  MOE_TARGET(MOE_AVX512)
+  static __m512 load(const float* p, __mmask16 some) noexcept { return _mm512_maskz_loadu_ps(some, p); }
+  MOE_TARGET(MOE_AVX512)
+  static __m512 load(const bf16* p) noexcept { return wide(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+  MOE_TARGET(MOE_AVX512)
+  static __m512 load(const bf16* p, __mmask16 some) noexcept { return wide(_mm256_maskz_loadu_epi16(some, p)); }
+  MOE_TARGET(MOE_AVX512)
+  static __m512 wide(__m256i halves) noexcept {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+  }
 
   /// s[0 .. 4] = the sums of the lanes of a, b, c and d, each in the same order.
   MOE_TARGET(MOE_AVX512)

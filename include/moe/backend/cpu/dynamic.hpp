@@ -31,8 +31,8 @@ struct float_kernels {
   float (*dot)(const float*, const float*, dim) noexcept;
 };
 template <class K>
-inline constexpr float_kernels kernels_from_blocks{&product_nt<K>, &product_nt_packed<K>, &product_nn<K>,
-                                                   &product_tn<K>, &K::add_scaled,        &K::dot_product};
+inline constexpr float_kernels kernels_from_blocks{&product_nt<K, float>, &product_nt_packed<K, float>, &product_nn<K, float>,
+                                                   &product_tn<K>,        &K::add_scaled,               &K::dot_product};
 
 template <int Build>
 const float_kernels& float_kernels_in_use() noexcept {

@@ -162,9 +162,21 @@ void grouped_gemm_nn(const call<B>& on, const bank_rows& rows, gathered<float> a
   detail::run_row_product(on, detail::row_product<false>{detail::device_rows(rows), a, b, {}, out});
 }
 template <DeviceBackend B>
+void grouped_dgrad(const call<B>& on, const bank_rows& rows, gathered<float> dz, matrix_stack<const float> w,
+                   gathered<float> dz2, matrix_stack<const float> w2, matrix_view<float> dx) noexcept {
+  detail::run_row_product(on, detail::row_product<false, true>{detail::device_rows(rows), dz, w, {}, dx});
+  if (w2.first) grouped_gemm_nn(on, rows, dz2, w2, dx);
+}
+template <DeviceBackend B>
 void grouped_gemm_tn(const call<B>& on, const bank_rows& rows, gathered<float> a, gathered<float> b,
                      matrix_stack<float> c) noexcept {
   detail::run_outer_product(on, detail::outer_product{detail::device_rows(rows), a, b, c});
+}
+template <class W, DeviceBackend B>
+  requires std::same_as<W, float>
+void grouped_wgrad(const call<B>& on, const bank_rows& rows, gathered<float> a, gathered<float> b,
+                   matrix_stack<float> c) noexcept {
+  grouped_gemm_tn(on, rows, a, b, c);
 }
 
 template <DeviceBackend B>

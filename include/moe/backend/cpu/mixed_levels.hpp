@@ -1,0 +1,39 @@
+// SPDX-License-Identifier: Apache-2.0
+/// Products of float32 rows with bf16 weights at the level in use, whatever the compiler's flags: their kernels are chosen
+/// at run time, on every `moe::cpu`.
+#pragma once
+
+#include "moe/backend/cpu/blocks_avx2.hpp"
+#include "moe/backend/cpu/blocks_avx512.hpp"
+#include "moe/backend/cpu/level.hpp"
+#include "moe/backend/cpu/mixed_amx.hpp"
+
+namespace moe::arch {
+
+#if defined(MOE_X86)
+template <int Build>
+mixed_kernels mixed_kernels_of(basic_avx2<Build>) noexcept {
+  return detail::mixed_from_blocks<detail::blocks_avx2<Build>>;
+}
+template <int Build>
+mixed_kernels mixed_kernels_of(basic_avx512<Build>) noexcept {
+  return detail::mixed_from_blocks<detail::blocks_avx512<Build>>;
+}
+#endif
+
+inline mixed_kernels mixed_kernels_in_use() noexcept {
+#if defined(MOE_X86)
+  const cpu_level level = cpu_level_in_use();
+  if (level == cpu_level::amx) return mixed_kernels_of(amx{});
+  if (includes(level, cpu_level::avx512)) return mixed_kernels_of(avx512{});
+  if (includes(level, cpu_level::avx2)) return mixed_kernels_of(avx2{});
+#endif
+  return mixed_kernels_of(scalar{});
+}
+
+template <moe::detail::CheckedArch Arch>
+mixed_kernels mixed_kernels_of(Arch) noexcept {
+  return mixed_kernels_in_use();
+}
+
+}  // namespace moe::arch
