@@ -30,8 +30,8 @@ def function(name, result, *arguments):
     raise ImportError(f"ggml lacks {name}")
 
 
-version = function("ggml_version", ctypes.c_char_p)
-commit = function("ggml_commit", ctypes.c_char_p)
+_version = function("ggml_version", ctypes.c_char_p)
+_commit = function("ggml_commit", ctypes.c_char_p)
 _init = function("ggml_init", POINTER, InitParams)
 _tensor_overhead = function("ggml_tensor_overhead", SIZE)
 _graph_overhead = function("ggml_graph_overhead", SIZE)
@@ -68,6 +68,10 @@ view_2d = function("ggml_view_2d", POINTER, POINTER, POINTER, LONG, LONG, SIZE, 
 view_3d = function("ggml_view_3d", POINTER, POINTER, POINTER, LONG, LONG, LONG, SIZE, SIZE, SIZE)
 _set_precision = function("ggml_prec_set_acc", ctypes.c_bool, POINTER, INT)
 flash_attention = function("ggml_flash_attn_ext", POINTER, POINTER, POINTER, POINTER, POINTER, POINTER, FLOAT, FLOAT, FLOAT)
+
+
+def release():
+    return f"ggml {_version().decode()} ({_commit().decode().removesuffix('-dirty')})"
 
 
 def accumulate_in_float(node):
@@ -114,8 +118,8 @@ class Backend:
         self.device, self.plain = device, _cpu_buffers()
 
     def weights(self, product, kind, *shape):
-        """A context with one tensor of weights in the first arrangement with which the node product(ctx, weights) is done, as
-        llama.cpp chooses when it loads a model."""
+        """A tensor of weights in the first arrangement with which the node product(ctx, weights) is done, as llama.cpp
+        chooses when it loads a model."""
         for buffers in self.kinds:
             ctx = context(8)
             w = tensor(ctx, kind, *shape)

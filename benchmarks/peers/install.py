@@ -2,8 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Installs the released packages of the peers into a folder of their own: benchmarks/peers/install.py FOLDER
 
-Everything goes into a virtual environment and build folders there, nothing anywhere else; what is there already stays. Writes
-FOLDER/peers.txt as benchmarks/peers/peer_list.hpp has it. A peer that cannot be installed gets a line with the reason.
+Everything goes into a virtual environment and build folders there, nothing anywhere else; what is there already stays.
+Writes FOLDER/peers.txt as benchmarks/peers/peer_list.hpp has it. A peer that cannot be installed gets a line with the
+reason.
 """
 import pathlib
 import subprocess

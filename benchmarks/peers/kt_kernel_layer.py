@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
 """kt-kernel, the CPU experts of ktransformers: AMXBF16_MOE, AMXInt8_MOE and AMXInt4_MOE (bytes and four bits by row), which
-run on AVX-512 where there is no AMX; the package loads what fits the processor. It is handed the plan, so it does not run the
-router.
+run on AVX-512 where there is no AMX; the package loads what fits the processor. It is handed the plan, so it does not run
+the router.
 
 A dispatcher spins beside its workers. Where those are as many as the cores, every wait of a small batch takes a time slice:
 small batches get one worker fewer, which is faster, and large ones get all.
@@ -32,7 +32,7 @@ class KtLayer:
         self.order = np.arange(case.E, dtype=np.int64)
         self.count = case.copies(3 * case.E * case.d * case.f * BYTES[case.type])
         self.bytes = int(3 * case.E * case.d * case.f * BYTES[case.type]) * self.count
-        self.version = f"{kt_kernel.__version__}, {kt_kernel.__cpu_variant__}"
+        self.version = f"{kt_kernel.__version__} ({kt_kernel.__cpu_variant__})"
 
     def start(self, workers):
         if workers == self.workers:

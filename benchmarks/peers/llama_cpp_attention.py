@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""llama.cpp's flash attention on the CPU, as it runs it: causal, grouped queries, the cache as it lies in its memory (position,
-then head), queries in float32, a mask of f16. The cache is f16, bf16, or int8 as q8_0.
+"""llama.cpp's flash attention on the CPU, as it runs it: causal, grouped queries, the cache as it lies in its memory
+(position, then head), queries in float32, a mask of f16. The cache is f16, bf16, or int8 as q8_0.
 
-As a peer: llama_cpp_attention.py FOLDER. On its own it makes up numbers, compares with a reference, and prints what it reached:
+As a peer: llama_cpp_attention.py FOLDER. On its own it makes up numbers, compares with a reference, and prints what it did:
   MOE_GGML=... llama_cpp_attention.py --heads 32 --kv-heads 8 --width 128 --queries 512 --keys 4096 --type f16 --threads 2
 """
 import argparse
@@ -28,7 +28,7 @@ class LlamaAttention:
         self.caches = [(self.place(key), self.place(value)) for _ in range(case.copies(key.nbytes + value.nbytes))]
         self.head, self.position = key.nbytes // (case.n * case.hkv), key.nbytes // case.n  # bytes
         self.bytes = (key.nbytes + value.nbytes) * len(self.caches)
-        self.version = f"ggml {ggml.version().decode()}, commit {ggml.commit().decode().removesuffix('-dirty')}"
+        self.version = ggml.release()
 
     def place(self, data):
         cache = self.backend.place(self.backend.plain, self.kind, self.case.n, self.case.hkv * self.case.d)
@@ -82,9 +82,10 @@ def made_up_case(flags):
     """A case whose arrays are in memory; batches enough to rotate over its caches."""
     shape = (flags.keys, flags.kv_heads, flags.width)
     bytes_of_cache = 2 * np.prod(shape) * {"f16": 2, "bf16": 2, "int8": 34 / 32}[flags.type]
-    case = SimpleNamespace(type=flags.type, h=flags.heads, hkv=flags.kv_heads, d=flags.width, n=flags.keys, tokens=flags.queries,
-                           threads=flags.threads, refuse_unless=lambda *_: None,
-                           copies=lambda size: max(1, -(-flags.rotate * 2 ** 20 // size)) if flags.queries <= 128 else 1)
+    rotate = flags.rotate * 2 ** 20 if flags.queries <= 128 else 1
+    case = SimpleNamespace(type=flags.type, h=flags.heads, hkv=flags.kv_heads, d=flags.width, n=flags.keys,
+                           tokens=flags.queries, threads=flags.threads, refuse_unless=lambda *_: None,
+                           copies=lambda size: -(-rotate // size))
     case.batches = max(2, case.copies(int(bytes_of_cache)))
     random = np.random.default_rng(1)
     arrays = {"key": random.standard_normal(shape, np.float32), "value": random.standard_normal(shape, np.float32),
@@ -120,8 +121,8 @@ def alone():
     pairs = m * (n - m) + m * (m + 1) // 2
     cache = peer.bytes // len(peer.caches)
     flops = 4 * pairs * flags.heads * flags.width
-    print(f"llama.cpp, {peer.version}: {flags.type}, {flags.heads}/{flags.kv_heads} heads of {flags.width}, {m} queries on {n} "
-          f"keys, {flags.threads} threads: {m / seconds:.4g} tokens/s, {flops / seconds / 1e9:.4g} useful Gflop/s, "
+    print(f"llama.cpp, {peer.version}: {flags.type}, {flags.heads}/{flags.kv_heads} heads of {flags.width}, {m} queries on "
+          f"{n} keys, {flags.threads} threads: {m / seconds:.4g} tokens/s, {flops / seconds / 1e9:.4g} useful Gflop/s, "
           f"{cache / seconds / 1e9:.3g} GB/s of cache; relative error {error:.2g}")
 
 

@@ -19,7 +19,7 @@ class LlamaLayer:
         self.layers = [(self.place(gate, case.f, case.d), self.place(up, case.f, case.d), self.place(down, case.d, case.f))
                        for _ in range(case.copies(size))]
         self.bytes = size * len(self.layers)
-        self.version = f"ggml {ggml.version().decode()}, commit {ggml.commit().decode().removesuffix('-dirty')}"
+        self.version = ggml.release()
 
     def place(self, data, rows, columns):
         case = self.case

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""ONNX Runtime's MoE operator (float32) and QMoE operator (int8 and four bits, by blocks, tokens as bytes), each layer a model of
-that one operator. They choose experts from router logits themselves: they are handed the logarithms of the plan's weights.
+"""ONNX Runtime's MoE operator (float32) and QMoE operator (int8 and four bits, by blocks, tokens as bytes), each layer a
+model of that one operator. They choose experts from logits themselves: they are handed the logarithms of the plan's weights.
 """
 import numpy as np
 import onnx
@@ -55,7 +55,7 @@ class OnnxLayer:
         self.models = [self.save(node, weights, str(i)) for i in range(copies)]
 
     def save(self, node, weights, copy):
-        """Writes a model and its weights, which lie in files of their own: sessions map them, so copies cannot share them."""
+        """Writes a model and, in files of their own, its weights: sessions map them, and copies must not share memory."""
         tensors = []
         for name, w in weights.items():
             file = f"onnx-{copy}-{name}"
@@ -67,7 +67,8 @@ class OnnxLayer:
         rows = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["T", columns])
                 for name, columns in (("x", self.case.d), ("logits", self.case.E), ("y", self.case.d))]
         graph = helper.make_graph([node], "layer", rows[:2], rows[2:], tensors)
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)])
+        operators = [helper.make_opsetid(domain, version) for domain, version in (("", 20), ("com.microsoft", 1))]
+        model = helper.make_model(graph, opset_imports=operators)
         model.ir_version = 9
         path = str(self.case.folder / f"onnx-{copy}")
         onnx.save(model, path)
@@ -79,7 +80,8 @@ class OnnxLayer:
             options = onnxruntime.SessionOptions()
             options.intra_op_num_threads, options.inter_op_num_threads = case.threads, 1
             self.sessions, self.threads = [], case.threads
-            self.sessions = [onnxruntime.InferenceSession(m, options, providers=["CPUExecutionProvider"]) for m in self.models]
+            self.sessions = [onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+                             for model in self.models]
         x, expert, weight = case.plan()
         logits = np.full((case.batches, case.tokens, case.E), -1e4, np.float32)
         np.put_along_axis(logits, expert.astype(np.int64), np.log(np.maximum(weight, 1e-30)), 2)

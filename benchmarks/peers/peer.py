@@ -2,9 +2,9 @@
 """The side of a peer that runs in a process of its own. A peer is a script `SCRIPT FOLDER` that calls serve().
 
 FOLDER holds case.json and raw float32 and int32 arrays in row-major order:
-  layer       {case, type, d, f, E, k, rotate}      gate[E,f,d] up[E,f,d] down[E,d,f]    a batch: x[T,d] expert[T,k] weight[T,k]
-  attention   {case, type, h, hkv, d, n, rotate}    key[n,hkv,d] value[n,hkv,d]          a batch: x[T,h,d], queries of the last
-                                                                                         T of n positions, each sees up to its own
+  layer      {case, type, d, f, E, k, rotate}    gate[E,f,d] up[E,f,d] down[E,d,f]   batch: x[T,d] expert[T,k] weight[T,k]
+  attention  {case, type, h, hkv, d, n, rotate}  key[n,hkv,d] value[n,hkv,d]         batch: x[T,h,d], queries of the last T
+                                                                                     of n positions; each sees up to its own
 It holds copies of the weights (of the cache) until they are `rotate` bytes, and batch i uses copy i modulo their number.
 
 Lines on stdin, and the answers on stdout (whatever the peer's libraries print goes to stderr):

@@ -24,9 +24,9 @@ std::string new_folder() {
 class case_folder {
  public:
   case_folder(const model_shape& s, std::string_view type, double rotate) : path_(new_folder()) {
-    std::ofstream(file("case.json")) << "{\"case\": \"layer\", \"type\": \"" << type << "\", \"d\": " << s.d << ", \"f\": " << s.f
-                                     << ", \"E\": " << s.experts << ", \"k\": " << s.k
-                                     << ", \"rotate\": " << static_cast<long long>(rotate) << "}\n";
+    open("case.json") << "{\"case\": \"layer\", \"type\": \"" << type << "\", \"d\": " << s.d << ", \"f\": " << s.f
+                      << ", \"E\": " << s.experts << ", \"k\": " << s.k
+                      << ", \"rotate\": " << static_cast<long long>(rotate) << "}\n";
   }
   ~case_folder() {
     std::error_code ignored;
@@ -102,7 +102,8 @@ class process_peer final : public contestant {
   void prepare(std::span<const batch> batches, int threads) override {
     if (!failure_.empty()) return;
     folder_->write(batches);
-    ask("batches " + std::to_string(batches.size()) + " " + std::to_string(batches[0].x.rows) + " " + std::to_string(threads));
+    const std::string count = std::to_string(batches.size()), tokens = std::to_string(batches[0].x.rows);
+    ask("batches " + count + " " + tokens + " " + std::to_string(threads));
   }
   void run(std::size_t i, matrix_view<float> y) override {
     ask("run " + std::to_string(i));

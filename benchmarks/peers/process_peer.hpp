@@ -11,8 +11,8 @@
 
 namespace bench {
 
-/// One contestant for each of `listed`, of one shape at one type, which keep what they exchange in one temporary folder. Of the
-/// layers they take the first and hold copies of it, `rotate` bytes in all.
+/// One contestant for each of `listed`, of one shape at one type, which keep what they exchange in one temporary folder. Of
+/// the layers they take the first and hold copies of it, `rotate` bytes in all.
 std::vector<std::unique_ptr<contestant>> process_peers(const std::vector<listed_peer>& listed, const model_shape& s,
                                                        std::string_view type, double rotate);
 

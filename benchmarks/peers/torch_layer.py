@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""PyTorch: a loop over the experts that have tokens, as the models of its ecosystem write it on a CPU; rows are grouped by one
-sort. float32 through MKL, bf16 and f16 through its oneDNN; int8 as dynamically quantised linear layers; four bits as its
+"""PyTorch: a loop over the experts that have tokens, as the models of its ecosystem write it on a CPU; rows are grouped by
+one sort. float32 through MKL, bf16 and f16 through its oneDNN; int8 as dynamically quantised linear layers; four bits as its
 weight-only product of groups. It is handed the plan, so it does not run the router.
 """
 import numpy as np
@@ -62,7 +62,8 @@ class Int4:
         self.w, self.scales = [], []
         for matrix in rows:
             codes, scale = quantised(matrix, self.group, 4)
-            self.w.append(torch.ops.aten._convert_weight_to_int4pack_for_cpu(torch.from_numpy(codes.astype(np.int32) + 8), 1))
+            codes = torch.from_numpy(codes.astype(np.int32) + 8)
+            self.w.append(torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1))
             self.scales.append(torch.from_numpy(np.stack([scale.T, np.zeros_like(scale.T)], -1).copy()).bfloat16())
         self.bytes = sum(t.nbytes for t in self.w + self.scales)
 
@@ -96,7 +97,8 @@ class TorchLayer:
         torch.set_num_threads(self.case.threads)
         x, expert, weight = self.case.plan()
         self.x = torch.from_numpy(np.array(x)).to(self.dtype)
-        self.expert, self.weight = torch.from_numpy(np.array(expert)).long(), torch.from_numpy(np.array(weight)).to(self.dtype)
+        self.expert = torch.from_numpy(np.array(expert)).long()
+        self.weight = torch.from_numpy(np.array(weight)).to(self.dtype)
 
     def run(self, i):
         gate_up, down = self.layers[i % len(self.layers)]

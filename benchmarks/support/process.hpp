@@ -12,8 +12,8 @@ struct process_error : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-/// Starts a program whose standard input and output are ours, and whose errors go to a file. From the end of an answer to the
-/// next line it is stopped, so that whatever threads it has take no time from others; it ends with this object.
+/// Starts a program whose standard input and output are ours, and whose errors go to a file. From the end of an answer to
+/// the next line it is stopped, so that whatever threads it has take no time from others; it ends with this object.
 class process {
  public:
   /// Throws process_error where it cannot be started, as on every system that is not POSIX.
