@@ -1,0 +1,255 @@
+// SPDX-License-Identifier: Apache-2.0
+/// What a level offers for attention: a table of plain functions, since the level is known only at run time. One step is
+/// the rows of a tile (a query under one head each) against up to attention_keys keys of one key head, on one thread.
+/// Nothing is allocated.
+///
+/// An element of a result is added up in the order of the keys, whatever other rows are in the tile, and nothing is read of
+/// a key that a row does not see: what is not finite there stays there.
+#pragma once
+
+#include "moe/backend/attention_rules.hpp"
+#include "moe/backend/scalar.hpp"
+
+namespace moe {
+
+/// Keys of one step, and the floats from one row of scores to the next: not a power of two, so that the scores of one key
+/// lie in different sets of the nearest cache.
+inline constexpr dim attention_keys = 128, attention_pitch = attention_keys + 16;
+
+/// Rows of a tile and their running softmax, base 2: q is scaled by log2(e) / sqrt(d) or what stands for it.
+struct attention_rows_state {
+  matrix_view<float> q;        ///< [R,d]
+  matrix_view<float> o;        ///< [R,dv], rows padded to a multiple of the level's columns: sum of 2^(s - largest) v
+  float* largest = nullptr;    ///< [R] of the scores so far, -inf at first
+  float* sum = nullptr;        ///< [R] of 2^(s - largest)
+  const dim *first = nullptr, *end = nullptr;  ///< [R] the keys that a row sees
+};
+
+/// The chosen rows against keys `key` .. `key` + k.rows of their sequence.
+struct attention_step {
+  attention_rows_state state;
+  const idx* row = nullptr;  ///< the rows, ascending, or null: all
+  dim rows = 0;
+  matrix_view<const float> k, v;
+  dim key = 0;
+  float *packed_k = nullptr, *packed_v = nullptr, *p = nullptr;  ///< scratch
+  bool packed = false;  ///< packed_k and packed_v hold the keys and values already
+
+  dim at(dim i) const noexcept { return row ? row[i] : i; }
+  gathered<float> queries() const noexcept { return {state.q, row}; }
+};
+
+/// One step of backward. In its state `o` is the gradient of the output, `largest` the log2-sum of forward and `sum` delta,
+/// where delta[r] = <do_r, o_r>. With p = 2^(s - largest) and ds = p (do v^T - delta), adds ds k to dq, ds^T q to dk and p^T do
+/// to dv: of the scaled q, so the caller multiplies dq by the scale and dk by ln 2.
+struct attention_backward_step : attention_step {
+  matrix_view<float> dq, dk, dv;  ///< of all rows of the tile, and of the keys of the step; rows padded as those of o
+  float *keys = nullptr, *ds = nullptr, *packed_rows = nullptr;  ///< scratch
+
+  gathered<float> gradients() const noexcept { return {state.o.columns(0, v.cols), row}; }
+};
+
+/// One level's kernels.
+struct attention_kernels {
+  dim columns;  ///< rows of o and of gradients are padded to a multiple of it
+  void (*widen_bf16)(const bf16* from, float* to, dim n) noexcept;
+  void (*widen_f16)(const f16* from, float* to, dim n) noexcept;
+  void (*scale)(float* x, float w, dim n) noexcept;
+  void (*rank)(float* s, dim n, idx first, float* best, idx* which, dim room) noexcept;
+  void (*pack)(const attention_step&) noexcept;   ///< keys and values, no more
+  void (*score)(const attention_step&) noexcept;  ///< p = q k^T, no more
+  void (*attend)(const attention_step&) noexcept;
+  void (*backward)(const attention_backward_step&) noexcept;
+};
+
+namespace arch {
+namespace detail {
+
+/// Keys [lo, hi) of a step.
+struct key_range {
+  dim lo, hi;
+  bool empty() const noexcept { return lo >= hi; }
+};
+template <class Step>
+key_range seen_by(const Step& s, dim i) noexcept {
+  const dim r = s.at(i), lo = s.state.first[r] - s.key, hi = s.state.end[r] - s.key;
+  return {lo > 0 ? lo : 0, hi < s.k.rows ? hi : s.k.rows};
+}
+/// What any of the rows i .. i + m sees; and what all of them see.
+template <class Step>
+key_range seen_by_any(const Step& s, dim i, dim m) noexcept {
+  key_range all{s.k.rows, 0};
+  for (dim r = i; r < i + m; ++r) {
+    const key_range own = seen_by(s, r);
+    if (own.empty()) continue;
+    all = {own.lo < all.lo ? own.lo : all.lo, own.hi > all.hi ? own.hi : all.hi};
+  }
+  return all;
+}
+template <class Step>
+key_range seen_by_each(const Step& s, dim i, dim m) noexcept {
+  key_range all{0, s.k.rows};
+  for (dim r = i; r < i + m; ++r) {
+    const key_range own = seen_by(s, r);
+    all = {own.lo > all.lo ? own.lo : all.lo, own.hi < all.hi ? own.hi : all.hi};
+  }
+  return all;
+}
+
+/// Rows as right operands of outer products read them: panel after panel of columns, in each row after row.
+template <class K>
+void pack_panels(matrix_view<const float> m, float* packed) noexcept {
+  for (dim j = 0; j < m.cols; j += outer_columns)
+    pack<K>([&](dim p) { return m.row(p) + j; }, m.rows, at_most(m.cols - j, outer_columns), packed + j * m.rows);
+}
+/// The same of the transposed matrix: panels of rows of m, in each column after column.
+template <class K>
+void pack_panels_transposed(matrix_view<const float> m, float* packed) noexcept {
+  for (dim j = 0; j < m.rows; j += outer_columns)
+    pack_transposed<K>(m.slice(j, at_most(m.rows - j, outer_columns)), 0, m.cols, packed + j * m.cols);
+}
+
+/// c(i .. i + m, a panel of columns) += a[., lo .. hi) times rows lo .. hi of a packed panel.
+template <class K>
+void add_panel(gathered<float> a, dim i, dim m, key_range depth, const float* panel, float* c, dim ld) noexcept {
+  const prefetch_list ahead(panel);
+  for (dim lo = depth.lo; lo < depth.hi; lo += outer_depth) {
+    const dim n = at_most(depth.hi - lo, outer_depth);
+    with_constant<outer_rows>(m, [&](auto rows) {
+      K::template outer_block<rows>(a, i, lo, 1, panel + lo * K::columns, n, ahead, c, ld);
+    });
+  }
+}
+
+/// f(i, m) for the blocks of rows of a step.
+template <class Step, class F>
+void for_each_block(const Step& s, F f) noexcept {
+  for (dim i = 0; i < s.rows; i += outer_rows) f(i, at_most(s.rows - i, outer_rows));
+}
+
+/// scores(i, .) = a_i k^T for the panels of keys that a row of the block sees; the others stay as they are.
+template <class K, class Step>
+void score_rows(const Step& s, gathered<float> a, const float* packed_k, float* scores) noexcept {
+  const dim depth = a.cols();
+  for (dim j = 0; j < s.k.rows; j += K::columns)
+    for_each_block(s, [&](dim i, dim m) {
+      const key_range seen = seen_by_any(s, i, m);
+      if (seen.hi <= j || seen.lo >= j + K::columns) return;
+      float* c = scores + i * attention_pitch + j;
+      for (dim r = 0; r < m; ++r) std::memset(c + r * attention_pitch, 0, K::columns * sizeof(float));
+      add_panel<K>(a, i, m, {0, depth}, packed_k + j * depth, c, attention_pitch);
+    });
+}
+
+/// to(row, .) += w(i, seen) m[seen, .] for the rows of a step, panels of columns of m packed. Each row adds up the keys that
+/// it sees, in their order.
+template <class K, class Step>
+void weigh_rows(const Step& s, const float* weights, const float* packed, dim keys, matrix_view<float> to) noexcept {
+  const gathered<float> w{{weights, s.rows, attention_keys, attention_pitch}};
+  for (dim j = 0; j < to.cols; j += K::columns)
+    for_each_block(s, [&](dim i, dim m) {
+      const float* panel = packed + j * keys;
+      const auto alone = [&](dim r, key_range range) {
+        if (!range.empty()) add_panel<K>(w, r, 1, range, panel, to.row(s.at(r)) + j, to.ld);
+      };
+      const key_range each = seen_by_each(s, i, m);
+      for (dim r = i; r < i + m; ++r) {
+        const key_range own = seen_by(s, r);
+        alone(r, each.empty() ? own : key_range{own.lo, each.lo});
+      }
+      if (each.empty()) return;
+      if (s.at(i + m - 1) - s.at(i) == m - 1) {
+        add_panel<K>(w, i, m, each, panel, to.row(s.at(i)) + j, to.ld);
+      } else {
+        float near[outer_rows * K::columns];
+        for (dim r = 0; r < m; ++r) std::memcpy(near + r * K::columns, to.row(s.at(i + r)) + j, K::columns * sizeof(float));
+        add_panel<K>(w, i, m, each, panel, near, K::columns);
+        for (dim r = 0; r < m; ++r) std::memcpy(to.row(s.at(i + r)) + j, near + r * K::columns, K::columns * sizeof(float));
+      }
+      for (dim r = i; r < i + m; ++r) alone(r, {each.hi, seen_by(s, r).hi});
+    });
+}
+
+template <class A>
+void pack_step(const attention_step& s) noexcept {
+  pack_panels_transposed<typename A::blocks>(s.k, s.packed_k);
+  pack_panels<typename A::blocks>(s.v, s.packed_v);
+}
+template <class A>
+void score(const attention_step& s) noexcept {
+  using K = typename A::blocks;
+  pack_panels_transposed<K>(s.k, s.packed_k);
+  score_rows<K>(s, s.queries(), s.packed_k, s.p);
+}
+
+/// One step of forward, with the rules `A` of a level: its blocks of products and its exponentials.
+template <class A>
+void attend(const attention_step& s) noexcept {
+  using K = typename A::blocks;
+  if (!s.packed) pack_step<A>(s);
+  score_rows<K>(s, s.queries(), s.packed_k, s.p);
+  for (dim i = 0; i < s.rows; ++i) {
+    const key_range seen = seen_by(s, i);
+    if (seen.empty()) continue;
+    const dim r = s.at(i);
+    const float fade = A::softmax(s.p + i * attention_pitch, seen.lo, seen.hi, s.state.largest[r], s.state.sum[r]);
+    if (fade != 1) A::scale(s.state.o.row(r), fade, s.state.o.cols);
+  }
+  weigh_rows<K>(s, s.p, s.packed_v, s.k.rows, s.state.o);
+}
+
+/// to(key, .) += the sum over the rows of a step that see it of w(row, key) m(row, .)
+template <class K>
+void sum_rows_by_key(const attention_step& s, const float* weights, gathered<float> m, float* packed, matrix_view<float> to) noexcept {
+  const dim rows = s.rows;
+  for (dim j = 0; j < m.cols(); j += outer_columns)
+    pack<K>([&](dim p) { return m.row(p) + j; }, rows, at_most(m.cols() - j, outer_columns), packed + j * rows);
+  const gathered<float> w{{weights, to.rows, 1, 1}};
+  for (dim key = 0; key < to.rows; key += outer_rows) {
+    const dim n = at_most(to.rows - key, outer_rows);
+    dim from = rows, last = 0;
+    for (dim i = 0; i < rows; ++i)
+      if (const key_range seen = seen_by(s, i); seen.lo < key + n && seen.hi > key) from = i < from ? i : from, last = i + 1;
+    for (; from < last; from += outer_depth)
+      for (dim j = 0; j < to.cols; j += K::columns) {
+        const float* panel = packed + j * rows + from * K::columns;
+        const prefetch_list ahead(panel);
+        with_constant<outer_rows>(n, [&](auto some) {
+          K::template outer_block<some>(w, key, from * attention_pitch, attention_pitch, panel,
+                                        at_most(last - from, outer_depth), ahead, to.row(key) + j, to.ld);
+        });
+      }
+  }
+}
+
+/// One step of backward.
+template <class A>
+void attend_backward(const attention_backward_step& s) noexcept {
+  using K = typename A::blocks;
+  pack_panels_transposed<K>(s.k, s.packed_k);
+  pack_panels_transposed<K>(s.v, s.packed_v);
+  pack_panels<K>(s.k, s.keys);
+  score_rows<K>(s, s.queries(), s.packed_k, s.p);
+  score_rows<K>(s, s.gradients(), s.packed_v, s.ds);
+  for (dim i = 0; i < s.rows; ++i) {
+    const key_range seen = seen_by(s, i);
+    const dim r = s.at(i), row = i * attention_pitch;
+    A::slopes(s.p + row, s.ds + row, seen.lo, seen.hi, s.k.rows, s.state.largest[r], s.state.sum[r]);
+  }
+  weigh_rows<K>(s, s.ds, s.keys, s.k.rows, s.dq);
+  sum_rows_by_key<K>(s, s.p, s.gradients(), s.packed_rows, s.dv);
+  sum_rows_by_key<K>(s, s.ds, s.queries(), s.packed_rows, s.dk);
+}
+
+template <class A>
+inline constexpr attention_kernels attention_of{A::blocks::columns, &A::widen, &A::widen, &A::scale, &A::rank, &pack_step<A>, &score<A>, &attend<A>, &attend_backward<A>};
+
+}  // namespace detail
+
+template <int Build>
+attention_kernels attention_kernels_of(basic_scalar<Build>) noexcept {
+  return detail::attention_of<detail::attention_loops<detail::lane_blocks<detail::plain_lanes<Build>>>>;
+}
+
+}  // namespace arch
+}  // namespace moe

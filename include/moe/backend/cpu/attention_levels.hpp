@@ -1,0 +1,37 @@
+// SPDX-License-Identifier: Apache-2.0
+/// Attention at the level in use, whatever the compiler's flags: its kernels are chosen at run time.
+#pragma once
+
+#include "moe/backend/attention_kernels.hpp"
+#include "moe/backend/cpu/attention_avx2.hpp"
+#include "moe/backend/cpu/attention_avx512.hpp"
+#include "moe/backend/cpu/compiled.hpp"
+#include "moe/backend/cpu/level.hpp"
+
+namespace moe::arch {
+
+/// Of the level in use, or of the blocks `K` of the build where that level has none of its own.
+template <int Build, class K>
+attention_kernels attention_kernels_in_use() noexcept {
+#if defined(MOE_X86)
+  const cpu_level level = cpu_level_in_use();
+  if (includes(level, cpu_level::avx512)) return detail::attention_of<detail::attention_avx512<Build>>;
+  if (includes(level, cpu_level::avx2)) return detail::attention_of<detail::attention_avx2<Build>>;
+  return detail::attention_of<detail::attention_loops<detail::lane_blocks<detail::plain_lanes<Build>>>>;
+#else
+  return detail::attention_of<detail::attention_loops<K>>;
+#endif
+}
+
+#if !defined(MOE_SEPARATE_KERNELS)
+template <class Set>
+attention_kernels attention_kernels_of(simd<Set>) noexcept {
+  return attention_kernels_in_use<moe::detail::build_level, typename detail::simd_blocks<Set>::type>();
+}
+#endif
+inline attention_kernels attention_kernels_of(compiled) noexcept {
+  constexpr int build = moe::detail::build_level;
+  return attention_kernels_in_use<build, detail::lane_blocks<detail::plain_lanes<build>>>();
+}
+
+}  // namespace moe::arch

@@ -1,0 +1,216 @@
+// SPDX-License-Identifier: Apache-2.0
+/// Attention on the host: how it is cut into tiles of rows and shared between threads.
+///
+/// A tile is some queries of one sequence under all heads that share a key head: their rows stay in the second cache while
+/// the keys that they see pass by, a step at a time. Which keys those are is a selection's to say: all (every_key), or blocks
+/// (host_moba.hpp). Scratch is a tile and a step for each thread, whatever the number of keys.
+#pragma once
+
+#include "moe/attention/problem.hpp"
+#include "moe/backend/attention_kernels.hpp"
+#include "moe/backend/host_slots.hpp"
+
+namespace moe {
+
+namespace detail {
+
+inline constexpr float log2_e = 1.4426950408889634f, ln_2 = 0.6931471805599453f;
+
+/// Queries `first` .. `first` + n of a sequence under the heads of key head `head`.
+struct attention_tile {
+  attention_sequence in;
+  dim head, first, queries;
+};
+
+/// Tiles of `height` queries, at least one; a later one, which sees more keys, comes earlier.
+class attention_grid {
+ public:
+  attention_grid(const attention_problem& p, attention_sizes n, dim rows) noexcept
+      : p_(p), n_(n), height_(rows > p.heads.group() ? rows / p.heads.group() : 1) {}
+
+  dim height() const noexcept { return height_; }
+  /// Most rows of a tile.
+  dim rows() const noexcept { return height_ * p_.heads.group(); }
+  dim size() const noexcept {
+    dim tiles = 0;
+    for (dim s = 0; s < p_.sequences(); ++s) tiles += tiles_of(s);
+    return tiles;
+  }
+  attention_tile operator[](dim i) const noexcept {
+    dim s = 0;
+    for (dim n; i >= (n = tiles_of(s)); ++s) i -= n;
+    const attention_sequence a = p_.sequence(s, n_);
+    const dim first = (blocks(a.queries, height_) - 1 - i / p_.heads.kv_heads) * height_;
+    return {a, i % p_.heads.kv_heads, first, at_most(a.queries - first, height_)};
+  }
+
+ private:
+  dim tiles_of(dim s) const noexcept { return blocks(p_.sequence(s, n_).queries, height_) * p_.heads.kv_heads; }
+  const attention_problem& p_;
+  attention_sizes n_;
+  dim height_;
+};
+
+/// Rows of T as floats: as they are, or widened into `near`.
+inline matrix_view<const float> as_floats(const attention_kernels&, matrix_view<const float> m, float*) noexcept { return m; }
+template <class T>
+matrix_view<const float> as_floats(const attention_kernels& k, matrix_view<const T> m, float* near) noexcept {
+  for (dim r = 0; r < m.rows; ++r) {
+    if constexpr (std::same_as<T, bf16>) k.widen_bf16(m.row(r), near + r * m.cols, m.cols);
+    else k.widen_f16(m.row(r), near + r * m.cols, m.cols);
+  }
+  return {near, m.rows, m.cols};
+}
+/// The same as one row of floats at `to`.
+template <class T>
+void load_floats(const attention_kernels& k, matrix_view<const T> row, float* to) noexcept {
+  const matrix_view<const float> from = as_floats(k, row, to);
+  if (from.data != to) std::memcpy(to, from.data, static_cast<std::size_t>(from.cols) * sizeof(float));
+}
+
+/// Memory of one thread at work on tiles of `rows` rows.
+struct attention_slot {
+  attention_rows_state state;
+  dim *first, *end;
+  float *k, *v, *packed_k, *packed_v, *p;
+};
+inline attention_slot carve_attention_slot(const attention_kernels& k, const attention_heads& h, dim rows, arena& mem) noexcept {
+  const dim dv = round_up(h.dv, k.columns), keys = round_up(attention_keys, k.columns);
+  attention_slot s;
+  s.state.q = mem.matrix<float>("q", rows, h.d);
+  s.state.o = mem.matrix<float>("o", rows, dv);
+  s.state.largest = mem.matrix<float>("largest", rows, 1).data;
+  s.state.sum = mem.matrix<float>("sum", rows, 1).data;
+  s.state.first = s.first = reinterpret_cast<dim*>(mem.matrix<std::int64_t>("first", rows, 1).data);
+  s.state.end = s.end = reinterpret_cast<dim*>(mem.matrix<std::int64_t>("end", rows, 1).data);
+  s.k = mem.matrix<float>("k", attention_keys, h.d).data;
+  s.v = mem.matrix<float>("v", attention_keys, h.dv).data;
+  s.packed_k = mem.matrix<float>("packed_k", keys, h.d).data;
+  s.packed_v = mem.matrix<float>("packed_v", attention_keys, dv).data;
+  s.p = mem.matrix<float>("p", rows, attention_pitch).data;
+  return s;
+}
+
+/// Queries of a tile, scaled, with nothing summed yet; row (i, a) is i * group + a.
+template <class T>
+void start_rows(const attention_kernels& k, const attention_problem& p, const attention_tile& t, matrix_stack<const T> q,
+                attention_slot& s) noexcept {
+  const dim group = p.heads.group();
+  const float scale = p.score_scale() * log2_e;
+  s.state.q.rows = s.state.o.rows = t.queries * group;
+  for (dim r = 0; r < s.state.q.rows; ++r) {
+    const dim i = t.first + r / group;
+    load_floats(k, q[t.head * group + r % group].slice(t.in.query + i, 1), s.state.q.row(r));
+    k.scale(s.state.q.row(r), scale, p.heads.d);
+    s.state.largest[r] = -infinity;
+    s.state.sum[r] = 0;
+    s.first[r] = t.in.first_key(i, p.mask);
+    s.end[r] = t.in.end_key(i, p.mask);
+  }
+  std::memset(s.state.o.data, 0, static_cast<std::size_t>(s.state.o.rows * s.state.o.ld) * sizeof(float));
+}
+/// o of row r, normalised in place; returns its lse.
+inline float finish_row(const attention_kernels& k, attention_slot& s, dim r) noexcept {
+  const float sum = s.state.sum[r];
+  k.scale(s.state.o.row(r), sum != 0 ? 1.f / sum : 0.f, s.state.o.cols);
+  return sum != 0 ? (s.state.largest[r] + std::log2(sum)) * ln_2 : -infinity;
+}
+
+/// Keys `key` .. `key` + `keys` of a tile's sequence, and the rows of the tile that meet them: ascending, or null for all.
+struct step_range {
+  dim key, keys;
+  const idx* row;
+  dim rows;
+};
+template <class T>
+attention_step step_of(const attention_kernels& k, const attention_tile& t, matrix_stack<const T> keys,
+                       matrix_stack<const T> values, const step_range& r, const attention_slot& s) noexcept {
+  return {s.state, r.row, r.rows, as_floats(k, keys[t.head].slice(t.in.key + r.key, r.keys), s.k),
+          as_floats(k, values[t.head].slice(t.in.key + r.key, r.keys), s.v), r.key, s.packed_k, s.packed_v, s.p};
+}
+/// The same where a selection has packed its keys before.
+inline attention_step step_of(const step_range& r, dim d, dim dv, float* packed_k, float* packed_v,
+                              const attention_slot& s) noexcept {
+  return {s.state, r.row, r.rows, {nullptr, r.keys, d}, {nullptr, r.keys, dv}, r.key, packed_k, packed_v, s.p, true};
+}
+
+/// f(key, n) for the steps that cover keys first .. end of a sequence; equal steps for all tiles.
+template <class F>
+void for_each_key_step(dim first, dim end, F f) noexcept {
+  for (dim key = first; key < end; key += attention_keys) f(key, at_most(end - key, attention_keys));
+}
+
+}  // namespace detail
+
+/// A selection says which keys the rows of a tile meet. This one: all that its mask shows.
+struct every_key {
+  /// Of a tile: as many as make packing keys cheap.
+  dim rows(const attention_heads&) const noexcept { return 384; }
+
+  struct slot {};
+  slot carve(const attention_problem&, attention_sizes, dim, arena&) const noexcept { return {}; }
+  /// Called when the queries of a tile are there, in forward; and in backward.
+  void choose(const attention_kernels&, const attention_problem&, const detail::attention_tile&, detail::attention_slot&,
+              slot&) const noexcept {}
+  void recall(const attention_problem&, const detail::attention_tile&, detail::attention_slot&, slot&) const noexcept {}
+  /// f(range) for every step.
+  template <class F>
+  void for_each_step(const attention_problem&, const detail::attention_tile&, const detail::attention_slot& s, const slot&,
+                     F f) const noexcept {
+    const dim n = s.state.q.rows, first = s.first[0] / attention_keys * attention_keys;
+    detail::for_each_key_step(first, s.end[n - 1], [&](dim key, dim keys) { f(detail::step_range{key, keys, nullptr, n}); });
+  }
+};
+
+namespace detail {
+template <HostBackend B, class Selection>
+slot_memory make_attention_slots(const B& backend, const attention_problem& p, attention_sizes n, const Selection& selection,
+                                 dim rows, arena& mem) noexcept {
+  return make_slots(backend, mem, [&](arena& a) {
+    (void)carve_attention_slot(attention_kernels_of(typename B::arch{}), p.heads, rows, a);
+    (void)selection.carve(p, n, rows, a);
+  });
+}
+}  // namespace detail
+
+/// What attend takes from its scratch.
+template <HostBackend B, class Selection>
+void count_attend(const B& backend, const attention_problem& p, attention_sizes n, const Selection& selection, arena& mem) noexcept {
+  (void)detail::make_attention_slots(backend, p, n, selection, detail::attention_grid(p, n, selection.rows(p.heads)).rows(), mem);
+}
+
+/// o[t,a] = sum over the keys j that the selection has query t meet under head a of softmax_j(scale <q_t, k_j>) v_j, and lse,
+/// the log-sum-exp of the scaled scores. finish(t, a, o, lse) is told each as soon as it is there, with o[dv] in memory that
+/// it may change; calls of different t, a come from different threads. A query that meets no key gives o = 0, lse = -inf.
+/// Nothing is read of a key that a query does not see. Results do not depend on the threads, nor on the other queries.
+template <HostBackend B, class T, class Selection, class Finish>
+void attend(const call<B>& on, const attention_problem& p, matrix_stack<const T> q, matrix_stack<const T> k,
+            matrix_stack<const T> v, const Selection& selection, Finish finish) noexcept {
+  scratch_frame frame(on.scratch);
+  const attention_kernels kernels = attention_kernels_of(typename B::arch{});
+  const attention_sizes n{q.first.rows, k.first.rows};
+  const detail::attention_grid grid(p, n, selection.rows(p.heads));
+  const dim group = p.heads.group();
+  const detail::slot_memory slots = detail::make_attention_slots(on.backend, p, n, selection, grid.rows(), on.scratch);
+  detail::share_units(on, slots, grid.size(), [&](arena mem, auto take) {
+    detail::attention_slot s = detail::carve_attention_slot(kernels, p.heads, grid.rows(), mem);
+    typename Selection::slot chosen = selection.carve(p, n, grid.rows(), mem);
+    for (dim unit; take(unit);) {
+      const detail::attention_tile t = grid[unit];
+      detail::start_rows(kernels, p, t, q, s);
+      selection.choose(kernels, p, t, s, chosen);
+      selection.for_each_step(p, t, s, chosen, [&](const detail::step_range& r) {
+        if constexpr (requires { selection.packed(kernels, p, t, r, s); })
+          kernels.attend(selection.packed(kernels, p, t, r, s));
+        else
+          kernels.attend(detail::step_of(kernels, t, k, v, r, s));
+      });
+      for (dim r = 0; r < s.state.q.rows; ++r) {
+        const float lse = detail::finish_row(kernels, s, r);
+        finish(t.in.query + t.first + r / group, t.head * group + r % group, s.state.o.row(r), lse);
+      }
+    }
+  });
+}
+
+}  // namespace moe

@@ -1,0 +1,212 @@
+// SPDX-License-Identifier: Apache-2.0
+/// Block attention on the host: which blocks of keys each query meets under each head, and the tiles that follow from it.
+///
+/// MoBA, Lu et al. 2025, arXiv:2502.13189, executed as in FlashMoBA, Xiao et al. 2025, arXiv:2511.11571: the rows of a tile
+/// that chose a block are read as one dense tile, and the scores of all blocks are never stored.
+#pragma once
+
+#include "moe/backend/host_attention.hpp"
+#include "moe/backend/host_rows.hpp"
+
+namespace moe {
+
+/// Every query meets its own block of `block` keys, up to its own position, and under each head the k - 1 earlier blocks
+/// whose mean key has the largest product with it (the lower block where two are equal); all of them where there are fewer.
+/// A causal mask without a window.
+struct key_blocks {
+  /// Of a tile: as many as stay in a second cache of two megabytes, for a block meets a part of them only.
+  dim rows(const attention_heads& h) const noexcept {
+    constexpr dim floats = 1 << 18, least = 384;
+    return floats / (h.d + h.dv) > least ? floats / (h.d + h.dv) : least;
+  }
+
+  dim block = 128;  ///< keys per block, B
+  dim k = 8;        ///< blocks of a query, its own among them
+  matrix_view<float> centroids{};  ///< [centroid_rows, h_kv*d]
+  matrix_view<idx> chosen{};             ///< [T*h, k-1]: earlier blocks, -1: none; kept for backward, or empty
+  float *packed_k = nullptr, *packed_v = nullptr;  ///< keys and values as forward's steps read them, by prepare_key_blocks
+
+  /// Blocks of all sequences, and the first of one of them.
+  dim centroid_rows(const attention_problem& p, dim keys) const noexcept { return keys / block + p.sequences(); }
+  dim first_centroid(const attention_sequence& in) const noexcept { return in.key / block + in.number; }
+
+  /// Steps of a block, most keys of one, and floats of its packed keys and values.
+  dim steps() const noexcept { return detail::blocks(block, attention_keys); }
+  dim step_keys() const noexcept { return detail::at_most(block, attention_keys); }
+  dim key_floats(const attention_kernels& a, const attention_problem& p) const noexcept {
+    return detail::round_up(step_keys(), a.columns) * p.heads.d;
+  }
+  dim value_floats(const attention_kernels& a, const attention_problem& p) const noexcept {
+    return step_keys() * detail::round_up(p.heads.dv, a.columns);
+  }
+  dim packed_steps(const attention_problem& p, dim keys) const noexcept {
+    return centroid_rows(p, keys) * steps() * p.heads.kv_heads;
+  }
+  dim step_number(const attention_problem& p, const attention_sequence& in, dim head, dim key) const noexcept {
+    return ((first_centroid(in) + key / block) * steps() + key % block / attention_keys) * p.heads.kv_heads + head;
+  }
+  attention_step packed(const attention_kernels& a, const attention_problem& p, const detail::attention_tile& t,
+                        const detail::step_range& r, const detail::attention_slot& s) const noexcept {
+    const dim step = step_number(p, t.in, t.head, r.key);
+    return detail::step_of(r, p.heads.d, p.heads.dv, packed_k + step * key_floats(a, p), packed_v + step * value_floats(a, p), s);
+  }
+
+  /// Memory of one thread: what it ranks, and the rows of each block.
+  struct slot {
+    dim *none, *own;            ///< [R] zeros, and the own block of a row, or -1
+    float* best;                ///< [R,k-1]
+    idx* which;                 ///< [R,k-1]
+    idx *offsets, *list, *all;  ///< rows by block; all rows
+  };
+  float* carve_near(const attention_problem& p, arena& mem) const noexcept {
+    return mem.matrix<float>("near", step_keys(), p.heads.d + p.heads.dv).data;
+  }
+  slot carve(const attention_problem& p, attention_sizes n, dim tile_rows, arena& mem) const noexcept;
+  void choose(const attention_kernels& kernels, const attention_problem& p, const detail::attention_tile& t,
+              detail::attention_slot& s, slot& b) const noexcept;
+  void recall(const attention_problem& p, const detail::attention_tile& t, detail::attention_slot& s, slot& b) const noexcept;
+  template <class F>
+  void for_each_step(const attention_problem& p, const detail::attention_tile& t, const detail::attention_slot& s,
+                     const slot& b, F f) const noexcept;
+
+ private:
+  dim earlier() const noexcept { return k - 1; }
+  idx* chosen_by(const attention_problem& p, const detail::attention_tile& t, dim r) const noexcept {
+    const dim group = p.heads.group(), token = t.in.query + t.first + r / group;
+    return chosen.row(token * p.heads.heads + t.head * group + r % group);
+  }
+  void find_own(const detail::attention_slot& s, slot& b) const noexcept;
+  void rank(const attention_kernels& kernels, dim first, dim n, const detail::attention_slot& s, slot& b) const noexcept;
+  void group_by_block(dim rows_here, slot& b) const noexcept;
+};
+
+inline key_blocks::slot key_blocks::carve(const attention_problem&, attention_sizes n, dim tile_rows, arena& mem) const noexcept {
+  const auto indices = [&](const char* name, dim count) { return mem.matrix<std::int32_t>(name, count, 1).data; };
+  slot b;
+  b.none = reinterpret_cast<dim*>(mem.matrix<std::int64_t>("none", tile_rows, 1).data);
+  b.own = reinterpret_cast<dim*>(mem.matrix<std::int64_t>("own", tile_rows, 1).data);
+  b.best = mem.matrix<float>("best", tile_rows, earlier()).data;
+  b.which = indices("which", tile_rows * earlier());
+  b.offsets = indices("offsets", detail::blocks(n.keys, block) + 2);
+  b.list = indices("list", tile_rows * earlier());
+  b.all = indices("all", tile_rows);
+  return b;
+}
+
+inline void key_blocks::find_own(const detail::attention_slot& s, slot& b) const noexcept {
+  for (dim r = 0; r < s.state.q.rows; ++r) {
+    b.none[r] = 0;
+    b.own[r] = s.end[r] > 0 ? (s.end[r] - 1) / block : -1;
+    b.all[r] = static_cast<idx>(r);
+    for (dim j = 0; j < earlier(); ++j) {
+      b.which[r * earlier() + j] = j < b.own[r] && b.own[r] <= earlier() ? static_cast<idx>(j) : -1;
+      b.best[r * earlier() + j] = -detail::infinity;
+    }
+  }
+}
+/// Keeps the best of blocks first .. first + n, whose scores are in p, with those kept so far, best first.
+inline void key_blocks::rank(const attention_kernels& kernels, dim first, dim n, const detail::attention_slot& s, slot& b) const noexcept {
+  const dim room = earlier();
+  for (dim r = 0; r < s.state.q.rows; ++r) {
+    if (b.own[r] <= room) continue;  // takes them all
+    kernels.rank(s.p + r * attention_pitch, detail::at_most(b.own[r] - first, n), static_cast<idx>(first), b.best + r * room,
+                 b.which + r * room, room);
+  }
+}
+/// The rows of each block, ascending.
+inline void key_blocks::group_by_block(dim rows_here, slot& b) const noexcept {
+  const dim last = rows_here > 0 ? b.own[rows_here - 1] : -1;
+  for (dim j = 0; j <= last + 1; ++j) b.offsets[j] = 0;
+  for (dim i = 0; i < rows_here * earlier(); ++i)
+    if (b.which[i] >= 0) ++b.offsets[b.which[i] + 1];
+  for (dim j = 0; j < last; ++j) b.offsets[j + 1] += b.offsets[j];
+  for (dim r = 0; r < rows_here; ++r)
+    for (dim j = 0; j < earlier(); ++j)
+      if (const idx which = b.which[r * earlier() + j]; which >= 0) b.list[b.offsets[which]++] = static_cast<idx>(r);
+  for (dim j = last; j > 0; --j) b.offsets[j] = b.offsets[j - 1];  // each now ended where the next begins
+  b.offsets[0] = 0;
+}
+
+inline void key_blocks::choose(const attention_kernels& kernels, const attention_problem& p, const detail::attention_tile& t,
+                               detail::attention_slot& s, slot& b) const noexcept {
+  find_own(s, b);
+  const dim n = s.state.q.rows, blocks_before = b.own[n - 1];
+  if (blocks_before > earlier() && earlier() > 0)
+    detail::for_each_key_step(0, blocks_before, [&](dim first, dim some) {
+      attention_step step{s.state, nullptr, n, matrix_view<const float>(centroids).columns(t.head * p.heads.d, p.heads.d).slice(first_centroid(t.in) + first, some),
+                          {}, first, s.packed_k, nullptr, s.p};
+      step.state.first = b.none;
+      step.state.end = b.own;
+      kernels.score(step);
+      rank(kernels, first, some, s, b);
+    });
+  for (dim r = 0; chosen && r < n; ++r)
+    for (dim j = 0; j < earlier(); ++j) chosen_by(p, t, r)[j] = b.which[r * earlier() + j];
+  group_by_block(n, b);
+}
+inline void key_blocks::recall(const attention_problem& p, const detail::attention_tile& t, detail::attention_slot& s,
+                               slot& b) const noexcept {
+  find_own(s, b);
+  for (dim r = 0; r < s.state.q.rows; ++r)
+    for (dim j = 0; j < earlier(); ++j) b.which[r * earlier() + j] = chosen_by(p, t, r)[j];
+  group_by_block(s.state.q.rows, b);
+}
+template <class F>
+void key_blocks::for_each_step(const attention_problem&, const detail::attention_tile& t, const detail::attention_slot& s,
+                               const slot& b, F f) const noexcept {
+  const dim n = s.state.q.rows;
+  const auto meet = [&](dim first, dim end, const idx* row, dim some) {
+    if (some > 0) detail::for_each_key_step(first, end, [&](dim key, dim keys) { f(detail::step_range{key, keys, row, some}); });
+  };
+  for (dim j = 0; j < b.own[n - 1]; ++j) meet(j * block, (j + 1) * block, b.list + b.offsets[j], b.offsets[j + 1] - b.offsets[j]);
+  for (dim r = 0, end; r < n; r = end) {
+    for (end = r + 1; end < n && b.own[end] == b.own[r];) ++end;
+    if (b.own[r] >= 0) meet(b.own[r] * block, detail::at_most((b.own[r] + 1) * block, t.in.keys), b.all + r, end - r);
+  }
+}
+
+/// Memory that prepare_key_blocks fills, of floats: h_kv d for each block, and d + dv, padded, for each key and key head.
+template <HostBackend B>
+key_blocks carve_key_blocks(const B&, const attention_problem& p, attention_sizes n, dim block, dim k, arena& mem) noexcept {
+  const attention_kernels a = attention_kernels_of(typename B::arch{});
+  key_blocks b{block, k};
+  b.centroids = mem.matrix<float>("centroids", b.centroid_rows(p, n.keys), p.heads.key_cols());
+  b.packed_k = mem.matrix<float>("packed_k", b.packed_steps(p, n.keys), b.key_floats(a, p)).data;
+  b.packed_v = mem.matrix<float>("packed_v", b.packed_steps(p, n.keys), b.value_floats(a, p)).data;
+  return b;
+}
+/// centroids[c, g*d ..] = the mean of the keys of block c under key head g, added up in the order of the keys; the last block
+/// of a sequence may be short. And all keys and values, packed for forward.
+template <HostBackend B, class T>
+void prepare_key_blocks(const call<B>& on, const attention_problem& p, matrix_stack<const T> k, matrix_stack<const T> v,
+                        const key_blocks& b) noexcept {
+  const attention_kernels kernels = attention_kernels_of(typename B::arch{});
+  const dim d = p.heads.d;
+  scratch_frame frame(on.scratch);
+  const detail::slot_memory slots = detail::make_slots(on.backend, on.scratch, [&](arena& a) { (void)b.carve_near(p, a); });
+  for (dim number = 0; number < p.sequences(); ++number) {
+    const attention_sequence in = p.sequence(number, {0, k.first.rows});
+    detail::share_units(on, slots, detail::blocks(in.keys, b.block) * p.heads.kv_heads, [&](arena mem, auto take) {
+      float* near = b.carve_near(p, mem);
+      for (dim unit; take(unit);) {
+        const dim c = unit / p.heads.kv_heads, g = unit % p.heads.kv_heads;
+        const dim first = c * b.block, n = detail::at_most(in.keys - first, b.block);
+        float* mean = b.centroids.row(b.first_centroid(in) + c) + g * d;
+        std::memset(mean, 0, static_cast<std::size_t>(d) * sizeof(float));
+        detail::for_each_key_step(first, first + n, [&](dim key, dim some) {
+          attention_step step;
+          step.k = detail::as_floats(kernels, k[g].slice(in.key + key, some), near);
+          step.v = detail::as_floats(kernels, v[g].slice(in.key + key, some), near + b.step_keys() * d);
+          const dim number_of_step = b.step_number(p, in, g, key);
+          step.packed_k = b.packed_k + number_of_step * b.key_floats(kernels, p);
+          step.packed_v = b.packed_v + number_of_step * b.value_floats(kernels, p);
+          kernels.pack(step);
+          for (dim i = 0; i < some; ++i) axpy(typename B::arch{}, 1.f, step.k.row(i), mean, d);
+        });
+        for (dim j = 0; j < d; ++j) mean[j] /= static_cast<float>(n);
+      }
+    });
+  }
+}
+
+}  // namespace moe
