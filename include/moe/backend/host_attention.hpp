@@ -51,19 +51,23 @@ class attention_grid {
   dim height_;
 };
 
-/// Rows of T as floats: as they are, or widened into `near`.
-inline matrix_view<const float> as_floats(const attention_kernels&, matrix_view<const float> m, float*) noexcept { return m; }
+/// Rows of float, bf16 or f16 as floats: as they are, or widened into `near`.
 template <class T>
-matrix_view<const float> as_floats(const attention_kernels& k, matrix_view<const T> m, float* near) noexcept {
-  for (dim r = 0; r < m.rows; ++r) {
-    if constexpr (std::same_as<T, bf16>) k.widen_bf16(m.row(r), near + r * m.cols, m.cols);
-    else k.widen_f16(m.row(r), near + r * m.cols, m.cols);
+matrix_view<const float> as_floats([[maybe_unused]] const attention_kernels& k, matrix_view<T> m, float* near) noexcept {
+  using element = std::remove_const_t<T>;
+  if constexpr (std::same_as<element, float>) {
+    return m;
+  } else {
+    for (dim r = 0; r < m.rows; ++r) {
+      if constexpr (std::same_as<element, bf16>) k.widen_bf16(m.row(r), near + r * m.cols, m.cols);
+      else k.widen_f16(m.row(r), near + r * m.cols, m.cols);
+    }
+    return {near, m.rows, m.cols};
   }
-  return {near, m.rows, m.cols};
 }
 /// The same as one row of floats at `to`.
 template <class T>
-void load_floats(const attention_kernels& k, matrix_view<const T> row, float* to) noexcept {
+void load_floats(const attention_kernels& k, matrix_view<T> row, float* to) noexcept {
   const matrix_view<const float> from = as_floats(k, row, to);
   if (from.data != to) std::memcpy(to, from.data, static_cast<std::size_t>(from.cols) * sizeof(float));
 }
@@ -92,8 +96,8 @@ inline attention_slot carve_attention_slot(const attention_kernels& k, const att
 }
 
 /// Queries of a tile, scaled, with nothing summed yet; row (i, a) is i * group + a.
-template <class T>
-void start_rows(const attention_kernels& k, const attention_problem& p, const attention_tile& t, matrix_stack<const T> q,
+template <HeadViews Q>
+void start_rows(const attention_kernels& k, const attention_problem& p, const attention_tile& t, const Q& q,
                 attention_slot& s) noexcept {
   const dim group = p.heads.group();
   const float scale = p.score_scale() * log2_e;
@@ -122,9 +126,9 @@ struct step_range {
   const idx* row;
   dim rows;
 };
-template <class T>
-attention_step step_of(const attention_kernels& k, const attention_tile& t, matrix_stack<const T> keys,
-                       matrix_stack<const T> values, const step_range& r, const attention_slot& s) noexcept {
+template <HeadViews K, HeadViews V>
+attention_step step_of(const attention_kernels& k, const attention_tile& t, const K& keys, const V& values,
+                       const step_range& r, const attention_slot& s) noexcept {
   return {s.state, r.row, r.rows, as_floats(k, keys[t.head].slice(t.in.key + r.key, r.keys), s.k),
           as_floats(k, values[t.head].slice(t.in.key + r.key, r.keys), s.v), r.key, s.packed_k, s.packed_v, s.p};
 }
@@ -179,16 +183,16 @@ void count_attend(const B& backend, const attention_problem& p, attention_sizes 
   (void)detail::make_attention_slots(backend, p, n, selection, detail::attention_grid(p, n, selection.rows(p.heads)).rows(), mem);
 }
 
-/// o[t,a] = sum over the keys j that the selection has query t meet under head a of softmax_j(scale <q_t, k_j>) v_j, and lse,
+/// q, k and v are heads of float, bf16 or f16. o[t,a] = sum over the keys j that the selection has query t meet under head a of softmax_j(scale <q_t, k_j>) v_j, and lse,
 /// the log-sum-exp of the scaled scores. finish(t, a, o, lse) is told each as soon as it is there, with o[dv] in memory that
 /// it may change; calls of different t, a come from different threads. A query that meets no key gives o = 0, lse = -inf.
 /// Nothing is read of a key that a query does not see. Results do not depend on the threads, nor on the other queries.
-template <HostBackend B, class T, class Selection, class Finish>
-void attend(const call<B>& on, const attention_problem& p, matrix_stack<const T> q, matrix_stack<const T> k,
-            matrix_stack<const T> v, const Selection& selection, Finish finish) noexcept {
+template <HostBackend B, HeadViews Q, HeadViews K, HeadViews V, class Selection, class Finish>
+void attend(const call<B>& on, const attention_problem& p, const Q& q, const K& k, const V& v, const Selection& selection,
+            Finish finish) noexcept {
   scratch_frame frame(on.scratch);
   const attention_kernels kernels = attention_kernels_of(typename B::arch{});
-  const attention_sizes n{q.first.rows, k.first.rows};
+  const attention_sizes n{q[0].rows, k[0].rows};
   const detail::attention_grid grid(p, n, selection.rows(p.heads));
   const dim group = p.heads.group();
   const detail::slot_memory slots = detail::make_attention_slots(on.backend, p, n, selection, grid.rows(), on.scratch);

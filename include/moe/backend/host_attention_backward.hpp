@@ -71,8 +71,8 @@ inline attention_backward_slot carve_attention_backward_slot(const attention_ker
 }
 
 /// What backward reads of a tile's rows: the gradient of the output, the log2-sum and delta; dq is cleared.
-template <class U>
-void start_gradients(const attention_kernels& k, const attention_tile& t, dim group, matrix_stack<const U> dout,
+template <HeadViews DO>
+void start_gradients(const attention_kernels& k, const attention_tile& t, dim group, const DO& dout,
                      matrix_view<const float> lse, matrix_view<const float> delta, attention_backward_slot& s) noexcept {
   for (dim r = 0; r < s.state.q.rows; ++r) {
     const dim token = t.in.query + t.first + r / group, a = t.head * group + r % group;
@@ -123,30 +123,26 @@ void count_attend_backward(const B& backend, const attention_problem& p, attenti
 
 /// delta[t,a] = <do, o> of token t under head a. With a gate after attention, y' = y g, the gated tensors give the same:
 /// <dy, y> = <dy', y'>.
-template <HostBackend B, class T, class U>
-void attention_delta(const call<B>& on, const attention_heads& h, matrix_stack<const T> dout, matrix_stack<const U> o,
-                     matrix_view<float> delta) noexcept {
+template <HostBackend B, HeadViews DO, HeadViews O>
+void attention_delta(const call<B>& on, const attention_heads& h, const DO& dout, const O& o, matrix_view<float> delta) noexcept {
   for_each_token(on, delta.rows, [=](dim t) {
     for (dim a = 0; a < h.heads; ++a) {
-      const T* x = dout[a].row(t);
-      const U* y = o[a].row(t);
-      float sum = 0;
-      for (dim j = 0; j < h.dv; ++j) sum += static_cast<float>(x[j]) * static_cast<float>(y[j]);
-      delta(t, a) = sum;
+      const auto* x = dout[a].row(t);
+      const auto* y = o[a].row(t);
+      delta(t, a) = detail::sum_of(h.dv, [&](dim j) { return static_cast<float>(x[j]) * static_cast<float>(y[j]); });
     }
   });
 }
 
 /// Gradients of attend, from its lse[T,h] and delta[T,h] = <do, o>; dq, dk and dv are overwritten. A selection carries no
 /// gradient. Results do not depend on the threads.
-template <HostBackend B, class T, class U, class Selection>
-void attend_backward(const call<B>& on, const attention_problem& p, matrix_stack<const T> q, matrix_stack<const T> k,
-                     matrix_stack<const T> v, const Selection& selection, matrix_stack<const U> dout,
-                     matrix_view<const float> lse, matrix_view<const float> delta, matrix_stack<float> dq,
-                     matrix_stack<float> dk, matrix_stack<float> dv) noexcept {
+template <HostBackend B, HeadViews Q, HeadViews K, HeadViews V, class Selection, HeadViews DO, HeadViews DQ>
+void attend_backward(const call<B>& on, const attention_problem& p, const Q& q, const K& k, const V& v,
+                     const Selection& selection, const DO& dout, matrix_view<const float> lse, matrix_view<const float> delta,
+                     const DQ& dq, matrix_stack<float> dk, matrix_stack<float> dv) noexcept {
   scratch_frame frame(on.scratch);
   const attention_kernels kernels = attention_kernels_of(typename B::arch{});
-  const attention_sizes n{q.first.rows, k.first.rows};
+  const attention_sizes n{q[0].rows, k[0].rows};
   const detail::attention_grid grid(p, n, selection.rows(p.heads) / 2);
   const detail::attention_parts parts(p, n);
   const detail::attention_sums sums = detail::carve_attention_sums(kernels, p, parts.count, n.keys, on.scratch);

@@ -177,15 +177,14 @@ key_blocks carve_key_blocks(const B&, const attention_problem& p, attention_size
 }
 /// centroids[c, g*d ..] = the mean of the keys of block c under key head g, added up in the order of the keys; the last block
 /// of a sequence may be short. And all keys and values, packed for forward.
-template <HostBackend B, class T>
-void prepare_key_blocks(const call<B>& on, const attention_problem& p, matrix_stack<const T> k, matrix_stack<const T> v,
-                        const key_blocks& b) noexcept {
+template <HostBackend B, HeadViews K, HeadViews V>
+void prepare_key_blocks(const call<B>& on, const attention_problem& p, const K& k, const V& v, const key_blocks& b) noexcept {
   const attention_kernels kernels = attention_kernels_of(typename B::arch{});
   const dim d = p.heads.d;
   scratch_frame frame(on.scratch);
   const detail::slot_memory slots = detail::make_slots(on.backend, on.scratch, [&](arena& a) { (void)b.carve_near(p, a); });
   for (dim number = 0; number < p.sequences(); ++number) {
-    const attention_sequence in = p.sequence(number, {0, k.first.rows});
+    const attention_sequence in = p.sequence(number, {0, k[0].rows});
     detail::share_units(on, slots, detail::blocks(in.keys, b.block) * p.heads.kv_heads, [&](arena mem, auto take) {
       float* near = b.carve_near(p, mem);
       for (dim unit; take(unit);) {
