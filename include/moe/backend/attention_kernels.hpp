@@ -44,7 +44,7 @@ struct attention_step {
 /// to dv: of the scaled q, so the caller multiplies dq by the scale and dk by ln 2.
 struct attention_backward_step : attention_step {
   matrix_view<float> dq, dk, dv;  ///< of all rows of the tile, and of the keys of the step; rows padded as those of o
-  float *keys = nullptr, *ds = nullptr, *packed_rows = nullptr;  ///< scratch
+  float *keys = nullptr, *ds = nullptr, *packed_rows = nullptr, *turned = nullptr;  ///< scratch
 
   gathered<float> gradients() const noexcept { return {state.o.columns(0, v.cols), row}; }
 };
@@ -116,7 +116,7 @@ void add_panel(gathered<float> a, dim i, dim m, key_range depth, const float* pa
   for (dim lo = depth.lo; lo < depth.hi; lo += outer_depth) {
     const dim n = at_most(depth.hi - lo, outer_depth);
     with_constant<outer_rows>(m, [&](auto rows) {
-      K::template outer_block<rows>(a, i, lo, 1, panel + lo * K::columns, n, ahead, c, ld);
+      K::template outer_block<rows>(a, i, lo, panel + lo * K::columns, n, ahead, c, ld);
     });
   }
 }
@@ -200,25 +200,30 @@ void attend(const attention_step& s) noexcept {
 
 /// to(key, .) += the sum over the rows of a step that see it of w(row, key) m(row, .)
 template <class K>
-void sum_rows_by_key(const attention_step& s, const float* weights, gathered<float> m, float* packed, matrix_view<float> to) noexcept {
+void sum_rows_by_key(const attention_step& s, const float* weights, gathered<float> m, float* packed, float* turned,
+                     matrix_view<float> to) noexcept {
   const dim rows = s.rows;
   for (dim j = 0; j < m.cols(); j += outer_columns)
     pack<K>([&](dim p) { return m.row(p) + j; }, rows, at_most(m.cols() - j, outer_columns), packed + j * rows);
-  const gathered<float> w{{weights, to.rows, 1, 1}};
-  for (dim key = 0; key < to.rows; key += outer_rows) {
-    const dim n = at_most(to.rows - key, outer_rows);
-    dim from = rows, last = 0;
-    for (dim i = 0; i < rows; ++i)
-      if (const key_range seen = seen_by(s, i); seen.lo < key + n && seen.hi > key) from = i < from ? i : from, last = i + 1;
-    for (; from < last; from += outer_depth)
-      for (dim j = 0; j < to.cols; j += K::columns) {
-        const float* panel = packed + j * rows + from * K::columns;
+  const gathered<float> w{{weights, rows, attention_keys, attention_pitch}}, by_key{{turned, to.rows, outer_depth}};
+  for (dim first = 0; first < rows; first += outer_depth) {
+    const dim end = first + at_most(rows - first, outer_depth);
+    transpose_rows<K>(w, first, end - first, to.rows, turned);
+    for (dim key = 0; key < to.rows; key += outer_rows) {
+      const dim n = at_most(to.rows - key, outer_rows);
+      key_range seeing{end, first};  // rows that see one of the keys
+      for (dim i = first; i < end; ++i)
+        if (const key_range seen = seen_by(s, i); seen.lo < key + n && seen.hi > key)
+          seeing = {i < seeing.lo ? i : seeing.lo, i + 1};
+      for (dim j = 0; j < to.cols && !seeing.empty(); j += K::columns) {
+        const float* panel = packed + j * rows + seeing.lo * K::columns;
         const prefetch_list ahead(panel);
         with_constant<outer_rows>(n, [&](auto some) {
-          K::template outer_block<some>(w, key, from * attention_pitch, attention_pitch, panel,
-                                        at_most(last - from, outer_depth), ahead, to.row(key) + j, to.ld);
+          K::template outer_block<some>(by_key, key, seeing.lo - first, panel, seeing.hi - seeing.lo, ahead, to.row(key) + j,
+                                        to.ld);
         });
       }
+    }
   }
 }
 
@@ -237,8 +242,8 @@ void attend_backward(const attention_backward_step& s) noexcept {
     A::slopes(s.p + row, s.ds + row, seen.lo, seen.hi, s.k.rows, s.state.largest[r], s.state.sum[r]);
   }
   weigh_rows<K>(s, s.ds, s.keys, s.k.rows, s.dq);
-  sum_rows_by_key<K>(s, s.p, s.gradients(), s.packed_rows, s.dv);
-  sum_rows_by_key<K>(s, s.ds, s.queries(), s.packed_rows, s.dk);
+  sum_rows_by_key<K>(s, s.p, s.gradients(), s.packed_rows, s.turned, s.dv);
+  sum_rows_by_key<K>(s, s.ds, s.queries(), s.packed_rows, s.turned, s.dk);
 }
 
 template <class A>

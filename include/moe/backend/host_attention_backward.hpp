@@ -56,17 +56,18 @@ inline attention_sums carve_attention_sums(const attention_kernels& k, const att
 /// Memory of one thread at work on tiles of backward.
 struct attention_backward_slot : attention_slot {
   matrix_view<float> dq;
-  float *keys, *ds, *packed_rows;
+  float *keys, *ds, *packed_rows, *turned;
 };
 inline attention_backward_slot carve_attention_backward_slot(const attention_kernels& k, const attention_heads& h, dim rows,
                                                              arena& mem) noexcept {
   const dim d = round_up(h.d, k.columns), dv = round_up(h.dv, k.columns), keys = round_up(attention_keys, k.columns);
-  attention_backward_slot s{carve_attention_slot(k, h, rows, mem), {}, nullptr, nullptr, nullptr};
+  attention_backward_slot s{carve_attention_slot(k, h, rows, mem), {}, nullptr, nullptr, nullptr, nullptr};
   s.packed_v = mem.matrix<float>("packed_v", keys, dv).data;
   s.dq = mem.matrix<float>("dq", rows, d);
   s.keys = mem.matrix<float>("keys", attention_keys, d).data;
   s.ds = mem.matrix<float>("ds", rows, attention_pitch).data;
   s.packed_rows = mem.matrix<float>("packed_rows", rows, d > dv ? d : dv).data;
+  s.turned = mem.matrix<float>("turned", attention_keys, arch::detail::outer_depth).data;
   return s;
 }
 
@@ -163,7 +164,7 @@ void attend_backward(const call<B>& on, const attention_problem& p, const Q& q, 
         selection.recall(p, t, s, chosen);
         selection.for_each_step(p, t, s, chosen, [&](const detail::step_range& r) {
           kernels.backward({detail::step_of(kernels, t, k, v, r, s), s.dq, own.dk.slice(r.key, r.keys),
-                            own.dv.slice(r.key, r.keys), s.keys, s.ds, s.packed_rows});
+                            own.dv.slice(r.key, r.keys), s.keys, s.ds, s.packed_rows, s.turned});
         });
         for (dim r = 0; r < s.dq.rows; ++r) {
           float* row = dq[g * group + r % group].row(of.in.query + first + r / group);
