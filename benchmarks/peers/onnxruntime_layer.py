@@ -4,7 +4,6 @@
 model of that one operator. They choose experts from logits themselves: they are handed the logarithms of the plan's weights.
 """
 import numpy as np
-import onnx
 import onnxruntime
 from onnx import TensorProto, helper
 
@@ -50,38 +49,36 @@ class OnnxLayer:
         self.case, self.sessions, self.threads = case, [], 0
         node, weights = operator(case)
         size = sum(w.nbytes for w in weights.values())
-        copies = case.copies(size)
-        self.bytes, self.version = size * copies, onnxruntime.__version__
-        self.models = [self.save(node, weights, str(i)) for i in range(copies)]
+        self.layers = [{name: np.array(w) for name, w in weights.items()} for _ in range(case.copies(size))]
+        self.bytes, self.version = size * len(self.layers), onnxruntime.__version__
+        self.model = self.model_of(node, weights)
 
-    def save(self, node, weights, copy):
-        """Writes a model and, in files of their own, its weights: sessions map them, and copies must not share memory."""
+    def model_of(self, node, weights):
+        """Without the numbers: each session is handed its own, so that copies do not share memory."""
         tensors = []
         for name, w in weights.items():
-            file = f"onnx-{copy}-{name}"
-            w.tofile(self.case.folder / file)
-            tensor = TensorProto(name=name, data_type=helper.np_dtype_to_tensor_dtype(w.dtype), dims=w.shape,
-                                 data_location=TensorProto.EXTERNAL)
-            tensor.external_data.add(key="location", value=file)
-            tensors.append(tensor)
+            kind = helper.np_dtype_to_tensor_dtype(w.dtype)
+            tensors.append(TensorProto(name=name, data_type=kind, dims=w.shape, data_location=TensorProto.EXTERNAL))
+            tensors[-1].external_data.add(key="location", value="handed over")
         rows = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["T", columns])
                 for name, columns in (("x", self.case.d), ("logits", self.case.E), ("y", self.case.d))]
         graph = helper.make_graph([node], "layer", rows[:2], rows[2:], tensors)
         operators = [helper.make_opsetid(domain, version) for domain, version in (("", 20), ("com.microsoft", 1))]
         model = helper.make_model(graph, opset_imports=operators)
         model.ir_version = 9
-        path = str(self.case.folder / f"onnx-{copy}")
-        onnx.save(model, path)
-        return path
+        return model.SerializeToString()
+
+    def session(self, weights):
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.inter_op_num_threads = self.threads, 1
+        options.add_external_initializers(list(weights), [onnxruntime.OrtValue.ortvalue_from_numpy(w) for w in weights.values()])
+        return onnxruntime.InferenceSession(self.model, options, providers=["CPUExecutionProvider"])
 
     def prepare(self):
         case = self.case
         if self.threads != case.threads:
-            options = onnxruntime.SessionOptions()
-            options.intra_op_num_threads, options.inter_op_num_threads = case.threads, 1
-            self.sessions, self.threads = [], case.threads
-            self.sessions = [onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-                             for model in self.models]
+            self.threads, self.sessions = case.threads, []
+            self.sessions = [self.session(weights) for weights in self.layers]
         x, expert, weight = case.plan()
         logits = np.full((case.batches, case.tokens, case.E), -1e4, np.float32)
         np.put_along_axis(logits, expert.astype(np.int64), np.log(np.maximum(weight, 1e-30)), 2)
