@@ -70,6 +70,7 @@ struct additive {
 template <class Granularity = elementwise, class Activation = sigmoid, class Form = multiplicative>
 struct output_gate {
   using granularity = Granularity;
+  static constexpr bool scales = Form::scales;
 
   [[no_unique_address]] Activation activation{};
 

@@ -10,12 +10,12 @@
 namespace moe {
 
 /// Channels i and i + R/2 turn together (GPT-NeoX, LLaMA in its Hugging Face form).
-struct half_split {
+struct half_split_pairs {
   MOE_HD static constexpr dim first(dim i, dim) noexcept { return i; }
   MOE_HD static constexpr dim second(dim i, dim width) noexcept { return i + width / 2; }
 };
 /// Channels 2i and 2i + 1 turn together (the paper, GPT-J).
-struct interleaved {
+struct interleaved_pairs {
   MOE_HD static constexpr dim first(dim i, dim) noexcept { return 2 * i; }
   MOE_HD static constexpr dim second(dim i, dim) noexcept { return 2 * i + 1; }
 };
@@ -31,7 +31,7 @@ struct rotary_table {
 /// The table is made once: angles in double, rounded to float once. Backward turns back, in place as forward does.
 /// errors   shape_error for an odd R, R above the width of a head, a base that is not above 0, a table that is too short
 /// Su et al. 2021, arXiv:2104.09864
-template <class Pairs = half_split>
+template <class Pairs = half_split_pairs>
 struct rotary {
   using table = rotary_table;
 

@@ -27,20 +27,17 @@ struct key_blocks {
   float *packed_k = nullptr, *packed_v = nullptr;  ///< keys and values as forward's steps read them, by prepare_key_blocks
 
   /// Blocks of all sequences, and the first of one of them.
-  dim centroid_rows(const attention_problem& p, dim keys) const noexcept { return keys / block + p.sequences(); }
+  dim centroid_rows(dim sequences, dim keys) const noexcept { return keys / block + sequences; }
   dim first_centroid(const attention_sequence& in) const noexcept { return in.key / block + in.number; }
 
   /// Steps of a block, most keys of one, and floats of its packed keys and values.
   dim steps() const noexcept { return detail::blocks(block, attention_keys); }
   dim step_keys() const noexcept { return detail::at_most(block, attention_keys); }
-  dim key_floats(const attention_kernels& a, const attention_problem& p) const noexcept {
-    return detail::round_up(step_keys(), a.columns) * p.heads.d;
+  dim key_floats(const attention_kernels& a, const attention_heads& h) const noexcept {
+    return detail::round_up(step_keys(), a.columns) * h.d;
   }
-  dim value_floats(const attention_kernels& a, const attention_problem& p) const noexcept {
-    return step_keys() * detail::round_up(p.heads.dv, a.columns);
-  }
-  dim packed_steps(const attention_problem& p, dim keys) const noexcept {
-    return centroid_rows(p, keys) * steps() * p.heads.kv_heads;
+  dim value_floats(const attention_kernels& a, const attention_heads& h) const noexcept {
+    return step_keys() * detail::round_up(h.dv, a.columns);
   }
   dim step_number(const attention_problem& p, const attention_sequence& in, dim head, dim key) const noexcept {
     return ((first_centroid(in) + key / block) * steps() + key % block / attention_keys) * p.heads.kv_heads + head;
@@ -48,7 +45,7 @@ struct key_blocks {
   attention_step packed(const attention_kernels& a, const attention_problem& p, const detail::attention_tile& t,
                         const detail::step_range& r, const detail::attention_slot& s) const noexcept {
     const dim step = step_number(p, t.in, t.head, r.key);
-    return detail::step_of(r, p.heads.d, p.heads.dv, packed_k + step * key_floats(a, p), packed_v + step * value_floats(a, p), s);
+    return detail::step_of(r, p.heads.d, p.heads.dv, packed_k + step * key_floats(a, p.heads), packed_v + step * value_floats(a, p.heads), s);
   }
 
   /// Memory of one thread: what it ranks, and the rows of each block.
@@ -58,8 +55,8 @@ struct key_blocks {
     idx* which;                 ///< [R,k-1]
     idx *offsets, *list, *all;  ///< rows by block; all rows
   };
-  float* carve_near(const attention_problem& p, arena& mem) const noexcept {
-    return mem.matrix<float>("near", step_keys(), p.heads.d + p.heads.dv).data;
+  float* carve_near(const attention_heads& h, arena& mem) const noexcept {
+    return mem.matrix<float>("near", step_keys(), h.d + h.dv).data;
   }
   slot carve(const attention_problem& p, attention_sizes n, dim tile_rows, arena& mem) const noexcept;
   void choose(const attention_kernels& kernels, const attention_problem& p, const detail::attention_tile& t,
@@ -165,15 +162,22 @@ void key_blocks::for_each_step(const attention_problem&, const detail::attention
   }
 }
 
-/// Memory that prepare_key_blocks fills, of floats: h_kv d for each block, and d + dv, padded, for each key and key head.
+/// Memory that prepare_key_blocks fills for so many sequences, of floats: h_kv d for each block, and d + dv, padded, for each
+/// key and key head.
 template <HostBackend B>
-key_blocks carve_key_blocks(const B&, const attention_problem& p, attention_sizes n, dim block, dim k, arena& mem) noexcept {
+key_blocks carve_key_blocks(const B&, const attention_heads& h, dim sequences, dim keys, dim block, dim k, arena& mem) noexcept {
   const attention_kernels a = attention_kernels_of(typename B::arch{});
   key_blocks b{block, k};
-  b.centroids = mem.matrix<float>("centroids", b.centroid_rows(p, n.keys), p.heads.key_cols());
-  b.packed_k = mem.matrix<float>("packed_k", b.packed_steps(p, n.keys), b.key_floats(a, p)).data;
-  b.packed_v = mem.matrix<float>("packed_v", b.packed_steps(p, n.keys), b.value_floats(a, p)).data;
+  const dim rows = b.centroid_rows(sequences, keys), steps = rows * b.steps() * h.kv_heads;
+  b.centroids = mem.matrix<float>("centroids", rows, h.key_cols());
+  b.packed_k = mem.matrix<float>("packed_k", steps, b.key_floats(a, h)).data;
+  b.packed_v = mem.matrix<float>("packed_v", steps, b.value_floats(a, h)).data;
   return b;
+}
+/// What prepare_key_blocks takes from its scratch.
+template <HostBackend B>
+detail::slot_memory count_prepare_key_blocks(const B& backend, const attention_heads& h, const key_blocks& b, arena& mem) noexcept {
+  return detail::make_slots(backend, mem, [&](arena& a) { (void)b.carve_near(h, a); });
 }
 /// centroids[c, g*d ..] = the mean of the keys of block c under key head g, added up in the order of the keys; the last block
 /// of a sequence may be short. And all keys and values, packed for forward.
@@ -182,11 +186,11 @@ void prepare_key_blocks(const call<B>& on, const attention_problem& p, const K& 
   const attention_kernels kernels = attention_kernels_of(typename B::arch{});
   const dim d = p.heads.d;
   scratch_frame frame(on.scratch);
-  const detail::slot_memory slots = detail::make_slots(on.backend, on.scratch, [&](arena& a) { (void)b.carve_near(p, a); });
+  const detail::slot_memory slots = count_prepare_key_blocks(on.backend, p.heads, b, on.scratch);
   for (dim number = 0; number < p.sequences(); ++number) {
     const attention_sequence in = p.sequence(number, {0, k[0].rows});
     detail::share_units(on, slots, detail::blocks(in.keys, b.block) * p.heads.kv_heads, [&](arena mem, auto take) {
-      float* near = b.carve_near(p, mem);
+      float* near = b.carve_near(p.heads, mem);
       for (dim unit; take(unit);) {
         const dim c = unit / p.heads.kv_heads, g = unit % p.heads.kv_heads;
         const dim first = c * b.block, n = detail::at_most(in.keys - first, b.block);
@@ -197,8 +201,8 @@ void prepare_key_blocks(const call<B>& on, const attention_problem& p, const K& 
           step.k = detail::as_floats(kernels, k[g].slice(in.key + key, some), near);
           step.v = detail::as_floats(kernels, v[g].slice(in.key + key, some), near + b.step_keys() * d);
           const dim number_of_step = b.step_number(p, in, g, key);
-          step.packed_k = b.packed_k + number_of_step * b.key_floats(kernels, p);
-          step.packed_v = b.packed_v + number_of_step * b.value_floats(kernels, p);
+          step.packed_k = b.packed_k + number_of_step * b.key_floats(kernels, p.heads);
+          step.packed_v = b.packed_v + number_of_step * b.value_floats(kernels, p.heads);
           kernels.pack(step);
           for (dim i = 0; i < some; ++i) axpy(typename B::arch{}, 1.f, step.k.row(i), mean, d);
         });

@@ -1,0 +1,431 @@
+// SPDX-License-Identifier: Apache-2.0
+/// A layer of attention: projections, gates, norm, rotation and convolution around attend, forward and backward.
+#pragma once
+
+#include "moe/attention/features.hpp"
+#include "moe/attention/problem.hpp"
+#include "moe/backend/host_attention_backward.hpp"
+#include "moe/backend/host_gemm.hpp"
+#include "moe/backend/host_moba.hpp"
+#include "moe/composition.hpp"
+
+namespace moe {
+
+/// y = attention of the tokens x[T,d] over themselves, sequence by sequence, with the features `C`.
+///
+///   const moe::self_attention<gated, moe::cpu<>> layer(d, {.heads = 8, .kv_heads = 2, .d = 64, .dv = 64});
+///
+/// Constructed from the model's width, the heads and, in any order, those parts that have a configuration: the rotary, the
+/// gates' activations, attention_mask, block_attention, the backend. Memory is the caller's, as of a layer.
+/// saves    what backward reads: O(T), no scores
+/// errors   shape_error, before anything is written
+template <class C, class B>
+class self_attention {
+  using conv = typename C::key_convolution;
+  using projection = detail::projection_of<C>;
+  using out_gate = typename C::output_gate;
+  static constexpr bool gated = detail::is_gate<out_gate>, convolves = detail::convolves<C>;
+  static constexpr bool gates_queries = detail::is_gate<typename C::query_gate>, gates_keys = detail::is_gate<typename C::key_gate>,
+                        gates_values = detail::is_gate<typename C::value_gate>, gates_layer = detail::is_gate<typename C::layer_gate>;
+
+ public:
+  using backend_type = B;
+  using weights = attention_weights<C>;
+  using gradients = attention_weights<C>;
+  using table = typename C::rotary::table;
+
+  /// Tokens and how they follow each other; `angles` of make_table.
+  struct input {
+    matrix_view<const float> x;  ///< [T,d]
+    packed_sequences sequences{};
+    table angles{};
+  };
+  /// What forward computes on its way; backward reads it again.
+  struct context {
+    dim tokens = 0;
+    bool training = false;
+    matrix_view<float> fused, k_raw, v_raw;                              ///< of the projections
+    matrix_view<float> logits, query_logits, key_logits, value_logits, layer_logits;
+    matrix_view<float> q_gated, k_gated, q, k_normed, k, v;              ///< on the way to attention
+    matrix_view<float> o, gated, lse, y;                                 ///< of attention; before the gate of the layer
+    rms_norm::context q_norm, k_norm;
+    matrix_view<idx> chosen;
+  };
+
+  template <class... Parts>
+  explicit self_attention(dim d, attention_heads heads, const Parts&... given)
+      : d_(d), heads_(heads), mask_(detail::pick<attention_mask>(given...)), backend_(detail::pick<B>(given...)),
+        rotary_(detail::pick<typename C::rotary>(given...)), selection_(detail::pick<typename C::selection>(given...)),
+        gate_(detail::pick<out_gate>(given...)), query_gate_(detail::pick<typename C::query_gate>(given...)),
+        key_gate_(detail::pick<typename C::key_gate>(given...)), value_gate_(detail::pick<typename C::value_gate>(given...)),
+        layer_gate_(detail::pick<typename C::layer_gate>(given...)) {
+    if (d <= 0) throw shape_error("self_attention: d is " + std::to_string(d) + ", expected at least 1");
+    heads_.check("self_attention");
+    problem({}).check({0, 0}, "self_attention");
+    rotary_.check(heads_.d);
+    if constexpr (C::selection::blocks) {
+      const auto positive = [](dim n, const char* name) {
+        if (n <= 0)
+          throw shape_error(std::string("self_attention: ") + name + " is " + std::to_string(n) + ", expected at least 1");
+      };
+      positive(selection_.block, "block");
+      positive(selection_.k, "k");
+      if (!selection_.dense && (!mask_.causal || mask_.window > 0))
+        throw shape_error("self_attention: mask is not plain causal, expected it to be for blocks of keys");
+    }
+  }
+
+  dim d() const noexcept { return d_; }
+  const attention_heads& heads() const noexcept { return heads_; }
+  const B& backend() const noexcept { return backend_; }
+
+  std::size_t weight_bytes() const noexcept {
+    return counted([&](arena& mem) { (void)carve_weights(mem); });
+  }
+  std::size_t context_bytes(dim T) const noexcept {
+    return counted([&](arena& mem) { (void)carve_context(T, true, mem); });
+  }
+  /// For forward and backward of T tokens in at most `sequences` sequences; with the context that inference takes.
+  std::size_t scratch_bytes(dim T, dim sequences = 1) const noexcept {
+    return counted([&](arena& mem) {
+      (void)carve_context(T, false, mem);
+      count_forward(T, sequences, mem);
+      count_backward(T, sequences, mem);
+    });
+  }
+  std::vector<slot> catalogue() const {
+    std::vector<slot> list;
+    arena count(list);
+    (void)carve_weights(count);
+    return list;
+  }
+  weights make_weights(arena& mem) const {
+    return carve_weights(detail::opened(mem, weight_bytes(), "self_attention::make_weights: the arena", "weight_bytes()"));
+  }
+  gradients make_gradients(arena& mem) const {
+    return carve_weights(detail::opened(mem, weight_bytes(), "self_attention::make_gradients: the arena", "weight_bytes()"));
+  }
+  context make_context(dim T, arena& mem) const {
+    return carve_context(T, true, detail::opened(mem, context_bytes(T), "self_attention::make_context: the arena", "context_bytes(T)"));
+  }
+  /// Angles of so many positions, for all layers alike.
+  table make_table(dim positions, arena& mem) const noexcept { return rotary_.make_table(positions, heads_.d, mem); }
+
+  /// y[T,d], overwritten. Takes scratch_bytes from `mem`, and gives them back.
+  void forward(const weights& w, const input& in, matrix_view<float> y, context& ctx, arena& mem) const {
+    check_call(w, in, y, ctx, mem, "self_attention::forward: y");
+    scratch_frame frame(mem);
+    mem.align();
+    run_forward(call<B>{backend_, mem, {.tokens = ctx.tokens, .d = d_}}, w, in, y, ctx);
+  }
+  /// The same where no backward follows.
+  void forward(const weights& w, const input& in, matrix_view<float> y, arena& mem) const {
+    scratch_frame frame(mem);
+    context ctx = carve_context(in.x.rows, false, detail::opened(mem, scratch_bytes(in.x.rows, in.sequences.count()),
+                                                                 "self_attention::forward: the arena", "scratch_bytes(T)"));
+    check_call(w, in, y, ctx, mem, "self_attention::forward: y", false);
+    mem.align();
+    run_forward(call<B>{backend_, mem, {.tokens = ctx.tokens, .d = d_}}, w, in, y, ctx);
+  }
+  /// dy -> dx (+=), dw (+=). ctx as forward left it, with the same w and in. An empty view is a gradient nobody wants.
+  void backward(const weights& w, const input& in, const context& ctx, matrix_view<const float> dy, matrix_view<float> dx,
+                gradients& dw, arena& mem) const {
+    check_call(w, in, dy, ctx, mem, "self_attention::backward: dy");
+    if (!ctx.training) throw shape_error("self_attention::backward: ctx is of inference, expected one of make_context");
+    if (dx) expect(dx, ctx.tokens, d_, "self_attention::backward: dx", "T x d");
+    scratch_frame frame(mem);
+    mem.align();
+    run_backward(call<B>{backend_, mem, {.tokens = ctx.tokens, .d = d_}}, w, in, ctx, dy, dx, dw);
+  }
+
+ private:
+  template <class F>
+  static std::size_t counted(F carve) noexcept {
+    arena count;
+    carve(count);
+    return padded(count);
+  }
+  attention_problem problem(const packed_sequences& s) const noexcept { return {heads_, mask_, s, s}; }
+  weights carve_weights(arena& mem) const noexcept { return detail::carve_attention_weights<C>(heads_, d_, conv{}, mem); }
+
+  context carve_context(dim T, bool training, arena& mem) const noexcept {
+    context c;
+    c.tokens = T;
+    c.training = training;
+    const auto matrix = [&](const char* name, bool wanted, dim cols) {
+      return wanted ? mem.matrix<float>(name, T, cols) : matrix_view<float>{};
+    };
+    const dim q = heads_.query_cols(), k = heads_.key_cols();
+    c.fused = matrix("fused", true, projection::cols(heads_));
+    c.k_raw = matrix("k_raw", true, k);
+    c.v_raw = matrix("v_raw", true, heads_.value_cols());
+    c.logits = matrix("logits", gated && !detail::fuses_logits<C>, heads_.heads * out_gate::head_cols(heads_.dv));
+    c.query_logits = matrix("query_logits", gates_queries, heads_.heads * C::query_gate::head_cols(heads_.d));
+    c.key_logits = matrix("key_logits", gates_keys, heads_.kv_heads * C::key_gate::head_cols(heads_.d));
+    c.value_logits = matrix("value_logits", gates_values, heads_.kv_heads * C::value_gate::head_cols(heads_.dv));
+    c.layer_logits = matrix("layer_logits", gates_layer, C::layer_gate::head_cols(d_));
+    c.q_gated = matrix("q_gated", gates_queries, q);
+    c.k_gated = matrix("k_gated", gates_keys, k);
+    c.q = matrix("q", C::normalises_heads, q);
+    c.k_normed = matrix("k_normed", C::normalises_heads, k);
+    c.k = matrix("k", convolves, k);
+    c.v = matrix("v", gates_values, heads_.value_cols());
+    c.o = matrix("o", training && gated, heads_.output_cols());
+    c.gated = matrix("gated", true, heads_.output_cols());
+    c.lse = matrix("lse", training, heads_.heads);
+    c.y = matrix("y", gates_layer, d_);
+    if (training && C::normalises_heads) {
+      c.q_norm = rms_norm{}.make_context(T, mem, heads_.heads);
+      c.k_norm = rms_norm{}.make_context(T, mem, heads_.kv_heads);
+    }
+    if constexpr (C::selection::blocks)
+      if (training && !selection_.dense)
+        c.chosen = {mem.matrix<std::int32_t>("chosen", T * heads_.heads, selection_.k - 1).data, T * heads_.heads, selection_.k - 1};
+    return c;
+  }
+
+  // What attention reads, and the gradients of it, wherever the features put them.
+  auto queries(const context& c) const noexcept {
+    if constexpr (C::normalises_heads) return split_heads(c.q, heads_.heads);
+    else return gated_queries(c);
+  }
+  auto gated_queries(const context& c) const noexcept {
+    if constexpr (gates_queries) return split_heads(c.q_gated, heads_.heads);
+    else return projection::queries(c.fused, heads_);
+  }
+  matrix_view<float> gated_keys(const context& c) const noexcept { return gates_keys ? c.k_gated : c.k_raw; }
+  matrix_view<float> rotated_keys(const context& c) const noexcept { return C::normalises_heads ? c.k_normed : gated_keys(c); }
+  matrix_stack<float> keys(const context& c) const noexcept { return split_heads(convolves ? c.k : rotated_keys(c), heads_.kv_heads); }
+  matrix_stack<float> values(const context& c) const noexcept { return split_heads(gates_values ? c.v : c.v_raw, heads_.kv_heads); }
+  auto logits(const matrix_view<float>& fused, const matrix_view<float>& alone) const noexcept {
+    return projection::logits(detail::fuses_logits<C> ? fused : alone, heads_);
+  }
+
+  void run_forward(const call<B>& on, const weights& w, const input& in, matrix_view<float> y, context& c) const noexcept {
+    project(on, w, in, c);
+    const attention_problem p = problem(in.sequences);
+    scratch_frame frame(on.scratch);
+    matrix_view<float> mean;
+    if constexpr (gated) mean = gate_.make_scratch(c.tokens, heads_.dv, on.scratch);
+    const auto gates = bind_gate(on, c, mean);
+    const auto finish = [&](dim t, dim a, float* o, float lse) noexcept {
+      const auto bytes = static_cast<std::size_t>(heads_.dv) * sizeof(float);
+      if (c.lse) c.lse(t, a) = lse;
+      if constexpr (gated) {
+        if (c.o) std::memcpy(c.o.row(t) + a * heads_.dv, o, bytes);
+        gate_.apply(typename B::arch{}, gates[a].row(t), o, heads_.dv);
+      }
+      std::memcpy(c.gated.row(t) + a * heads_.dv, o, bytes);
+    };
+    select(on, p, c, [&](const auto& selection) {
+      if constexpr (requires { selection.centroids; }) prepare_key_blocks(on, p, keys(c), values(c), selection);
+      attend(on, p, queries(c), keys(c), values(c), selection, finish);
+    });
+    gemm_nt(on, c.gated, w.o, matrix_view<const float>{}, gates_layer ? c.y : y);
+    if constexpr (gates_layer) layer_gate_.forward(on, split_heads(c.layer_logits, 1), 1, split_heads(c.y, 1), split_heads(y, 1));
+  }
+  auto bind_gate(const call<B>& on, const context& c, matrix_view<float> mean) const noexcept {
+    if constexpr (gated) return gate_.bind(on, logits(c.fused, c.logits), heads_.heads, mean);
+    else return matrix_stack<const float>{};
+  }
+  /// f(selection), with memory of its own where it needs some.
+  template <class F>
+  void select(const call<B>& on, const attention_problem& p, const context& c, F f) const noexcept {
+    if constexpr (C::selection::blocks) {
+      if (!selection_.dense) {
+        key_blocks blocks = carve_key_blocks(on.backend, heads_, p.sequences(), c.tokens, selection_.block, selection_.k, on.scratch);
+        blocks.chosen = c.chosen;
+        return f(blocks);
+      }
+    }
+    f(every_key{});
+  }
+  /// Queries, keys and values, as attention reads them.
+  void project(const call<B>& on, const weights& w, const input& in, context& c) const noexcept {
+    const auto times = [&](matrix_view<float> m, matrix_view<float> bias, matrix_view<float> to) {
+      if (to) gemm_nt(on, in.x, m, matrix_view<const float>(bias), to);
+    };
+    times(w.q, w.q_bias, c.fused);
+    times(w.k, w.k_bias, c.k_raw);
+    times(w.v, w.v_bias, c.v_raw);
+    times(w.output_gate, {}, c.logits);
+    times(w.query_gate, {}, c.query_logits);
+    times(w.key_gate, {}, c.key_logits);
+    times(w.value_gate, {}, c.value_logits);
+    times(w.layer_gate, {}, c.layer_logits);
+    const dim h = heads_.heads, h_kv = heads_.kv_heads;
+    if constexpr (gates_queries)
+      query_gate_.forward(on, split_heads(c.query_logits, h), h, projection::queries(c.fused, heads_), gated_queries(c));
+    if constexpr (gates_keys)
+      key_gate_.forward(on, split_heads(c.key_logits, h_kv), h_kv, split_heads(c.k_raw, h_kv), split_heads(c.k_gated, h_kv));
+    if constexpr (gates_values)
+      value_gate_.forward(on, split_heads(c.value_logits, h_kv), h_kv, split_heads(c.v_raw, h_kv), split_heads(c.v, h_kv));
+    if constexpr (C::normalises_heads) {
+      rms_norm{}.forward(on, w.q_norm, gated_queries(c), h, queries(c), c.q_norm);
+      rms_norm{}.forward(on, w.k_norm, split_heads(gated_keys(c), h_kv), h_kv, split_heads(c.k_normed, h_kv), c.k_norm);
+    }
+    rotary_.forward(on, in.angles, queries(c), h, in.sequences);
+    rotary_.forward(on, in.angles, split_heads(rotated_keys(c), h_kv), h_kv, in.sequences);
+    if constexpr (convolves) conv{}.forward(on, w.convolution, matrix_view<const float>(rotated_keys(c)), in.sequences, c.k);
+  }
+
+  /// Gradients of everything that a projection gave.
+  struct slopes {
+    matrix_view<float> dgated, delta, dfused, dk, dk_raw, dv, dlogits, dquery, dkey, dvalue, dlayer, dy;
+  };
+  slopes carve_slopes(dim T, arena& mem) const noexcept {
+    slopes s;
+    const auto matrix = [&](const char* name, bool wanted, dim cols) {
+      return wanted ? mem.matrix<float>(name, T, cols) : matrix_view<float>{};
+    };
+    s.dgated = matrix("dgated", true, heads_.output_cols());
+    s.delta = matrix("delta", true, heads_.heads);
+    s.dfused = matrix("dfused", true, projection::cols(heads_));
+    s.dk = matrix("dk", true, heads_.key_cols());
+    s.dk_raw = matrix("dk_raw", convolves, heads_.key_cols());
+    s.dv = matrix("dv", true, heads_.value_cols());
+    s.dlogits = matrix("dlogits", gated && !detail::fuses_logits<C>, heads_.heads * out_gate::head_cols(heads_.dv));
+    s.dquery = matrix("dquery", gates_queries, heads_.heads * C::query_gate::head_cols(heads_.d));
+    s.dkey = matrix("dkey", gates_keys, heads_.kv_heads * C::key_gate::head_cols(heads_.d));
+    s.dvalue = matrix("dvalue", gates_values, heads_.kv_heads * C::value_gate::head_cols(heads_.dv));
+    s.dlayer = matrix("dlayer", gates_layer, C::layer_gate::head_cols(d_));
+    s.dy = matrix("dy", gates_layer, d_);
+    return s;
+  }
+  void run_backward(const call<B>& on, const weights& w, const input& in, const context& c, matrix_view<const float> dy,
+                    matrix_view<float> dx, gradients& dw) const noexcept {
+    const slopes s = carve_slopes(c.tokens, on.scratch);
+    if constexpr (gates_layer) {
+      layer_gate_.backward(on, split_heads(c.layer_logits, 1), 1, split_heads(c.y, 1), split_heads(dy, 1), split_heads(s.dy, 1),
+                           split_heads(s.dlayer, 1));
+      dy = s.dy;
+    }
+    if (dw.o) gemm_tn(on, dy, c.gated, dw.o);
+    fill(on, s.dgated, 0.f);
+    gemm_nn(on, dy, w.o, s.dgated);
+    attention_backward(on, in, c, s);
+    projections_backward(on, w, in, c, s, dw);
+    const auto times = [&](matrix_view<float> grad, matrix_view<float> m, matrix_view<float> dm, matrix_view<float> dbias) {
+      if (!grad) return;
+      const idx offsets[] = {0, static_cast<idx>(c.tokens)};
+      if (dm) gemm_tn(on, grad, in.x, dm);
+      if (dbias) sum_rows(on, bank_rows{.offsets = offsets}, gathered<float>{grad}, matrix_stack<float>{dbias, 0});
+      if (dx) gemm_nn(on, grad, m, dx);
+    };
+    times(s.dfused, w.q, dw.q, dw.q_bias);
+    times(convolves ? s.dk_raw : s.dk, w.k, dw.k, dw.k_bias);
+    times(s.dv, w.v, dw.v, dw.v_bias);
+    times(s.dlogits, w.output_gate, dw.output_gate, {});
+    times(s.dquery, w.query_gate, dw.query_gate, {});
+    times(s.dkey, w.key_gate, dw.key_gate, {});
+    times(s.dvalue, w.value_gate, dw.value_gate, {});
+    times(s.dlayer, w.layer_gate, dw.layer_gate, {});
+  }
+  /// Through the gate and attention, to the gradients of its queries, keys and values. Where the gate scales, delta comes
+  /// from the gated tensors.
+  void attention_backward(const call<B>& on, const input& in, const context& c, const slopes& s) const noexcept {
+    const dim h = heads_.heads;
+    const attention_problem p = problem(in.sequences);
+    attention_delta(on, heads_, split_heads(s.dgated, h), split_heads(c.gated, h), s.delta);
+    if constexpr (gated) {
+      gate_.backward(on, logits(c.fused, c.logits), h, split_heads(c.o, h), split_heads(s.dgated, h), split_heads(s.dgated, h),
+                     logits(s.dfused, s.dlogits));
+      if constexpr (!out_gate::scales) attention_delta(on, heads_, split_heads(s.dgated, h), split_heads(c.o, h), s.delta);
+    }
+    scratch_frame frame(on.scratch);
+    select(on, p, c, [&](const auto& selection) {
+      attend_backward(on, p, queries(c), keys(c), values(c), selection, split_heads(s.dgated, h), c.lse, s.delta,
+                      projection::queries(s.dfused, heads_), split_heads(s.dk, heads_.kv_heads), split_heads(s.dv, heads_.kv_heads));
+    });
+  }
+  /// From there to what the projections gave, in place.
+  void projections_backward(const call<B>& on, const weights& w, const input& in, const context& c, const slopes& s,
+                            gradients& dw) const noexcept {
+    const dim h = heads_.heads, h_kv = heads_.kv_heads;
+    const auto dq = projection::queries(s.dfused, heads_);
+    matrix_view<float> dk = s.dk;
+    if constexpr (convolves) {
+      fill(on, s.dk_raw, 0.f);
+      conv{}.backward(on, w.convolution, matrix_view<const float>(rotated_keys(c)), in.sequences, s.dk, s.dk_raw, dw.convolution);
+      dk = s.dk_raw;
+    }
+    const auto dks = split_heads(dk, h_kv), dvs = split_heads(s.dv, h_kv);
+    rotary_.backward(on, in.angles, dq, h, in.sequences);
+    rotary_.backward(on, in.angles, dks, h_kv, in.sequences);
+    if constexpr (C::normalises_heads) {
+      rms_norm{}.backward_in_place(on, w.q_norm, gated_queries(c), h, c.q_norm, dq, dw.q_norm);
+      rms_norm{}.backward_in_place(on, w.k_norm, split_heads(gated_keys(c), h_kv), h_kv, c.k_norm, dks, dw.k_norm);
+    }
+    if constexpr (gates_queries)
+      query_gate_.backward(on, split_heads(c.query_logits, h), h, projection::queries(c.fused, heads_), dq, dq,
+                           split_heads(s.dquery, h));
+    if constexpr (gates_keys)
+      key_gate_.backward(on, split_heads(c.key_logits, h_kv), h_kv, split_heads(c.k_raw, h_kv), dks, dks, split_heads(s.dkey, h_kv));
+    if constexpr (gates_values)
+      value_gate_.backward(on, split_heads(c.value_logits, h_kv), h_kv, split_heads(c.v_raw, h_kv), dvs, dvs,
+                           split_heads(s.dvalue, h_kv));
+  }
+
+  /// The most that T tokens in so many sequences take. One sequence is cut into the most parts in backward.
+  void count_forward(dim T, dim sequences, arena& mem) const noexcept {
+    scratch_frame frame(mem);
+    count_means(T, mem);
+    count_attend(backend_, problem({}), {T, T}, every_key{}, mem);
+    if constexpr (C::selection::blocks) {
+      const key_blocks blocks = carve_key_blocks(backend_, heads_, sequences, T, selection_.block, selection_.k, mem);
+      (void)count_prepare_key_blocks(backend_, heads_, blocks, mem);
+      count_attend(backend_, problem({}), {T, T}, blocks, mem);
+    }
+  }
+  void count_backward(dim T, dim sequences, arena& mem) const noexcept {
+    (void)carve_slopes(T, mem);
+    {
+      scratch_frame frame(mem);
+      count_attend_backward(backend_, problem({}), {T, T}, every_key{}, mem);
+    }
+    if constexpr (C::selection::blocks) {
+      scratch_frame frame(mem);
+      const key_blocks blocks = carve_key_blocks(backend_, heads_, sequences, T, selection_.block, selection_.k, mem);
+      count_attend_backward(backend_, problem({}), {T, T}, blocks, mem);
+    }
+    scratch_frame frame(mem);
+    count_means(T, mem);
+    (void)rms_norm{}.make_backward_scratch(T, heads_.d, mem);
+    if constexpr (convolves) (void)conv{}.make_backward_scratch(T, heads_.key_cols(), mem);
+  }
+  /// Of logits that heads share, in the output gate and in the others, one after the other.
+  void count_means(dim T, arena& mem) const noexcept {
+    const dim widest = heads_.d > heads_.dv ? heads_.d : heads_.dv;
+    (void)mem.matrix<float>("mean", T, heads_.dv);
+    (void)mem.matrix<float>("mean", T, widest > d_ ? widest : d_);
+  }
+
+  template <class View>
+  void check_call(const weights& w, const input& in, const View& y, const context& c, arena& mem, const char* what,
+                  bool with_scratch = true) const {
+    expect(in.x, c.tokens, d_, "self_attention: x", "T x d");
+    expect(matrix_view<const float>(y), c.tokens, d_, what, "T x d");
+    detail::check_attention_weights<C>(w, heads_, d_);
+    problem(in.sequences).check({c.tokens, c.tokens}, "self_attention");
+    if (!in.sequences.past.empty()) throw shape_error("self_attention: sequences.past is given, expected none (see decode)");
+    rotary_.check(in.angles, in.sequences, c.tokens);
+    if (c.gated.cols != heads_.output_cols() || !c.gated.data)
+      throw shape_error("self_attention: ctx was made by a layer of another shape or has no memory");
+    scratch_frame frame(mem);
+    if (with_scratch) (void)detail::opened(mem, scratch_bytes(c.tokens, in.sequences.count()), "self_attention: the arena", "scratch_bytes(T, S)");
+  }
+
+  dim d_;
+  attention_heads heads_;
+  attention_mask mask_;
+  [[no_unique_address]] B backend_;
+  [[no_unique_address]] typename C::rotary rotary_;
+  [[no_unique_address]] typename C::selection selection_;
+  [[no_unique_address]] out_gate gate_;
+  typename C::query_gate query_gate_;
+  typename C::key_gate key_gate_;
+  typename C::value_gate value_gate_;
+  typename C::layer_gate layer_gate_;
+};
+
+}  // namespace moe
