@@ -1,0 +1,346 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention over chosen blocks of keys (MoBA) at every level, against its definition and against the composition of policies.
+#include <doctest/doctest.h>
+
+#include <algorithm>
+#include <limits>
+
+#include "moe/backend/cpu.hpp"
+#include "moe/backend/cpu/attention_levels.hpp"
+#include "moe/backend/executor/thread_pool.hpp"
+#include "moe/recipe/moba.hpp"
+#include "support/attention_trial.hpp"
+#include "support/executors.hpp"
+#include "support/levels.hpp"
+
+namespace {
+
+using moe::bf16, moe::dim, moe::f16, moe::idx;
+using reference::attention_shape, reference::worst_difference;
+using testing::attention_floats, testing::attention_trial;
+using serial = moe::cpu<moe::arch::native, moe::serial>;
+using pooled = moe::cpu<moe::arch::native, moe::pool_executor>;
+
+constexpr float not_a_number = std::numeric_limits<float>::quiet_NaN(), infinity = std::numeric_limits<float>::infinity();
+std::size_t at(dim i) { return static_cast<std::size_t>(i); }
+
+// As in attention.cpp: elements are widened exactly, float32 sums of some hundred terms of size one.
+constexpr double tolerance = 1e-5;
+void expect_near(const attention_floats& got, const reference::attention_numbers<double>& wanted) {
+  CHECK(worst_difference(got.o, wanted.o) < tolerance);
+  CHECK(worst_difference(got.lse, wanted.lse) < tolerance);
+  CHECK(worst_difference(got.dq, wanted.dq) < 3 * tolerance);
+  CHECK(worst_difference(got.dk, wanted.dk) < 3 * tolerance);
+  CHECK(worst_difference(got.dv, wanted.dv) < 3 * tolerance);
+}
+void expect_equal(const attention_floats& a, const attention_floats& b) {
+  CHECK(a.o == b.o);
+  CHECK(a.lse == b.lse);
+  CHECK(a.dq == b.dq);
+  CHECK(a.dk == b.dk);
+  CHECK(a.dv == b.dv);
+}
+std::vector<double> doubles(const std::vector<float>& v) { return {v.begin(), v.end()}; }
+template <class T>
+std::vector<T> rows(const std::vector<T>& v, dim first, dim n, dim cols) {
+  return {v.begin() + first * cols, v.begin() + (first + n) * cols};
+}
+/// The earlier blocks that query t chose under head a.
+std::vector<idx> chosen_by(const std::vector<idx>& chosen, const attention_shape& s, dim k, dim t, dim a) {
+  std::vector<idx> r = rows(chosen, t * s.h + a, 1, k - 1);
+  std::erase(r, -1);
+  std::sort(r.begin(), r.end());
+  return r;
+}
+
+/// With blocks of `block` keys and k of them: against the definition's mask.
+template <class T>
+void compare(const attention_shape& s, dim block, dim k, std::uint64_t seed = 1) {
+  CAPTURE(s.h);
+  CAPTURE(s.m);
+  CAPTURE(s.n);
+  CAPTURE(block);
+  CAPTURE(k);
+  const attention_trial<T> t(s, {}, seed);
+  const auto chosen = reference::block_matrix(s, block, k, t.q, t.k);
+  REQUIRE(chosen.gap > 3e-6);  // else rounding may choose: scores of size one are off by less than 1e-6
+  const auto wanted = t.by_definition(chosen.seen);
+  expect_near(t.blocks(moe::scalar<moe::serial>{}, block, k), wanted);
+  testing::at_every_level([&] {
+    std::vector<idx> which;
+    expect_near(t.blocks(serial{}, block, k, &which), wanted);
+    dim taken = 0;  // a query's own block is not among them
+    for (const idx c : which) taken += c >= 0;
+    for (dim i = std::max<dim>(0, s.m - s.n); i < s.m && s.query_offsets.empty(); ++i) taken += s.h;
+    if (s.query_offsets.empty()) CHECK(taken == chosen.taken);
+  });
+}
+
+/// Queries and keys such that block c scores `score(c)` with every query.
+template <class F>
+attention_trial<float> rigged(const attention_shape& s, dim block, F score) {
+  attention_trial<float> t(s);
+  for (dim i = 0; i < s.m * s.h; ++i) t.q[at(i * s.d)] = 1;
+  for (dim j = 0; j < s.n; ++j)
+    for (dim g = 0; g < s.h_kv; ++g) {
+      float* row = t.k.data() + (j * s.h_kv + g) * s.d;
+      for (dim x = 1; x < s.d; ++x) row[x] *= 0.01f;
+      row[0] = score(j / block);
+    }
+  return t;
+}
+
+constexpr attention_shape small{.h = 4, .h_kv = 2, .d = 32, .dv = 40, .m = 290, .n = 290};
+
+}  // namespace
+
+TEST_SUITE("backend/host_moba") {
+  TEST_CASE_TEMPLATE("outputs, log-sum-exps and gradients are those of the definition", T, float, bf16, f16) {
+    compare<T>({.h = 2, .h_kv = 2, .d = 32, .dv = 32, .m = 200, .n = 200}, 16, 3);
+    compare<T>({.h = 3, .h_kv = 1, .d = 24, .dv = 40, .m = 130, .n = 300}, 7, 4);
+  }
+  TEST_CASE("blocks of any size, of few keys or many, in any number") {
+    const auto of = [](dim m, dim n) { return attention_shape{.h = 2, .h_kv = 1, .d = 16, .dv = 16, .m = m, .n = n}; };
+    compare<float>(of(60, 60), 1, 5);
+    compare<float>(of(450, 450), 2, 8);         // more blocks than are scored at once
+    compare<float>(of(700, 700), 200, 2, 3);    // more keys than a step
+    compare<float>(of(520, 520), 128, 3);
+    compare<float>(of(300, 301), 33, 30);       // more than there are
+    compare<float>(of(50, 50), 64, 2);          // one block
+    compare<float>(of(1, 333), 10, 4);
+    compare<float>(of(1, 1), 10, 4);
+    compare<float>(of(0, 20), 10, 4);
+    compare<float>(of(5, 0), 10, 4);
+    compare<float>({.h = 4, .h_kv = 1, .d = 128, .dv = 128, .m = 600, .n = 600}, 64, 3);
+  }
+  TEST_CASE("queries before the first key see nothing, the others choose as ever") {
+    const attention_shape s{.h = 2, .h_kv = 1, .d = 32, .dv = 32, .m = 900, .n = 150};
+    compare<float>(s, 16, 3);
+    const attention_floats r = attention_trial<float>(s).blocks(serial{}, 16, 3);
+    CHECK(r.lse[at(749 * 2)] == -infinity);
+    CHECK(std::count(r.o.begin(), r.o.begin() + 750 * 64, 0.f) == 750 * 64);
+    CHECK(std::count(r.dq.begin(), r.dq.begin() + 750 * 64, 0.f) == 750 * 64);
+  }
+  TEST_CASE("blocks restart at every packed sequence, and the last of one serves no other") {
+    const attention_shape s{.h = 4, .h_kv = 2, .d = 32, .dv = 32, .m = 240, .n = 330, .query_offsets = {0, 30, 30, 190, 200, 240},
+                            .key_offsets = {0, 100, 105, 265, 270, 330}};
+    compare<float>(s, 16, 3);
+    compare<bf16>(s, 7, 2);
+    compare<float>(s, 150, 2);
+  }
+  TEST_CASE("as many blocks as there are is dense attention, forward and backward") {
+    const attention_trial<float> t(small);
+    testing::at_every_level([&] {
+      const attention_floats dense = t.dense(serial{});
+      for (const dim k : {10, 11, 40}) {
+        const attention_floats r = t.blocks(serial{}, 29, k);
+        CHECK(worst_difference(r.o, doubles(dense.o)) < tolerance);
+        CHECK(worst_difference(r.lse, doubles(dense.lse)) < tolerance);
+        CHECK(worst_difference(r.dq, doubles(dense.dq)) < tolerance);
+        CHECK(worst_difference(r.dk, doubles(dense.dk)) < tolerance);
+        CHECK(worst_difference(r.dv, doubles(dense.dv)) < tolerance);
+      }
+    });
+  }
+  TEST_CASE("one block a query is attention within blocks") {
+    const attention_trial<float> t(small);
+    attention_trial<float> packed = t;  // each block a sequence
+    for (dim i = 0; i < small.n; i += 40) packed.shape.query_offsets.push_back(static_cast<idx>(i));
+    packed.shape.query_offsets.push_back(static_cast<idx>(small.n));
+    packed.shape.key_offsets = packed.shape.query_offsets;
+    testing::at_every_level([&] { expect_near(t.blocks(serial{}, 40, 1), packed.by_definition()); });
+  }
+  TEST_CASE("the first blocks see what dense attention sees") {
+    const attention_trial<float> t(small);
+    testing::at_every_level([&] {
+      const attention_floats dense = t.dense(serial{});
+      for (const dim k : {1, 2, 5}) {
+        const dim first = k * 20;  // queries that have no more blocks than they may choose
+        CHECK(worst_difference(rows(t.blocks(serial{}, 20, k).o, 0, first, 160), doubles(rows(dense.o, 0, first, 160))) < tolerance);
+      }
+    });
+  }
+  TEST_CASE("a query chooses min(k, own + 1) blocks, none twice, none of its future") {
+    const attention_trial<float> t(small);
+    testing::at_every_level([&] {
+      for (const dim k : {1, 4, 9}) {
+        std::vector<idx> chosen;
+        (void)t.blocks(serial{}, 13, k, &chosen);
+        for (dim i = 0; i < small.m; ++i)
+          for (dim a = 0; a < small.h; ++a) {
+            const std::vector<idx> own = chosen_by(chosen, small, k, i, a);
+            REQUIRE(static_cast<dim>(own.size()) + 1 == std::min(k, i / 13 + 1));
+            REQUIRE(std::adjacent_find(own.begin(), own.end()) == own.end());
+            if (!own.empty()) REQUIRE((own.front() >= 0 && own.back() < i / 13));
+          }
+      }
+    });
+  }
+  TEST_CASE("of blocks that score the same the lower ones are chosen") {
+    const auto equal = rigged(small, 4, [](dim) { return 2.f; });
+    attention_trial<float> same = equal;
+    for (dim j = 0; j < small.n; ++j) std::copy_n(equal.k.begin(), 64, same.k.begin() + j * 64);  // every key is the first
+    const auto stairs = rigged(small, 4, [](dim c) { return static_cast<float>(c / 3); });        // three of a kind
+    attention_trial<float> steps = stairs;
+    for (float& x : steps.k) x = std::floor(x);  // whole numbers have exact means
+    for (float& x : steps.q) x = x == 1 ? 1.f : 0.f;
+    testing::at_every_level([&] {
+      std::vector<idx> chosen;
+      (void)same.blocks(serial{}, 4, 6, &chosen);
+      for (dim i = 24; i < small.m; ++i) REQUIRE(chosen_by(chosen, small, 6, i, 3) == std::vector<idx>{0, 1, 2, 3, 4});
+      (void)steps.blocks(serial{}, 4, 3, &chosen);
+      for (dim i = 24; i < small.m; ++i) {
+        const auto last = static_cast<idx>(i / 4 - 1), low = last / 3 * 3;  // the first of the highest stair
+        REQUIRE(chosen_by(chosen, small, 3, i, 1) == (low < last ? std::vector<idx>{low, low + 1} : std::vector<idx>{low - 3, low}));
+      }
+    });
+  }
+  TEST_CASE("a router that prefers recent blocks is a sliding window, and with the first one an attention sink") {
+    constexpr dim block = 32, k = 3;
+    const auto recent = rigged(small, block, [](dim c) { return static_cast<float>(c); });
+    const auto sink = rigged(small, block, [](dim c) { return c == 0 ? 20.f : static_cast<float>(c); });
+    reference::attention_matrix window(small), with_first(small);
+    for (dim t = 0; t < small.m; ++t)
+      for (dim a = 0; a < small.h; ++a)
+        for (dim j = 0; j <= t; ++j) {
+          const dim back = t / block - j / block;
+          window(t, a, j) = back < k;
+          with_first(t, a, j) = back < k - 1 || j < block;
+        }
+    testing::at_every_level([&] {
+      expect_near(recent.blocks(serial{}, block, k), recent.by_definition(window));
+      expect_near(sink.blocks(serial{}, block, k), sink.by_definition(with_first));
+    });
+  }
+  TEST_CASE("a later key or value changes no bit, be it a number or not") {
+    const attention_trial<float> before(small);
+    testing::at_every_level([&] {
+      const attention_floats wanted = before.blocks(serial{}, 24, 3);
+      for (const dim later : {5, 30, 128, 200, 289})
+        for (const float to : {9.f, not_a_number, infinity}) {
+          attention_trial<float> t = before;
+          for (dim j = 0; j < 64; ++j) t.k[at(later * 64 + j)] = to;
+          for (dim j = 0; j < 80; ++j) t.v[at(later * 80 + j)] = to;
+          const attention_floats got = t.blocks(serial{}, 24, 3);
+          CAPTURE(later);
+          CAPTURE(to);
+          CHECK(rows(got.o, 0, later, 160) == rows(wanted.o, 0, later, 160));
+          CHECK(rows(got.lse, 0, later, 4) == rows(wanted.lse, 0, later, 4));
+          CHECK(rows(got.dq, 0, later, 128) == rows(wanted.dq, 0, later, 128));
+          CHECK(rows(got.o, later, 1, 160) != rows(wanted.o, later, 1, 160));
+        }
+    });
+  }
+  TEST_CASE("what is in blocks that nobody chose changes nothing, and has no gradients") {
+    const attention_shape s{.h = 4, .h_kv = 2, .d = 32, .dv = 32, .m = 40, .n = 300};
+    const auto score = [](dim c) { return c == 3 || c == 6 ? 8.f : -8.f; };  // queries stand in blocks 8 and 9 of 30 keys
+    const attention_trial<float> before = rigged(s, 30, score);
+    testing::at_every_level([&] {
+      const attention_floats wanted = before.blocks(serial{}, 30, 3);
+      attention_trial<float> t = before;
+      const auto unseen = [](dim j) { return j < 240 && j / 30 != 3 && j / 30 != 6; };
+      for (dim j = 0; j < 300; ++j)
+        if (unseen(j))
+          for (dim x = 0; x < 64; ++x) {
+            t.k[at(j * 64 + x)] -= 0.5f;
+            t.v[at(j * 64 + x)] = not_a_number;
+          }
+      expect_equal(t.blocks(serial{}, 30, 3), wanted);
+      for (dim j = 0; j < 300; ++j) {
+        const auto zeros = [&](const std::vector<float>& g) { return std::count(g.begin() + j * 64, g.begin() + (j + 1) * 64, 0.f); };
+        REQUIRE((zeros(wanted.dk) == 64) == unseen(j));
+        REQUIRE((zeros(wanted.dv) == 64) == unseen(j));
+      }
+    });
+  }
+  TEST_CASE("bits are equal for any number of threads, however the work is shared") {
+    const attention_trial<float> t({.h = 4, .h_kv = 2, .d = 32, .dv = 32, .m = 1200, .n = 1250});
+    std::vector<idx> chosen, again;
+    const attention_floats wanted = t.blocks(serial{}, 50, 4, &chosen);
+    for (const int threads : {2, 3, 64}) {
+      const moe::thread_pool pool(threads);
+      expect_equal(t.blocks(pooled(moe::pool_executor(pool)), 50, 4, &again), wanted);
+      CHECK(again == chosen);
+    }
+    expect_equal(t.blocks(moe::cpu<moe::arch::native, testing::shuffling>(testing::shuffling{3}), 50, 4), wanted);
+  }
+  TEST_CASE("a prompt in pieces gives the bits of the whole, wherever a piece ends") {
+    const attention_trial<bf16> all(small);
+    testing::at_every_level([&] {
+      std::vector<idx> chosen, own;
+      const attention_floats whole = all.blocks(serial{}, 24, 4, &chosen);
+      for (const auto& [first, last] : {std::pair<dim, dim>{0, 1}, {0, 130}, {77, 205}, {143, 145}, {250, 251}, {289, 290}}) {
+        attention_trial<bf16> piece({.h = 4, .h_kv = 2, .d = 32, .dv = 40, .m = last - first, .n = last});
+        piece.q = rows(all.q, first, last - first, 128);
+        piece.k = rows(all.k, 0, last, 64);
+        piece.v = rows(all.v, 0, last, 80);
+        piece.dout = rows(all.dout, first, last - first, 160);
+        const attention_floats got = piece.blocks(serial{}, 24, 4, &own);
+        CAPTURE(first);
+        CHECK(own == rows(chosen, first, last - first, 4 * 3));
+        CHECK(got.o == rows(whole.o, first, last - first, 160));
+        CHECK(got.lse == rows(whole.lse, first, last - first, 4));
+        CHECK(got.dq == rows(whole.dq, first, last - first, 128));
+      }
+    });
+  }
+  TEST_CASE("it equals the composition of gate, router, experts and combine") {
+    constexpr dim T = 130, N = 170, d = 32, block = 13;
+    const attention_trial<float> t({.h = 1, .h_kv = 1, .d = d, .dv = d, .m = T, .n = N});
+    using head = moe::moba<4, serial>;
+    const head net({.tokens = T, .d = d, .experts = (N + block - 1) / block}, moe::block_mean_gate{block}, moe::kv_block_expert{block});
+    moe::buffer work(net.context_bytes(T) + net.scratch_bytes(T));
+    moe::arena mem(work.bytes());
+    auto ctx = net.make_context(T, mem);
+    attention_floats wanted{std::vector<float>(at(T * d)), {}, std::vector<float>(at(T * d)), std::vector<float>(at(N * d)),
+                            std::vector<float>(at(N * d))};
+    const auto view = [](auto& m) { return moe::matrix_view(m.data(), static_cast<dim>(m.size()) / d, d); };
+    const moe::attention_input in{view(t.q), view(t.k), view(t.v)};
+    head::weights w;
+    head::gradients dw;
+    net.forward(w, in, view(wanted.o), ctx, mem);
+    net.backward(w, in, ctx, view(t.dout), {view(wanted.dq), view(wanted.dk), view(wanted.dv)}, dw, mem);
+    testing::at_every_level([&] {
+      std::vector<idx> chosen;
+      const attention_floats got = t.blocks(serial{}, block, 4, &chosen);
+      CHECK(worst_difference(got.o, doubles(wanted.o)) < tolerance);
+      CHECK(worst_difference(got.dq, doubles(wanted.dq)) < tolerance);
+      CHECK(worst_difference(got.dk, doubles(wanted.dk)) < tolerance);
+      CHECK(worst_difference(got.dv, doubles(wanted.dv)) < tolerance);
+      for (dim i = 0; i < T; ++i) {
+        std::vector<idx> experts;  // of the plan, the own block among them
+        for (idx j = ctx.plan.token_offsets[at(i)]; j < ctx.plan.token_offsets[at(i + 1)]; ++j) {
+          const idx row = ctx.plan.position[at(j)];
+          experts.push_back(static_cast<idx>(std::upper_bound(ctx.plan.offsets.begin(), ctx.plan.offsets.end(), row) -
+                                             ctx.plan.offsets.begin() - 1));
+        }
+        std::sort(experts.begin(), experts.end());
+        std::vector<idx> own = chosen_by(chosen, t.shape, 4, i, 0);
+        own.push_back(static_cast<idx>((N - T + i) / block));
+        REQUIRE(own == experts);
+      }
+    });
+  }
+  TEST_CASE("memory grows with the number of tokens and not with its square") {
+    const serial backend;
+    const moe::attention_problem p{{8, 2, 64, 64}};
+    const auto of = [&](dim n, auto count) {
+      moe::arena mem;
+      count(mem, moe::attention_sizes{n, n});
+      return mem.peak();
+    };
+    constexpr dim B = 128, k = 8;
+    // A mean for each block, and a copy of keys and values for its steps; one more block than whole ones.
+    const auto kept = [&](moe::arena& mem, moe::attention_sizes n) { (void)carve_key_blocks(backend, p, n, B, k, mem); };
+    for (const dim n : {1024, 4096, 1 << 20}) {
+      const std::size_t blocks = at(n / B + 1), wanted = blocks * 2 * 64 * 4 + blocks * B * 2 * (64 + 64) * 4;
+      CHECK(of(n, kept) == wanted);
+    }
+    const moe::key_blocks selection{B, k};
+    const auto forward = [&](moe::arena& mem, moe::attention_sizes n) { count_attend(backend, p, n, selection, mem); };
+    const auto backward = [&](moe::arena& mem, moe::attention_sizes n) { count_attend_backward(backend, p, n, selection, mem); };
+    // One number for each block and thread; gradients of keys and values for each part of the queries.
+    CHECK(of(1 << 20, forward) - of(1 << 19, forward) == (1 << 19) / B * sizeof(idx));
+    CHECK(of(1 << 20, backward) - of(1 << 19, backward) == (1 << 19) / B * sizeof(idx) + (std::size_t{1} << 19) * 8 * 2 * 128 * 4);
+  }
+}
