@@ -5,6 +5,8 @@
 #include "moe/attention/block_gate.hpp"
 #include "moe/attention/input.hpp"
 #include "moe/attention/kv_block.hpp"
+#include "moe/attention/self_attention.hpp"
+#include "moe/attention/signal_to_noise.hpp"
 #include "moe/backend/host_ffn.hpp"
 #include "moe/backend/host_packed.hpp"
 #include "moe/backend/scalar.hpp"

@@ -2,6 +2,7 @@
 /// The CPU backend: float32 kernels at the level that the compiler's flags choose, or at one that is chosen at run time.
 #pragma once
 
+#include "moe/backend/cpu/attention_levels.hpp"
 #include "moe/backend/cpu/compiled.hpp"
 #include "moe/backend/cpu/dynamic.hpp"
 #include "moe/backend/cpu/gemm_xsimd.hpp"
