@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-/// The library's attention on random numbers, with memory of exactly the size that it says it takes.
+/// The library's attention on random numbers, with no more memory than it says it takes.
 #pragma once
 
 #include <algorithm>
@@ -49,7 +49,7 @@ struct attention_trial {
   /// Forward and backward over all keys that the mask shows; over blocks of keys, with the earlier ones that were chosen.
   template <class B>
   attention_floats dense(const B& backend) const {
-    return run(backend, moe::every_key{}, [](const auto&) {});
+    return run(backend, moe::every_key{}, [](moe::arena&) {}, [](const auto&) {});
   }
   template <class B>
   attention_floats blocks(const B& backend, dim block, dim k_blocks, std::vector<idx>* chosen = nullptr) const {
@@ -60,9 +60,9 @@ struct attention_trial {
     moe::key_blocks selection = carve_key_blocks(backend, problem().heads, problem().sequences(), shape.n, block, k_blocks, mem);
     std::vector<idx> own(static_cast<std::size_t>(shape.m * shape.h * (k_blocks - 1)) + 1, 77);
     selection.chosen = {own.data(), shape.m * shape.h, k_blocks - 1};
-    const attention_floats r = run(backend, selection, [&](const auto& on) {
-      prepare_key_blocks(on, problem(), keys(), values(), selection);
-    });
+    const attention_floats r = run(
+        backend, selection, [&](moe::arena& a) { (void)count_prepare_key_blocks(backend, problem().heads, selection, a); },
+        [&](const auto& on) { prepare_key_blocks(on, problem(), keys(), values(), selection); });
     own.pop_back();
     if (chosen) *chosen = own;
     return r;
@@ -83,8 +83,8 @@ struct attention_trial {
   static moe::matrix_stack<float> heads_of(std::vector<float>& rows, dim tokens, dim n) {
     return moe::split_heads(moe::matrix_view<float>(rows.data(), tokens, tokens > 0 ? static_cast<dim>(rows.size()) / tokens : 0), n);
   }
-  template <class B, class Selection, class Prepare>
-  attention_floats run(const B& backend, const Selection& selection, Prepare prepare) const {
+  template <class B, class Selection, class Count, class Prepare>
+  attention_floats run(const B& backend, const Selection& selection, Count count_prepare, Prepare prepare) const {
     const auto sized = [](dim n) { return std::vector<float>(static_cast<std::size_t>(n), 9); };  // is overwritten
     attention_floats r{sized(shape.m * shape.h * shape.dv), sized(shape.m * shape.h), sized(shape.m * shape.h * shape.d),
                        sized(shape.n * shape.h_kv * shape.d), sized(shape.n * shape.h_kv * shape.dv)};
@@ -99,9 +99,9 @@ struct attention_trial {
       moe::arena mem(memory.bytes());
       f(moe::call<B>{backend, mem, {}});
     };
+    with_memory(count_prepare, prepare);
     with_memory([&](moe::arena& mem) { count_attend(backend, p, sizes(), selection, mem); },
                 [&](const moe::call<B>& on) {
-                  prepare(on);
                   attend(on, p, queries(), keys(), values(), selection, [&](dim t, dim a, const float* o, float lse) {
                     std::copy_n(o, shape.dv, r.o.begin() + (t * shape.h + a) * shape.dv);
                     r.lse[static_cast<std::size_t>(t * shape.h + a)] = lse;

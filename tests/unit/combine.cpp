@@ -131,4 +131,50 @@ TEST_SUITE("combine/lse_merge") {
     CHECK(d_o == rows{0, 0, 1, 1, 0, 0});
     CHECK(dlse == rows{0, 0, 0});
   }
+
+  /// A partial softmax: o[d] and the log-sum-exp of its scores.
+  struct part {
+    rows o;
+    float lse;
+  };
+  part merge(const std::vector<part>& parts) {
+    const auto n = static_cast<idx>(parts.size());
+    rows o, lse, y(parts[0].o.size());
+    std::vector<idx> offsets(parts.size() + 1), token(parts.size()), position, token_offsets{0, n};
+    std::vector<float> weight(parts.size(), 1);
+    double sum = 0, largest = -infinity;
+    for (const part& x : parts) {
+      o.insert(o.end(), x.o.begin(), x.o.end());
+      lse.push_back(x.lse);
+      position.push_back(static_cast<idx>(position.size()));
+      offsets[position.size()] = static_cast<idx>(position.size());
+      largest = std::max(largest, double{x.lse});
+    }
+    for (const part& x : parts) sum += largest == -infinity ? 0 : std::exp(x.lse - largest);
+    const auto d = static_cast<dim>(y.size());
+    moe::nothing none;
+    moe::lse_merge{}.forward(testing::on<backend>(), none, 0, moe::routing_plan{offsets, token, weight, token_offsets, position},
+                             moe::attention_rows{{o.data(), n, d}, {lse.data(), n, 1}}, {y.data(), 1, d}, none);
+    return {y, static_cast<float>(largest + std::log(sum))};
+  }
+  void expect_near(const part& a, const part& b) {
+    for (std::size_t i = 0; i < a.o.size(); ++i) CHECK(std::fabs(a.o[i] - b.o[i]) < 1e-6f);
+    CHECK(std::fabs(a.lse - b.lse) < 1e-6f);
+  }
+  TEST_CASE("parts may be merged in any order and any grouping, and a part that saw nothing changes no bit") {
+    std::vector<part> parts;
+    for (std::uint64_t i = 0; i < 4; ++i) parts.push_back({testing::normals(8, 3 * i), 2 * testing::normals(1, 90 + i)[0]});
+    const part &a = parts[0], &b = parts[1], &c = parts[2], &d = parts[3];
+    const part all = merge(parts);
+    expect_near(merge({merge({merge({a, b}), c}), d}), all);
+    expect_near(merge({a, merge({b, merge({c, d})})}), all);
+    expect_near(merge({merge({a, b}), merge({c, d})}), all);
+    expect_near(merge({d, b, c, a}), all);
+    const part nothing{rows(8), -infinity};
+    for (const part& same : {merge({all, nothing}), merge({nothing, all})}) {
+      CHECK(same.o == all.o);
+      CHECK(same.lse == all.lse);
+    }
+    CHECK(merge({nothing, nothing}).lse == -infinity);
+  }
 }
