@@ -51,4 +51,5 @@
 #include "moe/train/mixed.hpp"
 #include "moe/train/optimizer.hpp"
 #include "moe/train/schedule.hpp"
+#include "moe/transformer/block.hpp"
 #include "moe/version.hpp"

@@ -116,13 +116,15 @@ struct assignments {
   friend bool operator==(const assignments&, const assignments&) = default;
 };
 
-/// Those of a layer's context, or of the routed part of a sum's; none where nothing is routed.
+/// Those of a layer's context, of the routed part of a sum's or of the layer of a block's; none where nothing is routed.
 template <class Context>
 assignments assignments_of(const Context& ctx) {
   if constexpr (requires { ctx.plan.token_offsets; })
     return assignments(ctx.plan);
   else if constexpr (requires { ctx.routed; })
     return assignments_of(ctx.routed);
+  else if constexpr (requires { ctx.layer; })
+    return assignments_of(ctx.layer);
   else
     return {};
 }

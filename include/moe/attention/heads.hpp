@@ -114,12 +114,13 @@ struct packed_sequences {
     return t - first(s) + (past.empty() ? 0 : past[static_cast<std::size_t>(s)]);
   }
 
-  void check(dim tokens, const char* what) const {
-    if (!past.empty())
-      expect(static_cast<dim>(past.size()), count(), (std::string(what) + ": past").c_str(), "lengths", "S");
+  /// Errors name `what` and, after it, `part`.
+  void check(dim tokens, const char* what, const char* part = "") const {
+    if (!past.empty() && static_cast<dim>(past.size()) != count())
+      expect(static_cast<dim>(past.size()), count(), (std::string(what) + part + ": past").c_str(), "lengths", "S");
     if (offsets.empty()) return;
     const auto refuse = [&](const std::string& came) {
-      throw shape_error(std::string(what) + ": offsets " + came + ", expected to ascend from 0 to " +
+      throw shape_error(std::string(what) + part + ": offsets " + came + ", expected to ascend from 0 to " +
                         std::to_string(tokens) + " (T)");
     };
     if (offsets.size() == 1) refuse("hold one number");

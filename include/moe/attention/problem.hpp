@@ -58,8 +58,8 @@ struct attention_problem {
 
   void check(attention_sizes n, const char* what = "attention") const {
     heads.check(what);
-    query_sequences.check(n.queries, (std::string(what) + ": query_sequences").c_str());
-    key_sequences.check(n.keys, (std::string(what) + ": key_sequences").c_str());
+    query_sequences.check(n.queries, what, ": query_sequences");
+    key_sequences.check(n.keys, what, ": key_sequences");
     if (query_sequences.offsets.size() != key_sequences.offsets.size())
       throw shape_error(std::string(what) + ": key_sequences has " + std::to_string(key_sequences.offsets.size()) +
                         " offsets, expected " + std::to_string(query_sequences.offsets.size()) + " (as query_sequences)");

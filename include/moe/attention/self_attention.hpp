@@ -113,7 +113,7 @@ class self_attention {
 
   /// y[T,d], overwritten. Takes scratch_bytes from `mem`, and gives them back.
   void forward(const weights& w, const input& in, matrix_view<float> y, context& ctx, arena& mem) const {
-    check_call(w, in, y, ctx, mem, "self_attention::forward: y");
+    check_forward(w, in, y, ctx, mem);
     scratch_frame frame(mem);
     mem.align();
     run_forward(call<B>{backend_, mem, {.tokens = ctx.tokens, .d = d_}}, w, in, y, ctx);
@@ -130,12 +130,21 @@ class self_attention {
   /// dy -> dx (+=), dw (+=). ctx as forward left it, with the same w and in. An empty view is a gradient nobody wants.
   void backward(const weights& w, const input& in, const context& ctx, matrix_view<const float> dy, matrix_view<float> dx,
                 gradients& dw, arena& mem) const {
-    check_call(w, in, dy, ctx, mem, "self_attention::backward: dy");
-    if (!ctx.training) throw shape_error("self_attention::backward: ctx is of inference, expected one of make_context");
-    if (dx) expect(dx, ctx.tokens, d_, "self_attention::backward: dx", "T x d");
+    check_backward(w, in, ctx, dy, dx, mem);
     scratch_frame frame(mem);
     mem.align();
     run_backward(call<B>{backend_, mem, {.tokens = ctx.tokens, .d = d_}}, w, in, ctx, dy, dx, dw);
+  }
+
+  /// What forward and backward check before they write anything; a block asks all its parts first.
+  void check_forward(const weights& w, const input& in, matrix_view<float> y, const context& ctx, arena& mem) const {
+    check_call(w, in, y, ctx, mem, "self_attention::forward: y");
+  }
+  void check_backward(const weights& w, const input& in, const context& ctx, matrix_view<const float> dy, matrix_view<float> dx,
+                      arena& mem) const {
+    check_call(w, in, dy, ctx, mem, "self_attention::backward: dy");
+    if (!ctx.training) throw shape_error("self_attention::backward: ctx is of inference, expected one of make_context");
+    if (dx) expect(dx, ctx.tokens, d_, "self_attention::backward: dx", "T x d");
   }
 
  private:
