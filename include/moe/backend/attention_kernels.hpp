@@ -25,6 +25,13 @@ struct attention_rows_state {
   const dim *first = nullptr, *end = nullptr;  ///< [R] the keys that a row sees
 };
 
+/// A step over bf16 as a level with products of bf16 reads it: rows, keys and values as they are, blocks for them in its order.
+struct attention_halves {
+  matrix_view<const bf16> k, v;
+  std::byte *rows, *gathered, *keys, *values, *weights;  ///< 64 bytes for each 32 of a line of so many lines, see halves_lines
+  float scale;                                           ///< of the scores, log2(e) included
+};
+
 /// The chosen rows against keys `key` .. `key` + k.rows of their sequence.
 struct attention_step {
   attention_rows_state state;
@@ -33,7 +40,8 @@ struct attention_step {
   matrix_view<const float> k, v;
   dim key = 0;
   float *packed_k = nullptr, *packed_v = nullptr, *p = nullptr;  ///< scratch
-  bool packed = false;  ///< packed_k and packed_v hold the keys and values already
+  bool packed = false;                       ///< packed_k and packed_v hold the keys and values already
+  const attention_halves* halves = nullptr;  ///< k and v are empty but for their sizes then
 
   dim at(dim i) const noexcept { return row ? row[i] : i; }
   gathered<float> queries() const noexcept { return {state.q, row}; }
@@ -60,6 +68,10 @@ struct attention_kernels {
   void (*score)(const attention_step&) noexcept;  ///< p = q k^T, no more
   void (*attend)(const attention_step&) noexcept;
   void (*backward)(const attention_backward_step&) noexcept;
+  /// Where the level has products of bf16, else null: row r of a tile into the blocks; and attend, which returns false, with
+  /// nothing changed, where a value is not finite and floats are to be used.
+  void (*take_halves)(const bf16* row, dim d, dim r, std::byte* blocks) noexcept = nullptr;
+  bool (*attend_halves)(const attention_step&) noexcept = nullptr;
 };
 
 namespace arch {

@@ -138,6 +138,44 @@ inline attention_step step_of(const step_range& r, dim d, dim dv, float* packed_
   return {s.state, r.row, r.rows, {nullptr, r.keys, d}, {nullptr, r.keys, dv}, r.key, packed_k, packed_v, s.p, true};
 }
 
+/// Heads of bf16 alone.
+template <class... X>
+inline constexpr bool all_halves = (std::same_as<std::remove_const_t<typename std::remove_cvref_t<decltype(std::declval<const X&>()[0])>::value_type>, bf16> && ...);
+/// Blocks of 16 rows by 32 halves for a tile of `rows` rows and a step, where the level has products of them.
+inline attention_halves carve_halves(const attention_kernels& k, const attention_heads& h, dim rows, arena& mem) noexcept {
+  if (!k.attend_halves) return {};
+  constexpr dim high = 16, wide = 32, bytes = 2;
+  const auto block = [&](const char* name, dim n, dim width) {
+    return reinterpret_cast<std::byte*>(mem.matrix<std::int8_t>(name, round_up(n, high), bytes * round_up(width, wide)).data);
+  };
+  attention_halves b{};
+  b.rows = block("rows", rows, h.d);
+  b.gathered = block("gathered", 2 * high, h.d);
+  b.keys = block("keys", attention_keys, h.d);
+  b.values = block("values", attention_keys, h.dv);
+  b.weights = block("weights", round_up(rows, 2 * high), attention_keys);
+  return b;
+}
+/// Queries of a tile, unscaled.
+template <HeadViews Q>
+void take_halves(const attention_kernels& k, const attention_problem& p, const attention_tile& t, const Q& q,
+                 attention_halves& b) noexcept {
+  const dim group = p.heads.group();
+  for (dim r = 0; r < t.queries * group; ++r)
+    k.take_halves(q[t.head * group + r % group].row(t.in.query + t.first + r / group), p.heads.d, r, b.rows);
+  b.scale = p.score_scale() * log2_e;
+}
+/// A step on halves; false where it is left to floats.
+template <HeadViews K, HeadViews V>
+bool attend_halves(const attention_kernels& k, const attention_tile& t, const K& keys, const V& values, const step_range& r,
+                   const attention_slot& s, attention_halves& b) noexcept {
+  b.k = keys[t.head].slice(t.in.key + r.key, r.keys);
+  b.v = values[t.head].slice(t.in.key + r.key, r.keys);
+  attention_step step{s.state, r.row, r.rows, {nullptr, r.keys, b.k.cols}, {nullptr, r.keys, b.v.cols}, r.key, nullptr, nullptr, s.p};
+  step.halves = &b;
+  return k.attend_halves(step);
+}
+
 /// f(key, n) for the steps that cover keys first .. end of a sequence; equal steps for all tiles.
 template <class F>
 void for_each_key_step(dim first, dim end, F f) noexcept {
@@ -171,8 +209,10 @@ template <HostBackend B, class Selection>
 slot_memory make_attention_slots(const B& backend, const attention_problem& p, attention_sizes n, const Selection& selection,
                                  dim rows, arena& mem) noexcept {
   return make_slots(backend, mem, [&](arena& a) {
-    (void)carve_attention_slot(attention_kernels_of(typename B::arch{}), p.heads, rows, a);
+    const attention_kernels k = attention_kernels_of(typename B::arch{});
+    (void)carve_attention_slot(k, p.heads, rows, a);
     (void)selection.carve(p, n, rows, a);
+    (void)carve_halves(k, p.heads, rows, a);
   });
 }
 }  // namespace detail
@@ -199,11 +239,16 @@ void attend(const call<B>& on, const attention_problem& p, const Q& q, const K& 
   detail::share_units(on, slots, grid.size(), [&](arena mem, auto take) {
     detail::attention_slot s = detail::carve_attention_slot(kernels, p.heads, grid.rows(), mem);
     typename Selection::slot chosen = selection.carve(p, n, grid.rows(), mem);
+    [[maybe_unused]] attention_halves halves = detail::carve_halves(kernels, p.heads, grid.rows(), mem);
     for (dim unit; take(unit);) {
       const detail::attention_tile t = grid[unit];
       detail::start_rows(kernels, p, t, q, s);
       selection.choose(kernels, p, t, s, chosen);
+      if constexpr (detail::all_halves<Q, K, V>)
+        if (kernels.attend_halves) detail::take_halves(kernels, p, t, q, halves);
       selection.for_each_step(p, t, s, chosen, [&](const detail::step_range& r) {
+        if constexpr (detail::all_halves<Q, K, V>)
+          if (kernels.attend_halves && detail::attend_halves(kernels, t, k, v, r, s, halves)) return;
         if constexpr (requires { selection.packed(kernels, p, t, r, s); })
           kernels.attend(selection.packed(kernels, p, t, r, s));
         else

@@ -85,6 +85,10 @@ struct attention_avx512 {
     }
   }
 
+  /// Lanes lo .. hi of the floats at p, and zeros.
+  MOE_TARGET(MOE_AVX512)
+  static __m512 seen_floats(const float* p, dim lo, dim hi) noexcept { return _mm512_maskz_loadu_ps(lanes(lo, hi), p); }
+
  private:
   /// Lanes lo .. hi of a vector.
   MOE_TARGET(MOE_AVX512)

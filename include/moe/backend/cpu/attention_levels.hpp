@@ -3,6 +3,7 @@
 #pragma once
 
 #include "moe/backend/attention_kernels.hpp"
+#include "moe/backend/cpu/attention_amx.hpp"
 #include "moe/backend/cpu/attention_avx2.hpp"
 #include "moe/backend/cpu/attention_avx512.hpp"
 #include "moe/backend/cpu/compiled.hpp"
@@ -15,6 +16,7 @@ template <int Build, class K>
 attention_kernels attention_kernels_in_use() noexcept {
 #if defined(MOE_X86)
   const cpu_level level = cpu_level_in_use();
+  if (level == cpu_level::amx) return detail::attention_on_tiles<Build, detail::hardware_tiles>();
   if (includes(level, cpu_level::avx512)) return detail::attention_of<detail::attention_avx512<Build>>;
   if (includes(level, cpu_level::avx2)) return detail::attention_of<detail::attention_avx2<Build>>;
   return detail::attention_of<detail::attention_loops<detail::lane_blocks<detail::plain_lanes<Build>>>>;
