@@ -2,6 +2,8 @@
 /// Products on the host: how they are cut into tiles and shared between threads.
 #pragma once
 
+#include <utility>
+
 #include "moe/backend/host_products.hpp"
 #include "moe/backend/host_tiles.hpp"
 
@@ -21,8 +23,7 @@ inline matrix_view<float> part_of(matrix_view<float> m, const tile& t) noexcept 
 /// The products of one tile with weights of type W, and how large tiles are.
 template <class Arch, class W>
 struct tile_products {
-  static constexpr dim columns = panel, gradient_rows = arch::detail::gradient_rows,
-                       gradient_columns = arch::detail::gradient_columns;
+  static constexpr dim columns = panel;
   static void nt(gathered<float> a, matrix_view<const W> b, matrix_view<float> c) noexcept { gemm_nt(Arch{}, a, b, c); }
   static void nt_packed(gathered<float> a, matrix_view<const W> b, matrix_view<float> c) noexcept {
     gemm_nt_packed(Arch{}, a, b, c);
@@ -35,7 +36,7 @@ struct tile_products {
 template <class Arch>
 struct tile_products<Arch, bf16> {
   arch::mixed_kernels kernels = mixed_kernels_of(Arch{});
-  dim columns = kernels.columns, gradient_rows = kernels.gradient_rows, gradient_columns = kernels.gradient_columns;
+  dim columns = kernels.columns;
   void nt(gathered<float> a, matrix_view<const bf16> b, matrix_view<float> c) const noexcept { kernels.gemm_nt(a, b, c); }
   void nt_packed(gathered<float> a, matrix_view<const bf16> b, matrix_view<float> c) const noexcept {
     kernels.gemm_nt_packed(a, b, c);
@@ -68,6 +69,19 @@ void start(Arch arch, matrix_view<float> c, const tile& t, matrix_stack<const fl
     for (dim j = 0; v.first && j < n; ++j) bias[j] = v[t.expert](t.column + first + j, 0);
     copy_tile(arch, {bias, c.rows, n, 0}, c.columns(first, n));
   }
+}
+
+/// Rows and columns of a tile of the gradients of E matrices. Large ones read their operands the fewest times; they are halved
+/// where there are few.
+inline std::pair<dim, dim> gradient_tile(dim experts, dim rows, dim cols) noexcept {
+  constexpr dim enough = 64;
+  dim height = arch::detail::gradient_rows, breadth = 512;
+  const auto few = [&] { return experts * blocks(rows, height) * blocks(cols, breadth) < enough; };
+  while (breadth > panel && few()) {
+    breadth /= 2;
+    if (height > panel && few()) height /= 2;
+  }
+  return {height, breadth};
 }
 
 /// out = start + a b[e]^T over the tiles of a result; start(c, tile) sets what is added to. Narrow tiles grow close
@@ -135,8 +149,8 @@ template <class W, HostBackend B>
 void grouped_wgrad(const call<B>& on, const bank_rows& rows, gathered<float> a, gathered<float> b,
                    matrix_stack<float> c) noexcept {
   const detail::tile_products<typename B::arch, W> products;
-  const dim height = products.gradient_rows, breadth = products.gradient_columns;
-  const dim panels = detail::blocks(c.first.rows, height), bands = detail::blocks(c.first.cols, breadth);
+  const auto [h, w] = detail::gradient_tile(rows.experts(), c.first.rows, c.first.cols);
+  const dim height = h, breadth = w, panels = detail::blocks(c.first.rows, h), bands = detail::blocks(c.first.cols, w);
   on.executor().for_each(rows.experts() * panels * bands, 1, [&](dim unit, dim last) {
     for (; unit < last; ++unit) {
       const dim e = unit / (panels * bands), i = unit / bands % panels * height, j = unit % bands * breadth;

@@ -76,7 +76,8 @@ float* packed_place(float* packed, dim depth, dim p, dim j) noexcept {
 template <class K, class Row>
 void pack(Row row, dim depth, dim n, float* packed) noexcept {
   constexpr dim columns = K::columns;
-  for (dim p = 0; p < depth; ++p) {
+  for (dim p = 0; n == columns && p < depth; ++p) K::widen(row(p), packed + p * columns, columns);
+  for (dim p = 0; n != columns && p < depth; ++p) {
     const auto* from = row(p);
     for (dim j = 0; j < n; j += columns) {
       float* to = packed_place<K>(packed, depth, p, j);
@@ -165,10 +166,10 @@ void product_nn(gathered<float> a, matrix_view<const W> b, matrix_view<float> c)
     }
 }
 
-/// A tile of product_tn: so many columns of a and of b.
-inline constexpr dim gradient_rows = 128, gradient_columns = 256;
+/// Columns of a in a tile of product_tn: they are transposed for all columns of b, which are packed for all of them.
+inline constexpr dim gradient_rows = 256;
 
-/// Row i of the result, outer_depth floats long = column i of n <= gradient_rows columns of a, from row `first` on.
+/// Row i of the result, outer_depth floats long = column i of n columns of a, from row `first` on.
 template <class K>
 void transpose_rows(gathered<float> a, dim first, dim depth, dim n, float* to) noexcept {
   constexpr dim W = K::width;
@@ -183,50 +184,32 @@ void transpose_rows(gathered<float> a, dim first, dim depth, dim n, float* to) n
   }
 }
 
-/// The result of a tile of product_tn while it grows: strips of outer_columns columns, close together. Weights lie with rows
-/// far from each other, often in the same places of a cache.
-struct gradient_sums {
-  alignas(64) float data[gradient_rows * gradient_columns];
-  matrix_view<float> strip(dim j, dim m, dim n) noexcept { return {data + j * gradient_rows, m, n, outer_columns}; }
-};
-
-/// c[m,n] += a[k,m]^T b[k,n] for a tile, both over `depth` rows
-template <class K>
-void gradient_tile(gathered<float> a, gathered<float> b, dim depth, matrix_view<float> c) noexcept {
-  constexpr dim W = outer_columns;
-  alignas(64) float left[gradient_rows * outer_depth];
-  alignas(64) float right[W * outer_depth];
-  gradient_sums sums;
-  for (dim j = 0; j < c.cols; j += W)
-    std::memset(sums.strip(j, c.rows, W).data, 0, static_cast<std::size_t>(c.rows * W) * sizeof(float));
-  for (dim first = 0; first < depth; first += outer_depth) {
-    const dim k = at_most(depth - first, outer_depth);
-    transpose_rows<K>(a, first, k, c.rows, left);
-    for (dim j = 0; j < c.cols; j += W) {
-      const dim n = at_most(c.cols - j, W);
-      const bool done = j + n == c.cols;  // with this cut of the depth: then the next one is packed next
-      const dim from = done ? first + k : first, at = done ? 0 : j + n, pieces = at_most(depth - from, outer_depth);
-      pack<K>([&](dim p) { return b.row(first + p) + j; }, k, n, right);
-      outer_tile<K>(gathered<float>{{left, c.rows, outer_depth}}, 0, right, k, sums.strip(j, c.rows, n), pieces,
-                    [&](dim p) { return b.row(from + p) + at; });
-    }
-  }
-  for (dim i = 0; i < c.rows; ++i)
-    for (dim j = 0; j < c.cols; j += W)
-      K::add_scaled(1.f, sums.strip(j, c.rows, W).row(i), c.row(i) + j, at_most(c.cols - j, W));
-}
-
 /// c[m,n] += a[k,m]^T b[k,n], both over `depth` rows
 template <class K>
 void product_tn(gathered<float> a, gathered<float> b, dim depth, matrix_view<float> c) noexcept {
-  for (dim i = 0; depth > 0 && i < c.rows; i += gradient_rows)
-    for (dim j = 0; j < c.cols; j += gradient_columns) {
-      const dim m = at_most(c.rows - i, gradient_rows), n = at_most(c.cols - j, gradient_columns);
-      gathered<float> left = a, right = b;
-      left.source = left.source.columns(i, m);
-      right.source = right.source.columns(j, n);
-      gradient_tile<K>(left, right, depth, c.slice(i, m).columns(j, n));
+  alignas(64) float left[gradient_rows * outer_depth];
+  alignas(64) float right[outer_columns * outer_depth];
+  const dim strips = blocks(c.cols, outer_columns);
+  for (dim i = 0; i < c.rows; i += gradient_rows) {
+    const dim m = at_most(c.rows - i, gradient_rows);
+    gathered<float> mine = a;
+    mine.source = mine.source.columns(i, m);
+    for (dim first = 0; first < depth; first += outer_depth) {
+      const dim k = at_most(depth - first, outer_depth);
+      const dim after = at_most(depth - first - k, outer_depth), share = blocks(after, strips);
+      transpose_rows<K>(mine, first, k, m, left);
+      for (dim j = 0; j < c.cols; j += outer_columns) {
+        // What is needed next comes nearer: the columns of b that are packed next, and a share of the next rows of a.
+        const dim n = at_most(c.cols - j, outer_columns), row = j / outer_columns * share;
+        const bool done = j + n == c.cols;
+        const dim from = done ? first + k : first, at = done ? 0 : j + n, rows = done ? after : k;
+        const dim more = row < after ? at_most(after - row, share) : 0;
+        pack<K>([&](dim p) { return b.row(first + p) + j; }, k, n, right);
+        outer_tile<K>(gathered<float>{{left, m, outer_depth}}, 0, right, k, c.slice(i, m).columns(j, n), rows + more,
+                      [&](dim p) { return p < rows ? b.row(from + p) + at : mine.row(first + k + row + p - rows); });
+      }
     }
+  }
 }
 
 }  // namespace detail
@@ -238,16 +221,14 @@ struct mixed_kernels {
   void (*gemm_nt_packed)(gathered<float>, matrix_view<const bf16>, matrix_view<float>) noexcept;
   void (*gemm_nn)(gathered<float>, matrix_view<const bf16>, matrix_view<float>) noexcept;
   void (*gemm_tn)(gathered<float>, gathered<float>, dim, matrix_view<float>) noexcept;
-  dim columns;                          ///< most columns of a tile of a product
-  dim gradient_rows, gradient_columns;  ///< and of a tile of a gradient
+  dim columns;  ///< most columns of a tile of a product
 };
 
 namespace detail {
 
 template <class K>
 inline constexpr mixed_kernels mixed_from_blocks{
-    &product_nt<K, bf16>, &product_nt_packed<K, bf16>, &product_nn<K, bf16>, &product_tn<K>,
-    outer_columns,        gradient_rows,               gradient_columns};
+    &product_nt<K, bf16>, &product_nt_packed<K, bf16>, &product_nn<K, bf16>, &product_tn<K>, outer_columns};
 
 }  // namespace detail
 }  // namespace moe::arch

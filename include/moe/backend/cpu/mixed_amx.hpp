@@ -235,8 +235,6 @@ mixed_kernels mixed_kernels_of(basic_amx<Build>, Tiles = {}) noexcept {
           &detail::product_nt_amx<Build, Tiles>,
           &detail::product_nn_amx<Build, Tiles>,
           &detail::product_tn_amx<Build, Tiles>,
-          512,
-          256,
           512};
 }
 
