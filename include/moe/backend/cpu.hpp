@@ -4,6 +4,7 @@
 
 #include "moe/backend/cpu/attention_levels.hpp"
 #include "moe/backend/cpu/compiled.hpp"
+#include "moe/backend/cpu/decode_levels.hpp"
 #include "moe/backend/cpu/dynamic.hpp"
 #include "moe/backend/cpu/gemm_xsimd.hpp"
 #include "moe/backend/cpu/mixed_levels.hpp"
@@ -11,6 +12,7 @@
 #include "moe/backend/cpu/rows_xsimd.hpp"
 #include "moe/backend/cpu/simd.hpp"
 #include "moe/backend/host.hpp"
+#include "moe/backend/host_decode.hpp"
 #include "moe/backend/host_ffn.hpp"
 #include "moe/backend/host_packed.hpp"
 

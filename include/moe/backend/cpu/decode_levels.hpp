@@ -1,0 +1,32 @@
+// SPDX-License-Identifier: Apache-2.0
+/// Decoding at the level in use, whatever the compiler's flags: its kernels are chosen at run time.
+#pragma once
+
+#include "moe/backend/cpu/compiled.hpp"
+#include "moe/backend/cpu/decode_bytes_avx512.hpp"
+#include "moe/backend/cpu/level.hpp"
+
+namespace moe::arch {
+
+template <class T>
+decode_kernels decode_kernels_in_use() noexcept {
+#if defined(MOE_X86)
+  const cpu_level level = cpu_level_in_use();
+  if (includes(level, cpu_level::avx512_vnni)) return kernels_of(avx512_vnni{}, cache_of<T>{});
+  if (includes(level, cpu_level::avx512)) return kernels_of(avx512{}, cache_of<T>{});
+#endif
+  return kernels_of(scalar{}, cache_of<T>{});
+}
+
+template <class Set>
+struct simd;
+template <class Set, class T>
+decode_kernels kernels_of(simd<Set>, cache_of<T>) noexcept {
+  return decode_kernels_in_use<T>();
+}
+template <class T>
+decode_kernels kernels_of(compiled, cache_of<T>) noexcept {
+  return decode_kernels_in_use<T>();
+}
+
+}  // namespace moe::arch

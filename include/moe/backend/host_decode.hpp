@@ -1,0 +1,150 @@
+// SPDX-License-Identifier: Apache-2.0
+/// One query a sequence against a cache, on the host: how the keys are cut and shared between threads.
+///
+/// A unit of work is a chunk of keys, of a length that does not depend on the threads, under one key head; or, where blocks
+/// are selected, one block and those heads of the group that chose it. Every unit leaves a partial softmax, and those of a
+/// head are merged in the order of their keys: results are equal bit for bit for any executor.
+#pragma once
+
+#include "moe/attention/decode.hpp"
+#include "moe/backend/decode_kernels.hpp"
+
+namespace moe {
+
+namespace detail {
+
+/// The units of one key head of a sequence, appended from unit n on; returns one beyond the last.
+inline dim cut_chunks(const decode_units& u, dim first, dim last, dim group, dim n) noexcept {
+  for (dim key = first; key < last; ++n) {
+    const dim end = at_most((key / decode_chunk + 1) * decode_chunk, last);
+    u.keys(n, 0) = static_cast<idx>(key);
+    u.keys(n, 1) = static_cast<idx>(end);
+    for (dim g = 0; g < group; ++g) u.pick(n, g) = static_cast<idx>(g);
+    key = end;
+  }
+  return n;
+}
+/// `chosen`: the rows of the group's heads. Blocks in ascending order, each with the heads that chose it.
+inline dim cut_blocks(const decode_units& u, matrix_view<const idx> chosen, dim block, dim length, dim n) noexcept {
+  for (idx b = -1;;) {
+    idx next = -1;
+    for (dim g = 0; g < chosen.rows; ++g)
+      for (dim i = 0; i < chosen.cols; ++i)
+        if (const idx c = chosen(g, i); c > b && (next < 0 || c < next)) next = c;
+    if (next < 0) return n;
+    b = next;
+    u.keys(n, 0) = static_cast<idx>(b * block);
+    u.keys(n, 1) = static_cast<idx>(at_most((b + 1) * block, length));
+    dim count = 0;
+    for (dim g = 0; g < chosen.rows; ++g) {
+      dim i = 0;
+      while (i < chosen.cols && chosen(g, i) != b) ++i;
+      if (i < chosen.cols) u.pick(n, count++) = static_cast<idx>(g);
+    }
+    while (count < chosen.rows) u.pick(n, count++) = -1;
+    ++n;
+  }
+}
+template <class T>
+void cut_units(const kv_cache<T>& cache, const decode_options& options, const decode_units& u) noexcept {
+  const attention_heads& h = cache.sizes.heads;
+  dim n = 0;
+  for (dim s = 0; s < cache.sizes.sequences; ++s)
+    for (dim a = 0; a < h.kv_heads; ++a) {
+      const dim length = cache.length(s),
+                first = options.window > 0 && options.window < length ? length - options.window : 0;
+      u.sequence_offsets[static_cast<std::size_t>(s * h.kv_heads + a)] = static_cast<idx>(n);
+      n = options.blocks
+              ? cut_blocks(u, options.blocks.slice(s * h.heads + a * h.group(), h.group()), cache.sizes.block, length, n)
+              : cut_chunks(u, first, length, h.group(), n);
+    }
+  u.sequence_offsets.back() = static_cast<idx>(n);
+}
+
+/// Runs unit n of key head `head` (of all sequences).
+template <class T>
+void run_unit(const kv_cache<T>& cache, const decode_kernels& kernels, const decode_units& u, dim n, dim head) noexcept {
+  const dim group = cache.sizes.heads.group(), first = u.keys(n, 0), row = head * cache.sizes.capacity + first;
+  decode_unit unit;
+  unit.k = cache.k.row(row);
+  unit.v = cache.v.row(row);
+  unit.rows = u.keys(n, 1) - first;
+  unit.d = cache.k.cols;
+  unit.dv = cache.v.cols;
+  if constexpr (kv_cache<T>::scaled) {
+    unit.k_scale = cache.k_scale.row(head) + first;
+    unit.v_scale = cache.v_scale.row(head) + first;
+  }
+  unit.q = reinterpret_cast<const std::byte*>(u.q.row(head * group));
+  unit.pick = u.pick.row(n);
+  while (unit.heads < group && unit.pick[unit.heads] >= 0) ++unit.heads;
+  unit.o = u.o.row(n * u.largest.cols);
+  unit.largest = u.largest.row(n);
+  unit.sum = u.sum.row(n);
+  kernels.attend(unit);
+}
+
+/// o and lse of query head g of a key head, from its units.
+template <class Out>
+void merge_units(const decode_units& u, dim head, idx g, Out* o, dim dv, float* lse) noexcept {
+  const idx first = u.sequence_offsets[static_cast<std::size_t>(head)],
+            last = u.sequence_offsets[static_cast<std::size_t>(head) + 1];
+  // f(unit, slot) for the units that the head takes part in
+  const auto visit = [&](auto f) {
+    for (dim n = first; n < last; ++n)
+      for (dim i = 0; i < u.pick.cols && u.pick(n, i) >= 0; ++i)
+        if (u.pick(n, i) == g) f(n, i);
+  };
+  float largest = -infinity, sum = 0;
+  visit([&](dim n, dim i) { largest = u.largest(n, i) > largest ? u.largest(n, i) : largest; });
+  const float base = largest > -infinity ? largest : 0.f;
+  visit([&](dim n, dim i) { sum += std::exp2(u.largest(n, i) - base) * u.sum(n, i); });
+  constexpr dim piece = 64;
+  const float per = sum == 0 ? 0.f : 1 / sum;
+  for (dim j = 0; j < dv; j += piece) {
+    float total[piece] = {};
+    const dim m = at_most(dv - j, piece);
+    visit([&](dim n, dim i) {
+      const float w = std::exp2(u.largest(n, i) - base) * per, *from = u.o.row(n * u.largest.cols + i) + j;
+      for (dim c = 0; c < m; ++c) total[c] += w * from[c];
+    });
+    for (dim c = 0; c < m; ++c) o[j + c] = Out(total[c]);
+  }
+  if (lse) *lse = sum == 0 ? -infinity : (base + std::log2(sum)) * 0.693147181f;
+}
+
+}  // namespace detail
+
+/// o[S, h*dv] and lse[S, h] (or empty) of one query a sequence, q[S, h*d]. Two joins.
+template <HostBackend B, class T, class In, class Out>
+void attend_cache(const call<B>& on, const kv_cache<T>& cache, matrix_view<In> q, const decode_options& options,
+                  matrix_view<Out> o, matrix_view<float> lse) noexcept {
+  const attention_heads& h = cache.sizes.heads;
+  const decode_kernels kernels = kernels_of(typename B::arch{}, arch::cache_of<T>{});
+  scratch_frame frame(on.scratch);
+  const detail::decode_units u = detail::carve_units(cache.sizes, options.blocks.cols, on.scratch);
+  detail::cut_units(cache, options, u);
+  for (dim s = 0; s < q.rows; ++s)
+    for (dim a = 0; a < h.heads; ++a) {
+      float* row = u.row.row(s * h.heads + a);
+      for (dim j = 0; j < u.row.cols; ++j)
+        row[j] = j < h.d ? static_cast<float>(q(s, a * h.d + j)) * options.scale * 1.44269504f : 0.f;
+      kernels.prepare(row, u.row.cols, reinterpret_cast<std::byte*>(u.q.row(s * h.heads + a)));
+    }
+  on.executor().for_each(u.sequence_offsets.back(), 1, [&](dim n, dim last) {
+    dim head = 0;
+    for (; n < last; ++n) {
+      while (u.sequence_offsets[static_cast<std::size_t>(head) + 1] <= n) ++head;
+      detail::run_unit(cache, kernels, u, n, head);
+    }
+  });
+  on.executor().for_each(q.rows * h.heads, 1, [&](dim i, dim last) {
+    for (; i < last; ++i) {
+      const dim s = i / h.heads, a = i % h.heads;
+      detail::merge_units(u, s * h.kv_heads + h.key_head(a), static_cast<idx>(a % h.group()), o.row(s) + a * h.dv, h.dv,
+                          lse ? &lse(s, a) : nullptr);
+    }
+  });
+}
+
+}  // namespace moe

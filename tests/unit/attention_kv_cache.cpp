@@ -1,0 +1,181 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <doctest/doctest.h>
+
+#include <limits>
+
+#include "moe/attention/kv_cache.hpp"
+#include "moe/attention/select_blocks.hpp"
+#include "moe/backend/scalar.hpp"
+#include "support/testing.hpp"
+
+namespace {
+
+using moe::bf16, moe::dim, moe::f16, moe::idx, moe::matrix_view;
+using testing::normals;
+using backend = moe::scalar<>;
+
+moe::call<backend> on() { return testing::on<backend>(); }
+matrix_view<float> matrix(std::vector<float>& v, dim rows) { return {v.data(), rows, static_cast<dim>(v.size()) / rows}; }
+
+template <class T>
+struct filled {
+  moe::kv_cache_shape sizes;
+  moe::buffer memory;
+  moe::kv_cache<T> cache;
+
+  explicit filled(const moe::kv_cache_shape& s) : sizes(s) {
+    moe::arena count;
+    (void)moe::kv_cache<T>::make(s, count);
+    memory = moe::buffer(moe::padded(count));
+    moe::arena mem(memory.bytes());
+    cache = moe::kv_cache<T>::make(s, mem);
+  }
+};
+const moe::attention_heads heads{.heads = 4, .kv_heads = 2, .d = 5, .dv = 3};
+
+}  // namespace
+
+TEST_SUITE("attention/kv_cache") {
+  TEST_CASE_TEMPLATE("rows come back as they were appended, up to the rounding of their type", T, float, bf16, f16,
+                     std::int8_t) {
+    filled<T> f({heads, 2, 8, 0});
+    std::vector<float> k = normals(7 * 10, 1), v = normals(7 * 6, 2);
+    const std::vector<idx> offsets{0, 4, 7};
+    f.cache.append(on(), {offsets, {}}, matrix(k, 7), matrix(v, 7));
+    CHECK(f.cache.length(0) == 4);
+    CHECK(f.cache.length(1) == 3);
+    const float error = std::same_as<T, float>  ? 0.f
+                        : std::same_as<T, bf16> ? 0x1p-8f
+                        : std::same_as<T, f16>  ? 0x1p-11f
+                                                : 0.51f / 127;
+    for (dim s = 0; s < 2; ++s)
+      for (dim a = 0; a < 2; ++a) {
+        std::vector<float> rows(15), values(9);
+        f.cache.read_keys(s, a, 0, matrix(rows, 3));
+        f.cache.read_values(s, a, 0, matrix(values, 3));
+        for (dim t = 0; t < 3; ++t) {
+          float largest = 0;
+          const float* from = k.data() + (s * 4 + t) * 10 + a * 5;
+          for (dim j = 0; j < 5; ++j) largest = std::max(largest, std::fabs(from[j]));
+          for (dim j = 0; j < 5; ++j) {
+            const float size = std::same_as<T, std::int8_t> ? largest : std::fabs(from[j]);
+            CHECK(std::fabs(rows[static_cast<std::size_t>(t * 5 + j)] - from[j]) <= error * size);
+          }
+          CHECK(values[static_cast<std::size_t>(t * 3)] ==
+                doctest::Approx(v[static_cast<std::size_t>((s * 4 + t) * 6 + a * 3)]).epsilon(0.05));
+        }
+      }
+    CHECK(f.cache.keys(1)[1].rows == 3);
+    CHECK(f.cache.values(1)[0].cols == 3);
+  }
+  TEST_CASE("one token a sequence, many to one, and pieces make the same cache") {
+    filled<bf16> whole({heads, 2, 8, 3}), steps({heads, 2, 8, 3});
+    std::vector<float> k = normals(12 * 10, 1), v = normals(12 * 6, 2);
+    const std::vector<idx> offsets{0, 6, 12};
+    whole.cache.append(on(), {offsets, {}}, matrix(k, 12), matrix(v, 12));
+    steps.cache.append_to(on(), 1, matrix(k, 12).slice(6, 4), matrix(v, 12).slice(6, 4));
+    steps.cache.append_to(on(), 0, matrix(k, 12).slice(0, 4), matrix(v, 12).slice(0, 4));
+    for (dim t = 4; t < 6; ++t) {
+      std::vector<float> one(k.begin() + t * 10, k.begin() + t * 10 + 10), value(v.begin() + t * 6, v.begin() + t * 6 + 6);
+      one.insert(one.end(), k.begin() + (6 + t) * 10, k.begin() + (7 + t) * 10);
+      value.insert(value.end(), v.begin() + (6 + t) * 6, v.begin() + (7 + t) * 6);
+      steps.cache.append_each(on(), matrix(one, 2), matrix(value, 2));
+    }
+    for (dim s = 0; s < 2; ++s)
+      for (dim a = 0; a < 2; ++a) {
+        for (dim t = 0; t < 6; ++t)
+          for (dim j = 0; j < 5; ++j) CHECK(whole.cache.keys(s)[a](t, j) == steps.cache.keys(s)[a](t, j));
+        for (dim b = 0; b < 2; ++b)
+          for (dim j = 0; j < 5; ++j) CHECK(whole.cache.centroids_of(s, a)(b, j) == steps.cache.centroids_of(s, a)(b, j));
+      }
+  }
+  TEST_CASE("centroids are means of full blocks and sums of the open one") {
+    filled<float> f({heads, 1, 8, 3});
+    std::vector<float> k = testing::integers(8 * 10, 1, 8), v(8 * 6);
+    f.cache.append_to(on(), 0, matrix(k, 8).slice(0, 5), matrix(v, 8).slice(0, 5));
+    const auto sum = [&](dim a, dim first, dim last, dim j) {
+      float total = 0;
+      for (dim t = first; t < last; ++t) total += k[static_cast<std::size_t>(t * 10 + a * 5 + j)];
+      return total;
+    };
+    std::vector<float> open(5);
+    f.cache.centroid(0, 1, 1, open.data());
+    for (dim j = 0; j < 5; ++j) {
+      CHECK(f.cache.centroids_of(0, 1)(0, j) == sum(1, 0, 3, j) / 3);
+      CHECK(f.cache.centroids_of(0, 1)(1, j) == sum(1, 3, 5, j));
+      CHECK(open[static_cast<std::size_t>(j)] == sum(1, 3, 5, j) / 2);
+    }
+    f.cache.truncate(0, 2);  // the first block opens again
+    f.cache.append_to(on(), 0, matrix(k, 8).slice(2, 6), matrix(v, 8).slice(2, 6));
+    for (dim j = 0; j < 5; ++j) {
+      CHECK(f.cache.centroids_of(0, 1)(0, j) == sum(1, 0, 3, j) / 3);
+      CHECK(f.cache.centroids_of(0, 1)(2, j) == sum(1, 6, 8, j));
+    }
+    f.cache.reset(0);
+    CHECK(f.cache.length(0) == 0);
+  }
+  TEST_CASE("a row that is not finite has a scale of NaN, and a row of zeros stays zero") {
+    filled<std::int8_t> f({heads, 1, 4, 0});
+    std::vector<float> k(3 * 10), v(3 * 6, 1.f);
+    k[3] = std::numeric_limits<float>::infinity();
+    k[11] = std::numeric_limits<float>::quiet_NaN();
+    f.cache.append_to(on(), 0, matrix(k, 3), matrix(v, 3));
+    CHECK(std::isnan(f.cache.key_scales(0, 0)[0]));
+    CHECK(std::isnan(f.cache.key_scales(0, 0)[1]));
+    CHECK(f.cache.key_scales(0, 0)[2] == 0);
+    CHECK(f.cache.key_scales(0, 1)[0] == 0);
+    CHECK(f.cache.value_scales(0, 0)[2] == 1.f / 127);
+  }
+  TEST_CASE("what does not fit is refused before anything is written") {
+    filled<float> f({heads, 2, 4, 0});
+    std::vector<float> k = normals(6 * 10, 1), v(6 * 6);
+    const std::vector<idx> offsets{0, 1, 6};
+    CHECK_THROWS_WITH_AS(f.cache.append(on(), {offsets, {}}, matrix(k, 6), matrix(v, 6)),
+                         "kv_cache: sequence 1 holds 0 tokens and 5 come, expected at most 4 (N)", moe::shape_error);
+    CHECK(f.cache.length(0) == 0);
+    CHECK(f.cache.k(0, 0) == 0);
+    CHECK_THROWS_WITH_AS(f.cache.append_to(on(), 2, matrix(k, 6), matrix(v, 6)),
+                         "kv_cache::append_to: s is 2, expected below 2 (S)", moe::shape_error);
+    CHECK_THROWS_WITH_AS(f.cache.append_each(on(), matrix(k, 6), matrix(v, 6)),
+                         "kv_cache::append_each: k has 6 rows, expected 2 (S)", moe::shape_error);
+    CHECK_THROWS_WITH_AS(f.cache.append_to(on(), 0, matrix(v, 6), matrix(v, 6)),
+                         "kv_cache: k is 6 x 6, expected 6 x 10 (T x h_kv*d)", moe::shape_error);
+    CHECK_THROWS_WITH_AS(f.cache.truncate(0, 1), "kv_cache::truncate: n is 1, expected at most 0 (the length of sequence 0)",
+                         moe::shape_error);
+    CHECK_THROWS_AS((moe::kv_cache_shape{heads, 0, 4, 0}.check()), moe::shape_error);
+    CHECK_THROWS_AS((moe::kv_cache_shape{heads, 1, 0, 0}.check()), moe::shape_error);
+    CHECK_THROWS_AS((moe::kv_cache_shape{heads, 1, 1, -1}.check()), moe::shape_error);
+    CHECK_NOTHROW((moe::kv_cache_shape{heads, 1, 1, 0}.check()));
+  }
+}
+
+TEST_SUITE("attention/select_blocks") {
+  TEST_CASE("the own block is always taken and counted, the lower of equal ones wins, fewer leave -1") {
+    const moe::attention_heads two{.heads = 2, .kv_heads = 1, .d = 1, .dv = 1};
+    filled<float> f({two, 1, 12, 2});
+    std::vector<float> k{1, 1, 5, 5, 1, 1, 5, 5, -9, -9, 0}, v(11), q{1, -1};  // block means 1 5 1 5 -9, own block 0
+    f.cache.append_to(on(), 0, matrix(k, 11), matrix(v, 11));
+    const auto chosen = [&](dim columns) {
+      std::vector<idx> b(static_cast<std::size_t>(2 * columns));
+      moe::select_blocks(on(), f.cache, matrix(q, 1), matrix_view<idx>{b.data(), 2, columns});
+      return b;
+    };
+    CHECK(chosen(1) == std::vector<idx>{5, 5});
+    CHECK(chosen(2) == std::vector<idx>{1, 5, 4, 5});
+    CHECK(chosen(4) == std::vector<idx>{0, 1, 3, 5, 0, 2, 4, 5});
+    CHECK(chosen(7) == std::vector<idx>{0, 1, 2, 3, 4, 5, -1, 0, 1, 2, 3, 4, 5, -1});
+    f.cache.truncate(0, 3);
+    CHECK(chosen(3) == std::vector<idx>{0, 1, -1, 0, 1, -1});
+    f.cache.reset(0);
+    CHECK(chosen(2) == std::vector<idx>{-1, -1, -1, -1});
+  }
+  TEST_CASE("a cache without blocks and tables that do not fit are refused") {
+    filled<float> f({heads, 1, 4, 0}), g({heads, 1, 4, 2});
+    std::vector<float> q(20);
+    std::vector<idx> b(8);
+    CHECK_THROWS_WITH_AS(moe::select_blocks(on(), f.cache, matrix(q, 1), matrix_view<idx>{b.data(), 4, 2}),
+                         "select_blocks: the cache was made without blocks (block = 0)", moe::shape_error);
+    CHECK_THROWS_AS(moe::select_blocks(on(), g.cache, matrix(q, 1), matrix_view<idx>{b.data(), 2, 2}), moe::shape_error);
+    CHECK_THROWS_AS(moe::select_blocks(on(), g.cache, matrix(q, 1), matrix_view<idx>{b.data(), 4, 0}), moe::shape_error);
+  }
+}
