@@ -24,14 +24,18 @@ using pooled = moe::cpu<moe::arch::native, moe::pool_executor>;
 constexpr float not_a_number = std::numeric_limits<float>::quiet_NaN(), infinity = std::numeric_limits<float>::infinity();
 std::size_t at(dim i) { return static_cast<std::size_t>(i); }
 
-// As in attention.cpp: elements are widened exactly, float32 sums of some hundred terms of size one.
+// As in attention.cpp: elements are widened exactly, float32 sums of some hundred terms of size one; tiles round weights.
 constexpr double tolerance = 1e-5;
-void expect_near(const attention_floats& got, const reference::attention_numbers<double>& wanted) {
-  CHECK(worst_difference(got.o, wanted.o) < tolerance);
+template <class T>
+double off() {
+  return std::same_as<T, bf16> && moe::cpu_level_in_use() == moe::cpu_level::amx ? 1e-2 : tolerance;
+}
+void expect_near(const attention_floats& got, const reference::attention_numbers<double>& wanted, double most = tolerance) {
+  CHECK(worst_difference(got.o, wanted.o) < most);
   CHECK(worst_difference(got.lse, wanted.lse) < tolerance);
-  CHECK(worst_difference(got.dq, wanted.dq) < 3 * tolerance);
-  CHECK(worst_difference(got.dk, wanted.dk) < 3 * tolerance);
-  CHECK(worst_difference(got.dv, wanted.dv) < 3 * tolerance);
+  CHECK(worst_difference(got.dq, wanted.dq) < 3 * most);
+  CHECK(worst_difference(got.dk, wanted.dk) < 3 * most);
+  CHECK(worst_difference(got.dv, wanted.dv) < 3 * most);
 }
 void expect_equal(const attention_floats& a, const attention_floats& b) {
   CHECK(a.o == b.o);
@@ -68,7 +72,7 @@ void compare(const attention_shape& s, dim block, dim k, std::uint64_t seed = 1)
   expect_near(t.blocks(moe::scalar<moe::serial>{}, block, k), wanted);
   testing::at_every_level([&] {
     std::vector<idx> which;
-    expect_near(t.blocks(serial{}, block, k, &which), wanted);
+    expect_near(t.blocks(serial{}, block, k, &which), wanted, off<T>());
     dim taken = 0;  // a query's own block is not among them
     for (const idx c : which) taken += c >= 0;
     for (dim i = std::max<dim>(0, s.m - s.n); i < s.m && s.query_offsets.empty(); ++i) taken += s.h;
@@ -269,7 +273,8 @@ TEST_SUITE("backend/host_moba") {
     testing::at_every_level([&] {
       std::vector<idx> chosen, own;
       const attention_floats whole = all.blocks(serial{}, 24, 4, &chosen);
-      for (const auto& [first, last] : {std::pair<dim, dim>{0, 1}, {0, 130}, {77, 205}, {143, 145}, {250, 251}, {289, 290}}) {
+      for (const auto& [from, to] : {std::pair<dim, dim>{0, 1}, {0, 130}, {77, 205}, {143, 145}, {250, 251}, {289, 290}}) {
+        const dim first = from, last = to;  // which a message may name
         attention_trial<bf16> piece({.h = 4, .h_kv = 2, .d = 32, .dv = 40, .m = last - first, .n = last});
         piece.q = rows(all.q, first, last - first, 128);
         piece.k = rows(all.k, 0, last, 64);
@@ -322,7 +327,7 @@ TEST_SUITE("backend/host_moba") {
     });
   }
   TEST_CASE("memory grows with the number of tokens and not with its square") {
-    const serial backend;
+    const moe::scalar<moe::serial> backend;
     const moe::attention_problem p{{8, 2, 64, 64}};
     const auto of = [&](dim n, auto count) {
       moe::arena mem;
