@@ -111,7 +111,7 @@ void add_parts(const call<B>& on, const attention_parts& parts, const attention_
 
 }  // namespace detail
 
-/// What attend_backward takes from its scratch: (2 d + 2 dv) floats, padded, for each key and key head and part of the
+/// What attend_backward takes from its scratch: (d + dv) floats, padded, for each key and key head and part of the
 /// queries (1, or at most 16 where key heads and sequences are few), and a tile for each thread.
 template <HostBackend B, class Selection>
 void count_attend_backward(const B& backend, const attention_problem& p, attention_sizes n, const Selection& selection,
