@@ -169,7 +169,7 @@ TEST_SUITE("attention/decode") {
         if (some) options.blocks = blocks;
         t.run(on(), options);
         const std::vector<float> o = t.o, lse = t.lse;
-        for (const std::uint64_t seed : {1, 2}) {
+        for (const std::uint64_t seed : {std::uint64_t{1}, std::uint64_t{2}}) {
           const moe::cpu<moe::arch::native, testing::shuffling> other(testing::shuffling{seed});
           moe::buffer memory(std::size_t{1} << 22);
           moe::arena scratch(memory.bytes());

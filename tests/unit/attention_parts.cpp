@@ -145,7 +145,8 @@ TEST_SUITE("attention/heads") {
 }
 
 TEST_SUITE("attention/rotary") {
-  TEST_CASE_TEMPLATE("every pair of channels turns by the angle of its position", Pairs, moe::half_split_pairs, moe::interleaved_pairs) {
+  TEST_CASE_TEMPLATE("every pair of channels turns by the angle of its position", Pairs, moe::half_split_pairs,
+                     moe::interleaved_pairs) {
     constexpr dim T = 7, heads = 3, d = 10;
     const std::vector<idx> offsets{0, 3, 3, 7}, past{100, 100, 100};
     for (const dim width : {0, 6})
@@ -156,8 +157,8 @@ TEST_SUITE("attention/rotary") {
         const auto table = rope.make_table(104, d, mem);
         const packed_sequences s{offsets, later ? std::span<const idx>(past) : std::span<const idx>()};
         std::vector<float> x = normals(T * heads * d, 1);
-        const auto expected = rotate(doubles(x), T, heads, d, width ? width : d, 50, std::is_same_v<Pairs, moe::half_split_pairs>,
-                                     offsets, later ? 100 : 0);
+        const auto expected = rotate(doubles(x), T, heads, d, width ? width : d, 50,
+                                     std::is_same_v<Pairs, moe::half_split_pairs>, offsets, later ? 100 : 0);
         const std::vector<float> before = x;
         rope.check(d);
         rope.check(table, s, T);
