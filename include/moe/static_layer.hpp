@@ -194,12 +194,14 @@ class static_layer {
     std::array<float, K> dweight{};  // by row of the plan
     for (int i = 0; i < c.chosen; ++i) dweight[at(p.position[at(i)])] = expert_backward<V>(x, c, i, dy, dx, dw);
     std::array<float, E> dscores{};
-    moe::detail::weigh_token_backward<Rule>{rule, p.pointers(), {c.scores.data(), 1, E}, dweight.data(), {dscores.data(), 1, E}}(0);
+    const matrix_view<const float> scores{c.scores.data(), 1, E};
+    moe::detail::weigh_token_backward<Rule>{rule, p.pointers(), scores, dweight.data(), {dscores.data(), 1, E}}(0);
     moe::detail::fixed_product_backward<V, D, E>(x, w.router.data(), dscores.data(), dx, dw.router.data());
   }
   /// Returns dweight of choice i.
   template <class V>
-  MOE_INLINE float expert_backward(const float* x, const context& c, int i, const float* dy, float* dx, weights& dw) const noexcept {
+  MOE_INLINE float expert_backward(const float* x, const context& c, int i, const float* dy, float* dx,
+                                   weights& dw) const noexcept {
     const int e = c.expert[at(i)];
     const float *z = &c.z[at(i * wide * F)], weight = c.weight[at(i)];
     alignas(64) float a[F], dz[wide * F];

@@ -147,9 +147,11 @@ TEST_SUITE("backend/cpu/dynamic") {
         const auto gate = testing::normals(n, 1), up = testing::normals(n, 2), da = testing::normals(n, 3);
         const auto run = [&](auto arch) {
           const std::size_t size = static_cast<std::size_t>(n) + 1;  // one more, which stays as it was
-          std::vector<std::vector<float>> r{std::vector<float>(size, 5), da, std::vector<float>(size, 5), std::vector<float>(size, 5)};
+          const std::vector<float> fives(size, 5);
+          std::vector<std::vector<float>> r{fives, da, fives, fives};
           moe::activate(arch, form, gate.data(), up.data(), r[0].data(), n);
-          const float share = moe::activate_backward(arch, form, 0.5f, gate.data(), up.data(), r[1].data(), r[2].data(), r[3].data(), n);
+          const float share = moe::activate_backward(arch, form, 0.5f, gate.data(), up.data(), r[1].data(), r[2].data(),
+                                                     r[3].data(), n);
           r.push_back({share / static_cast<float>(n)});
           return r;
         };

@@ -20,7 +20,7 @@ using moe::dim;
 /// gelu of the formula.
 const reference::activation gelu{[](double z) { return z * std::erfc(-z / std::sqrt(2.)) / 2; }, nullptr};
 
-// A static layer beside a run-time one with the same weights, on the same tokens, forward and backward, and beside the formulas.
+// A static layer beside a run-time one with the same weights, on the same tokens, forward and backward, and the formulas.
 template <int D, int F, int E, int K, class Form>
 void compare(std::uint64_t seed, reference::activation act = reference::silu) {
   using run_time = moe::layer<moe::linear_gate, moe::top_k<K>, moe::basic_ffn_expert<Form>, moe::weighted_sum, backend>;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-/// Floats side by side without intrinsics: the value of elementwise rules in functions that name their processor by MOE_TARGET,
-/// where the vectors of the build would be too narrow. Where the compiler has no vectors of its own it is one float.
+/// Floats side by side without intrinsics: the value of elementwise rules in functions that name their processor by
+/// MOE_TARGET, where the vectors of the build would be too narrow. Where the compiler has no vectors of its own it is one float.
 #pragma once
 
 #include <cmath>
@@ -23,8 +23,9 @@ struct vectors {
 
 }  // namespace detail
 
-/// N floats, 4 or a power of two above. It has constructors of its own so that it is passed by reference, whatever the processor of a function: callers
-/// and callees agree, and a rule that is not inlined is slow, not wrong. Level is a part of the names of rules that take it.
+/// N floats, 4 or a power of two above. It has constructors of its own so that it is passed by reference, whatever the
+/// processor of a function: callers and callees agree, and a rule that is not inlined is slow, not wrong. Level is a part of
+/// the names of rules that take it.
 template <int N, int Level>
 class lanes {
   using vector = typename detail::vectors<N>::floats;
@@ -133,9 +134,10 @@ class lanes {
 
   template <std::size_t... I>
   MOE_INLINE half halves(std::index_sequence<I...>) const noexcept {
-    half r;
-    r.v_ = __builtin_shufflevector(v_, v_, static_cast<int>(I)...) + __builtin_shufflevector(v_, v_, static_cast<int>(I + N / 2)...);
-    return r;
+    half low, high;
+    low.v_ = __builtin_shufflevector(v_, v_, static_cast<int>(I)...);
+    high.v_ = __builtin_shufflevector(v_, v_, static_cast<int>(I + N / 2)...);
+    return low + high;
   }
   MOE_INLINE static lanes magnitude(const lanes& x) noexcept { return select(x < lanes(0), -x, x); }
   /// A polynomial, the highest power's coefficient first.

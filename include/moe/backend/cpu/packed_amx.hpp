@@ -198,9 +198,10 @@ void multiply_bytes_amx(const prepared_rows& a, const panel_product& p) noexcept
   }
 }
 /// Many rows: two panels at a time are widened to bytes.
+inline constexpr dim few_rows_of_groups = 8;
 template <int Build, class Tiles, class T>
 void multiply_int4_amx(const prepared_rows& a, const panel_product& p) noexcept {
-  if (a.rows <= 2 * rows_of_groups) return multiply_int4_512<Build, T>(a, p);
+  if (a.rows <= few_rows_of_groups) return multiply_int4_512<Build, T>(a, p);
   const dim k = a.lines * 64;
   for (dim j = 0; j < p.panels; j += 2) {
     const dim n = p.panels - j < 2 ? p.panels - j : 2;
@@ -257,7 +258,7 @@ packed_kernels kernels_of(basic_amx<Build>, weights_of<int4_groups<Group, Scale>
           256,
           true,
           64,
-          detail::prepare_i8_512<Build>,
+          detail::prepare_groups_512<Build, Group>,
           detail::multiply_int4_amx<Build, Tiles, int4_groups<Group, Scale>>,
           false};
 }

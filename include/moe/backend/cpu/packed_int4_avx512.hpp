@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-/// Products with four-bit weights on 512-bit vectors. A few rows take the halves of bytes as they come from memory, a scale
-/// for every group; for more rows a panel is widened to bytes once, with one scale a row of it, and multiplied as such.
+/// Products with four-bit weights on 512-bit vectors. A block of rows takes the halves of bytes as they come from memory,
+/// adds up each group of weights as integers and scales the sum. Many rows widen a panel to bytes once, with one scale a row
+/// of it, as tiles do, which add up whole rows.
 #pragma once
 
 #include "moe/backend/cpu/packed_avx512.hpp"
@@ -8,8 +9,6 @@
 #if defined(MOE_X86)
 
 namespace moe::arch::detail {
-
-inline constexpr int rows_of_groups = 4;
 
 template <class Scale>
 MOE_TARGET(MOE_AVX512_VNNI)
@@ -21,79 +20,91 @@ inline __m512 load_scales(const std::byte* s) noexcept {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
 }
 
-/// M rows against a panel, group by group.
+/// Rows of a block, whose sums fit registers, and the rows from which a panel is widened.
+template <class T>
+inline constexpr int rows_of_groups = T::group == 32 ? 8 : 12;
+template <class T>
+inline constexpr dim rows_to_widen = T::group == 32 ? 40 : 96;
+
+/// The q + 8 of a line, from the lower or the upper halves of its bytes.
+template <bool Upper>
+MOE_TARGET(MOE_AVX512_VNNI)
+MOE_INLINE __m512i load_halves(const std::byte* q) noexcept {
+  const __m512i v = _mm512_loadu_si512(q);
+  return _mm512_and_si512(Upper ? _mm512_srli_epi16(v, 4) : v, _mm512_set1_epi8(15));
+}
+/// left[m] and right[m] += weights times x over 32 k: 8 lines of either half of a panel. Those of the lower halves of bytes
+/// ask for weights ahead.
+template <bool Upper, int M>
+MOE_TARGET(MOE_AVX512_VNNI)
+MOE_INLINE void add_lines(const std::byte* q, const std::byte* x, const std::byte* ahead, dim pace, int_lanes* left,
+                          int_lanes* right) noexcept {
+  MOE_UNROLL
+  for (int i = 0; i < 8; ++i) {
+    if (!Upper) {
+      moe::detail::prefetch(ahead + i * pace);
+      moe::detail::prefetch(ahead + i * pace + pace / 2);
+    }
+    const __m512i u = load_halves<Upper>(q + i * line_bytes), v = load_halves<Upper>(q + (8 + i) * line_bytes);
+    MOE_UNROLL
+    for (int m = 0; m < M; ++m) {
+      std::int32_t four;
+      std::memcpy(&four, x + 64 * m + 4 * i, 4);
+      const __m512i b = _mm512_set1_epi32(four);
+      left[m] = (int_lanes)_mm512_dpbusd_epi32((__m512i)left[m], u, b);
+      right[m] = (int_lanes)_mm512_dpbusd_epi32((__m512i)right[m], v, b);
+    }
+  }
+}
+
+/// M rows against a panel. The sum of a group starts with the row's factor for it, since weights are q + 8.
 template <int Build, class T, int M>
 MOE_TARGET(MOE_AVX512_VNNI)
 MOE_NO_INLINE void multiply_block_groups(const block_work& w) noexcept {
   using rule = packing<T>;
-  const __m512i low = _mm512_set1_epi8(15);
-  __m512 left[M], right[M];
+  constexpr bool fine = T::group == 32;
+  int_lanes left[M], right[M];
+  __m512 left_total[M], right_total[M];
   MOE_UNROLL
-  for (int m = 0; m < M; ++m) left[m] = right[m] = _mm512_setzero_ps();
-  const std::byte *a = w.a, *q = w.weights, *ahead = w.ahead;
-  const float* sums = w.factors + 2;
-  for (dim l = 0; l < w.lines; l += 2, a += 2 * w.a_step, q += rule::step_bytes, sums += 4) {
-    for (dim s = 0; s < rule::step_bytes && w.pace != 0; s += line_bytes, ahead += line_bytes)
-      _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T0);
-    const std::byte* scales = q + 2048;
-    MOE_NO_UNROLL
-    for (int t = 0; t < 2; ++t) {
-      __m512 sum[M];
-      MOE_UNROLL
-      for (int m = 0; m < M; ++m) sum[m] = t ? right[m] : left[m];
-      int_lanes lower[M], upper[M];
-      MOE_NO_UNROLL
-      for (int h = 0; h < 2; ++h) {
-        if (T::group == 32 || h == 0) {
-          MOE_UNROLL
-          for (int m = 0; m < M; ++m) lower[m] = upper[m] = int_lanes{};
-        }
-        const std::byte *x = a + h * w.a_step, *lines = q + (2 * h + t) * 512;
-        MOE_NO_UNROLL
-        for (int i = 0; i < 8; ++i) {
-          const __m512i v = _mm512_loadu_si512(lines + i * line_bytes);
-          const __m512i u0 = _mm512_and_si512(v, low), u1 = _mm512_and_si512(_mm512_srli_epi16(v, 4), low);
-          MOE_UNROLL
-          for (int m = 0; m < M; ++m) {
-            std::int32_t first, second;
-            std::memcpy(&first, x + 64 * m + 4 * i, 4);
-            std::memcpy(&second, x + 64 * m + 32 + 4 * i, 4);
-            lower[m] = (int_lanes)_mm512_dpbusd_epi32((__m512i)lower[m], u0, _mm512_set1_epi32(first));
-            upper[m] = (int_lanes)_mm512_dpbusd_epi32((__m512i)upper[m], u1, _mm512_set1_epi32(second));
-          }
-        }
-        if constexpr (T::group == 32) {
-          const __m512 s0 = load_scales<typename T::scale>(scales + 2 * h * 64 + t * 32);
-          const __m512 s1 = load_scales<typename T::scale>(scales + (2 * h + 1) * 64 + t * 32);
-          MOE_UNROLL
-          for (int m = 0; m < M; ++m) {
-            const float* f = sums + m * w.factor_count + 2 * h;
-            sum[m] =
-                _mm512_fmadd_ps(s0, _mm512_sub_ps(_mm512_cvtepi32_ps((__m512i)lower[m]), _mm512_set1_ps(8 * f[0])), sum[m]);
-            sum[m] =
-                _mm512_fmadd_ps(s1, _mm512_sub_ps(_mm512_cvtepi32_ps((__m512i)upper[m]), _mm512_set1_ps(8 * f[1])), sum[m]);
-          }
-        }
-      }
-      if constexpr (T::group == 128) {
-        const __m512 s = load_scales<typename T::scale>(scales + t * 32);
+  for (int m = 0; m < M; ++m) left_total[m] = right_total[m] = _mm512_setzero_ps();
+  const std::byte *x = w.a, *q = w.weights, *scales = q + 2048, *ahead = w.ahead;
+  const dim pace = w.pace;
+  const float* start = w.factors + 2;
+  for (dim l = 0; l < w.lines; ++l, x += w.a_step, q += tile_bytes, ahead += 8 * pace) {
+    MOE_UNROLL
+    for (int part = 0; part < 2; ++part) {  // 32 k each
+      if (fine || (part == 0 && l % 2 == 0)) {
         MOE_UNROLL
         for (int m = 0; m < M; ++m) {
-          const float* f = sums + m * w.factor_count;
-          const __m512i both = _mm512_add_epi32((__m512i)lower[m], (__m512i)upper[m]);
-          sum[m] = _mm512_fmadd_ps(
-              s, _mm512_sub_ps(_mm512_cvtepi32_ps(both), _mm512_set1_ps(8 * (f[0] + f[1] + f[2] + f[3]))), sum[m]);
+          std::int32_t sum;
+          std::memcpy(&sum, start + m * w.factor_count, 4);
+          left[m] = right[m] = (int_lanes)_mm512_set1_epi32(sum);
         }
+        ++start;
       }
-      MOE_UNROLL
-      for (int m = 0; m < M; ++m) (t ? right[m] : left[m]) = sum[m];
+      if (part == 0) add_lines<false, M>(q, x, ahead, pace, left, right);
+      else add_lines<true, M>(q, x + 32, ahead, pace, left, right);
+      if (fine || (part == 1 && l % 2 == 1)) {
+        const __m512 s = load_scales<typename T::scale>(scales), t = load_scales<typename T::scale>(scales + panel_rows);
+        MOE_UNROLL
+        for (int m = 0; m < M; ++m) {
+          left_total[m] = _mm512_fmadd_ps(s, _mm512_cvtepi32_ps((__m512i)left[m]), left_total[m]);
+          right_total[m] = _mm512_fmadd_ps(t, _mm512_cvtepi32_ps((__m512i)right[m]), right_total[m]);
+        }
+        scales += 2 * panel_rows;
+        moe::detail::prefetch(ahead + 8 * pace);  // of the scales there
+        ahead += pace / 2;
+      }
     }
+    if (l % 2 == 0) continue;
+    scales += rule::step_bytes - rule::scale_bytes;
+    q += rule::scale_bytes;
   }
   MOE_UNROLL
   for (int m = 0; m < M; ++m) {
     const __m512 unit = _mm512_set1_ps(w.factors[m * w.factor_count]);
-    _mm512_storeu_ps(w.c + m * w.ld, _mm512_mul_ps(unit, left[m]));
-    _mm512_storeu_ps(w.c + m * w.ld + 16, _mm512_mul_ps(unit, right[m]));
+    _mm512_storeu_ps(w.c + m * w.ld, _mm512_mul_ps(unit, left_total[m]));
+    _mm512_storeu_ps(w.c + m * w.ld + 16, _mm512_mul_ps(unit, right_total[m]));
   }
 }
 
@@ -134,16 +145,9 @@ MOE_NO_INLINE void widen_panel(const std::byte* panel, dim k, const float* row_s
 
 template <int Build, class T>
 void multiply_int4_512(const prepared_rows& a, const panel_product& p) noexcept {
-  if (a.rows <= 2 * rows_of_groups) {
-    for_each_panel_block(a, p, [](dim height, block_work w) {
-      for (; height > 0; height -= rows_of_groups) {
-        with_constant<rows_of_groups>(height < rows_of_groups ? height : rows_of_groups,
-                                      [&](auto m) { multiply_block_groups<Build, T, m>(w); });
-        w.a += rows_of_groups * line_bytes;
-        w.factors += rows_of_groups * w.factor_count;
-        w.c += rows_of_groups * w.ld;
-        w.pace = 0;  // the panel is near now
-      }
+  if (a.rows < rows_to_widen<T>) {
+    for_each_panel_block(a, p, [](dim height, const block_work& w) {
+      with_constant<rows_of_groups<T>>(height, [&](auto m) { multiply_block_groups<Build, T, m>(w); });
     });
     return;
   }
@@ -156,6 +160,25 @@ void multiply_int4_512(const prepared_rows& a, const panel_product& p) noexcept 
   }
 }
 
+/// The same as prepare_i8, but that a group's factor is the integer that its sum starts with, since weights are q + 8.
+template <int Build, int Group>
+MOE_TARGET(MOE_AVX512_VNNI)
+void prepare_groups_512(const float* x, dim k, std::byte* to, dim stride, float* factors, bool) noexcept {
+  prepare_i8_512<Build>(x, k, to, stride, factors, false);
+  const dim end = moe::detail::round_up(k, 128);
+  if (moe::detail::round_up(k, 64) < end) std::memset(to + (end / 64 - 1) * stride, 0, 64);
+  const __m512i eights = _mm512_set1_epi8(8);
+  for (dim i = 0; i < end; i += Group, ++factors) {
+    __m512i sum = _mm512_setzero_si512();
+    for (dim j = i; j < i + Group; j += 64) {
+      const __mmask64 some = Group == 32 ? (i % 64 ? 0xffffffff00000000u : 0xffffffffu) : ~__mmask64{0};
+      sum = _mm512_dpbusd_epi32(sum, eights, _mm512_maskz_loadu_epi8(some, to + j / 64 * stride));
+    }
+    const std::int32_t shift = -_mm512_reduce_add_epi32(sum);
+    std::memcpy(factors + 2, &shift, 4);
+  }
+}
+
 }  // namespace moe::arch::detail
 
 namespace moe::arch {
@@ -163,11 +186,11 @@ namespace moe::arch {
 template <int Build, int Group, class Scale>
 packed_kernels kernels_of(basic_avx512_vnni<Build>, weights_of<int4_groups<Group, Scale>>) noexcept {
   return {operand::i8,
-          detail::rows_512,
+          detail::rows_of_groups<int4_groups<Group, Scale>>,
           16 * detail::rows_512,
           true,
           32,
-          detail::prepare_i8_512<Build>,
+          detail::prepare_groups_512<Build, Group>,
           detail::multiply_int4_512<Build, int4_groups<Group, Scale>>};
 }
 
