@@ -67,9 +67,9 @@ struct basic_ffn_expert {
   weights_grad make_gradients(shape s, arena& mem) const noexcept { return carve<float>(s, mem); }
   context make_context(shape s, dim rows, arena& mem) const noexcept { return {mem.column<float>("z", rows, width(s))}; }
   output make_output(shape s, dim rows, arena& mem) const noexcept { return mem.matrix<float>("ys", rows, s.d); }
-  scratch make_scratch(shape s, dim rows, arena& mem) const noexcept { return {mem.matrix<float>("a", rows, s.f)}; }
+  scratch make_scratch(shape s, dim rows, arena& mem) const noexcept { return {apart("a", rows, s.f, mem)}; }
   backward_scratch make_backward_scratch(shape s, dim rows, arena& mem) const noexcept {
-    return {mem.matrix<float>("a", rows, s.f), mem.matrix<float>("dz", rows, width(s)), mem.matrix<float>("dx", rows, s.d)};
+    return {apart("a", rows, s.f, mem), apart("dz", rows, width(s), mem), mem.matrix<float>("dx", rows, s.d)};
   }
 
   /// Rows of gate and up of each expert, and their biases, wherever the layout has them.
@@ -121,6 +121,11 @@ struct basic_ffn_expert {
 
  private:
   static dim width(shape s) noexcept { return (gated ? 2 : 1) * s.f; }
+  /// Rows a line further apart than they are long: products read several at once, and rows a power of two apart share a place
+  /// in the first cache.
+  static matrix_view<float> apart(const char* name, dim rows, dim cols, arena& mem) noexcept {
+    return mem.matrix<float>(name, rows, cols + 16).columns(0, cols);
+  }
   template <class T>
   static basic_ffn_weights<T> carve(shape s, arena& mem) noexcept {
     const dim n = s.experts * s.f;

@@ -3,7 +3,8 @@
 /// are rounded to bf16, to nearest even, on their way into a tile; sums are float32.
 ///
 /// All rows of a tile are packed for a cut of the reduced dimension and stay in the second cache, while pairs of panels of
-/// 32 columns are packed one after the other into the first. Weights come as they lie in memory, in either orientation.
+/// 32 columns are packed one after the other into the first, and those of the next pair are asked for. Weights come as they
+/// lie in memory, in either orientation.
 /// `Tiles` are the instructions; tests put a plain C++ copy of them in their place.
 #pragma once
 
@@ -75,10 +76,15 @@ class tile_product {
   /// The right operand = the columns j .. j + n of the rows from `first` on, floats.
   MOE_TARGET(MOE_AVX512)
   void meet_rows(gathered<float> rows, dim first, dim j, dim n) noexcept {
+    const place next = after(first, j);
     for (dim s = 0; s < steps_; ++s)
-      for (dim q = 0; q < tile_rows; ++q)
+      for (dim q = 0; q < tile_rows; ++q) {
+        const dim p = 32 * s + 2 * q;
         for (dim l = 0; l < n; l += tile_rows)
-          _mm512_store_si512(right(s, l) + q * line_bytes, pair_of(rows, first, 32 * s + 2 * q, j + l, n - l));
+          _mm512_store_si512(right(s, l) + q * line_bytes, pair_of(rows, first, p, j + l, n - l));
+        for (dim r = next.first + p; r < at_most(next.first + p + 2, reduced_); ++r)
+          for (dim l = 0; l < columns; l += tile_rows) moe::detail::prefetch_second(rows.row(r) + next.j + l);
+      }
     fill_up(n);
   }
   /// The same of weights.
@@ -86,10 +92,13 @@ class tile_product {
   void meet_rows(matrix_view<const bf16> w, dim first, dim j, dim n) noexcept {
     const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
     const __m512i none = _mm512_setzero_si512();
+    const place next = after(first, j);
     for (dim s = 0; s < steps_; ++s)
       for (dim q = 0; q < tile_rows; ++q)
         for (dim l = 0; l < n; l += panel_rows) {
           const dim p = 32 * s + 2 * q;
+          moe::detail::prefetch_second(w.row(next.first + p) + next.j + l);
+          moe::detail::prefetch_second(w.row(next.first + p + 1) + next.j + l);
           const __mmask32 some = n - l < 32 ? (1u << (n - l)) - 1 : 0xffffffffu;
           __m512i upper = none, lower = none;
           if (p < depth_) upper = _mm512_maskz_loadu_epi16(some, w.row(first + p) + j + l);
@@ -106,11 +115,13 @@ class tile_product {
     static constexpr float zeros[tile_rows] = {};
     float last[tile_rows][tile_rows];
     const float* row[tile_rows];  // of pairs of halves, which are moved as they are
+    const place next = after(first, j);
     for (dim l = 0; l < round_up(n, panel_rows); l += tile_rows)
       for (dim s = 0; s < steps_; ++s) {
         const dim left = depth_ - 32 * s;
         for (dim i = 0; i < tile_rows; ++i) {
           row[i] = zeros;
+          moe::detail::prefetch_second(w.row(next.j + l + i) + next.first + 32 * s);
           if (l + i >= n) continue;
           const bf16* from = w.row(j + l + i) + first + 32 * s;
           row[i] = reinterpret_cast<const float*>(from);
@@ -127,6 +138,8 @@ class tile_product {
   template <class Take, class Meet>
   void run(dim depth, matrix_view<float> c, Take take, Meet meet) noexcept {
     m_ = c.rows;
+    columns_ = c.cols;
+    reduced_ = depth;
     for (dim first = 0; first < depth; first += cut) {
       depth_ = moe::detail::at_most(depth - first, cut);
       steps_ = moe::detail::blocks(depth_, 32);
@@ -142,6 +155,13 @@ class tile_product {
   }
 
  private:
+  /// Where a pair of panels starts: its cut of the reduced dimension and its first column.
+  struct place {
+    dim first, j;
+  };
+  place after(dim first, dim j) const noexcept {
+    return j + columns < columns_ ? place{first, j + columns} : place{first + cut, 0};
+  }
   dim height_of(dim block) const noexcept { return moe::detail::at_most(m_ - block * tile_rows, tile_rows); }
   std::byte* right(dim step, dim column) noexcept {
     return right_ + ((column / panel_rows * steps_ + step) * panel_rows + column % panel_rows) * line_bytes;
@@ -181,7 +201,8 @@ class tile_product {
   alignas(64) std::byte left_[most_rows * cut * sizeof(bf16)];
   alignas(64) std::byte right_[columns * cut * sizeof(bf16)];
   alignas(64) float edge_[2 * tile_rows * panel_rows] = {};
-  dim m_ = 0, depth_ = 0, steps_ = 0;
+  dim m_ = 0, columns_ = 0, reduced_ = 0;  // of the product
+  dim depth_ = 0, steps_ = 0;              // of the cut
   tile_heights<Tiles> heights_;
 };
 

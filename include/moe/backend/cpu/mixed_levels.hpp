@@ -21,19 +21,20 @@ mixed_kernels mixed_kernels_of(basic_avx512<Build>) noexcept {
 }
 #endif
 
-inline mixed_kernels mixed_kernels_in_use() noexcept {
+template <int Build>
+mixed_kernels mixed_kernels_in_use() noexcept {
 #if defined(MOE_X86)
   const cpu_level level = cpu_level_in_use();
-  if (level == cpu_level::amx) return mixed_kernels_of(amx{});
-  if (includes(level, cpu_level::avx512)) return mixed_kernels_of(avx512{});
-  if (includes(level, cpu_level::avx2)) return mixed_kernels_of(avx2{});
+  if (level == cpu_level::amx) return mixed_kernels_of(basic_amx<Build>{});
+  if (includes(level, cpu_level::avx512)) return mixed_kernels_of(basic_avx512<Build>{});
+  if (includes(level, cpu_level::avx2)) return mixed_kernels_of(basic_avx2<Build>{});
 #endif
-  return mixed_kernels_of(scalar{});
+  return mixed_kernels_of(basic_scalar<Build>{});
 }
 
 template <moe::detail::CheckedArch Arch>
 mixed_kernels mixed_kernels_of(Arch) noexcept {
-  return mixed_kernels_in_use();
+  return mixed_kernels_in_use<moe::detail::build_level>();
 }
 
 }  // namespace moe::arch
