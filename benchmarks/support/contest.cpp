@@ -165,9 +165,9 @@ class contest {
   row measure(dim T, double skew, const machine_limits& limits) {
     use_threads(limits.threads);
     warm_up(T, limits.threads);
-    int noisy = 0;
-    for (int r = 0; r < options_.rounds; ++r) noisy += !take_turns(limits.threads);
-    return result(T, skew, limits, 2 * noisy < options_.rounds);
+    turns_ = disturbed_ = 0;
+    for (int r = 0; r < options_.rounds; ++r) take_turns(limits.threads);
+    return result(T, skew, limits, 2 * disturbed_ < turns_);
   }
 
   matrix_view<float> y() const { return {result_.as<float>().data(), batches_[0].x.rows, shape_.d}; }
@@ -197,16 +197,17 @@ class contest {
   }
 
   // Google Benchmark runs each entrant's loop in the order in which they are registered; a round is one such run, so that
-  // rounds go A B C A B C. (Its own repetitions would go A A B B, or in random order.) False where others were busy.
-  bool take_turns(int threads) {
-    const bool quiet = wait_for_quiet(threads, 4 * options_.rounds);
+  // rounds go A B C A B C. (Its own repetitions would go A A B B, or in random order.) Each waits until nobody else is busy.
+  void take_turns(int threads) {
     collector times;
     std::vector<entrant*> started;
     benchmark::ClearRegisteredBenchmarks();
     for (entrant& e : entrants_) {
       if (!e.competes()) continue;
       started.push_back(&e);
-      auto* b = benchmark::RegisterBenchmark(e.who->name().c_str(), [&e, this](benchmark::State& state) {
+      auto* b = benchmark::RegisterBenchmark(e.who->name().c_str(), [&e, threads, this](benchmark::State& state) {
+        ++turns_;
+        disturbed_ += !wait_for_quiet(threads, 2 * options_.rounds);
         e.who->repeat(state, e.next, batches_.size(), y());
         e.next += static_cast<std::size_t>(state.iterations());
       });
@@ -217,7 +218,6 @@ class contest {
     benchmark::RunSpecifiedBenchmarks(&times);
     auto time = times.seconds_per_call.begin();
     for (entrant* e : started) e->times.push_back(*time++);
-    return quiet;
   }
 
   row result(dim T, double skew, const machine_limits& limits, bool quiet) const {
@@ -247,6 +247,7 @@ class contest {
   std::vector<float> biases_;
   std::vector<batch> batches_;
   double active_ = 0;  // experts that a call uses, on average
+  int turns_ = 0, disturbed_ = 0;
 };
 
 }  // namespace
