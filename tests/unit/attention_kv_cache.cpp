@@ -3,9 +3,12 @@
 
 #include <limits>
 
+#include "moe/attention/decode.hpp"
 #include "moe/attention/kv_cache.hpp"
 #include "moe/attention/select_blocks.hpp"
+#include "moe/backend/host_decode.hpp"
 #include "moe/backend/scalar.hpp"
+#include "moe/recipe/moba.hpp"
 #include "support/testing.hpp"
 
 namespace {
@@ -168,6 +171,30 @@ TEST_SUITE("attention/select_blocks") {
     CHECK(chosen(3) == std::vector<idx>{0, 1, -1, 0, 1, -1});
     f.cache.reset(0);
     CHECK(chosen(2) == std::vector<idx>{-1, -1, -1, -1});
+  }
+  TEST_CASE("token by token, decoding gives the rows of the layer of blocks over the whole text") {
+    constexpr dim N = 23, d = 5, block = 4, n = 6;
+    const moe::attention_heads one{.heads = 1, .kv_heads = 1, .d = d, .dv = d};
+    std::vector<float> k = normals(N * d, 1), v = normals(N * d, 2), q = normals(N * d, 3), y(N * d);
+    const moe::moba<3, backend> layer({.tokens = N, .d = d, .experts = n}, moe::block_mean_gate{block},
+                                      moe::kv_block_expert{block});
+    moe::buffer work(layer.inference_context_bytes(N) + layer.scratch_bytes(N));
+    moe::arena mem(work.bytes());
+    auto ctx = layer.make_inference_context(N, mem);
+    const moe::attention_input x{matrix(q, N), matrix(k, N), matrix(v, N)};
+    layer.forward({}, x, matrix(y, N), ctx, mem);
+
+    filled<float> f({one, 1, N, block});
+    for (dim t = 0; t < N; ++t) {
+      f.cache.append_to(on(), 0, matrix(k, N).slice(t, 1), matrix(v, N).slice(t, 1));
+      std::vector<float> o(d);
+      std::vector<idx> chosen(3);
+      const matrix_view<idx> blocks{chosen.data(), 1, 3};
+      moe::select_blocks(on(), f.cache, matrix(q, N).slice(t, 1), blocks);
+      moe::decode(on(), f.cache, matrix(q, N).slice(t, 1), matrix(o, 1), {}, {.blocks = blocks});
+      for (dim j = 0; j < d; ++j)
+        CHECK(std::fabs(o[static_cast<std::size_t>(j)] - y[static_cast<std::size_t>(t * d + j)]) < 1e-6);
+    }
   }
   TEST_CASE("a cache without blocks and tables that do not fit are refused") {
     filled<float> f({heads, 1, 4, 0}), g({heads, 1, 4, 2});
