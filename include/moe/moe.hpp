@@ -13,6 +13,7 @@
 #include "moe/attention/rotary.hpp"
 #include "moe/attention/select_blocks.hpp"
 #include "moe/attention/self_attention.hpp"
+#include "moe/attention/self_attention_cache.hpp"
 #include "moe/attention/signal_to_noise.hpp"
 #include "moe/backend/host_decode.hpp"
 #include "moe/backend/host_ffn.hpp"

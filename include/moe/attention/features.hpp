@@ -69,6 +69,16 @@ struct attention_weights {
 
 namespace detail {
 
+/// The last keys that a convolution keeps of each sequence.
+template <class Conv>
+struct key_tail {
+  using type = typename Conv::template tail<float>;
+};
+template <>
+struct key_tail<no_key_convolution> {
+  using type = nothing;
+};
+
 template <class Gate>
 inline constexpr bool is_gate = !std::same_as<Gate, no_output_gate>;
 template <class C>

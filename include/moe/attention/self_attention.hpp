@@ -2,8 +2,10 @@
 /// A layer of attention: projections, gates, norm, rotation and convolution around attend, forward and backward.
 #pragma once
 
+#include "moe/attention/decode.hpp"
 #include "moe/attention/features.hpp"
 #include "moe/attention/problem.hpp"
+#include "moe/attention/select_blocks.hpp"
 #include "moe/backend/host_attention_backward.hpp"
 #include "moe/backend/host_gemm.hpp"
 #include "moe/backend/host_moba.hpp"
@@ -127,6 +129,34 @@ class self_attention {
     mem.align();
     run_forward(call<B>{backend_, mem, {.tokens = ctx.tokens, .d = d_}}, w, in, y, ctx);
   }
+  /// Tokens of each sequence so far: keys and values as elements of T, as attention reads them; with a convolution, its last
+  /// keys.
+  template <class T>
+  struct cache {
+    kv_cache<T> tokens;
+    typename detail::key_tail<conv>::type tail;
+  };
+  /// For so many sequences of at most `capacity` tokens, none of which has come.
+  template <class T>
+  std::size_t cache_bytes(dim sequences, dim capacity) const noexcept {
+    return counted([&](arena& mem) { (void)carve_cache<T>(sequences, capacity, mem); });
+  }
+  template <class T>
+  cache<T> make_cache(dim sequences, dim capacity, arena& mem) const {
+    cache_shape(sequences, capacity).check();
+    return carve_cache<T>(sequences, capacity,
+                          detail::opened(mem, cache_bytes<T>(sequences, capacity), "self_attention::make_cache: the arena",
+                                         "cache_bytes(S, capacity)"));
+  }
+  /// For T tokens that come to a cache.
+  template <class T>
+  std::size_t scratch_bytes(dim tokens, const cache<T>& past) const noexcept;
+  /// The tokens of each sequence follow those in its cache, which they join. One token a sequence is a step of decoding:
+  /// every byte of the cache is read once. in.sequences has a sequence, perhaps an empty one, for each of the cache's.
+  /// errors   shape_error, also for a cache that would be too full, before anything is written
+  template <class T>
+  void forward(const weights& w, input in, matrix_view<float> y, cache<T>& past, arena& mem) const;
+
   /// dy -> dx (+=), dw (+=). ctx as forward left it, with the same w and in. An empty view is a gradient nobody wants.
   void backward(const weights& w, const input& in, const context& ctx, matrix_view<const float> dy, matrix_view<float> dx,
                 gradients& dw, arena& mem) const {
@@ -156,6 +186,37 @@ class self_attention {
   }
   attention_problem problem(const packed_sequences& s) const noexcept { return {heads_, mask_, s, s}; }
   weights carve_weights(arena& mem) const noexcept { return detail::carve_attention_weights<C>(heads_, d_, conv{}, mem); }
+
+  kv_cache_shape cache_shape(dim sequences, dim capacity) const noexcept {
+    if constexpr (C::selection::blocks)
+      if (!selection_.dense) return {heads_, sequences, capacity, selection_.block};
+    return {heads_, sequences, capacity};
+  }
+  template <class T>
+  cache<T> carve_cache(dim sequences, dim capacity, arena& mem) const noexcept {
+    cache<T> c{kv_cache<T>::make(cache_shape(sequences, capacity), mem), {}};
+    if constexpr (convolves) {
+      c.tail = conv{}.template make_tail<float>(sequences, heads_.key_cols(), mem);
+      for (dim s = 0; s < sequences && c.tail.k; ++s) conv{}.reset(c.tail, s);
+    }
+    return c;
+  }
+  /// Blocks of a head in a step of decoding; 0 where it reads all keys.
+  dim selection_k() const noexcept {
+    if constexpr (C::selection::blocks)
+      if (!selection_.dense) return selection_.k;
+    return 0;
+  }
+  std::pair<matrix_view<float>, matrix_view<float>> carve_floats(dim tokens, arena& mem) const noexcept {
+    const auto k = mem.matrix<float>("k", tokens, heads_.key_cols());
+    return {k, mem.matrix<float>("v", tokens, heads_.value_cols())};
+  }
+  matrix_view<float> key_rows(const context& c) const noexcept { return convolves ? c.k : rotated_keys(c); }
+  matrix_view<float> value_rows(const context& c) const noexcept { return gates_values ? c.v : c.v_raw; }
+  template <class T>
+  void decode_tokens(const call<B>& on, const context& c, cache<T>& past) const;
+  template <class T>
+  void extend_tokens(const call<B>& on, const input& in, const context& c, cache<T>& past) const noexcept;
 
   context carve_context(dim T, bool training, arena& mem) const noexcept {
     context c;
@@ -204,21 +265,28 @@ class self_attention {
   }
   matrix_view<float> gated_keys(const context& c) const noexcept { return gates_keys ? c.k_gated : c.k_raw; }
   matrix_view<float> rotated_keys(const context& c) const noexcept { return C::normalises_heads ? c.k_normed : gated_keys(c); }
-  matrix_stack<float> keys(const context& c) const noexcept { return split_heads(convolves ? c.k : rotated_keys(c), heads_.kv_heads); }
-  matrix_stack<float> values(const context& c) const noexcept { return split_heads(gates_values ? c.v : c.v_raw, heads_.kv_heads); }
+  matrix_stack<float> keys(const context& c) const noexcept { return split_heads(key_rows(c), heads_.kv_heads); }
+  matrix_stack<float> values(const context& c) const noexcept { return split_heads(value_rows(c), heads_.kv_heads); }
   auto logits(const matrix_view<float>& fused, const matrix_view<float>& alone) const noexcept {
     return projection::logits(detail::fuses_logits<C> ? fused : alone, heads_);
   }
 
   void run_forward(const call<B>& on, const weights& w, const input& in, matrix_view<float> y, context& c) const noexcept {
     project(on, w, in, c);
-    const attention_problem p = problem(in.sequences);
-    scratch_frame frame(on.scratch);
-    matrix_view<float> mean;
-    if constexpr (gated) mean = gate_.make_scratch(c.tokens, heads_.dv, on.scratch);
-    const auto gates = bind_gate(on, c, mean);
+    if constexpr (convolves) conv{}.forward(on, w.convolution, matrix_view<const float>(rotated_keys(c)), in.sequences, c.k);
+    {
+      scratch_frame frame(on.scratch);
+      attend_tokens(on, problem(in.sequences), c, bind_gate(on, c), 0, queries(c), keys(c), values(c));
+    }
+    project_back(on, w, c, y);
+  }
+  /// o of the tokens from `first` on, gated, into their rows.
+  template <class Gates, class Q, class K, class V>
+  void attend_tokens(const call<B>& on, const attention_problem& p, const context& c, const Gates& gates, dim first, const Q& q,
+                     const K& k, const V& v) const noexcept {
     const auto finish = [&](dim t, dim a, float* o, float lse) noexcept {
       const auto bytes = static_cast<std::size_t>(heads_.dv) * sizeof(float);
+      t += first;
       if (c.lse) c.lse(t, a) = lse;
       if constexpr (gated) {
         if (c.o) std::memcpy(c.o.row(t) + a * heads_.dv, o, bytes);
@@ -226,30 +294,35 @@ class self_attention {
       }
       std::memcpy(c.gated.row(t) + a * heads_.dv, o, bytes);
     };
-    select(on, p, c, [&](const auto& selection) {
-      if constexpr (requires { selection.centroids; }) prepare_key_blocks(on, p, keys(c), values(c), selection);
-      attend(on, p, queries(c), keys(c), values(c), selection, finish);
+    select(on, p, c, k[0].rows, [&](const auto& selection) {
+      if constexpr (requires { selection.centroids; }) prepare_key_blocks(on, p, k, v, selection);
+      attend(on, p, q, k, v, selection, finish);
     });
+  }
+  void project_back(const call<B>& on, const weights& w, const context& c, matrix_view<float> y) const noexcept {
     gemm_nt(on, c.gated, w.o, matrix_view<const float>{}, gates_layer ? c.y : y);
     if constexpr (gates_layer) layer_gate_.forward(on, split_heads(c.layer_logits, 1), 1, split_heads(c.y, 1), split_heads(y, 1));
   }
-  auto bind_gate(const call<B>& on, const context& c, matrix_view<float> mean) const noexcept {
-    if constexpr (gated) return gate_.bind(on, logits(c.fused, c.logits), heads_.heads, mean);
-    else return matrix_stack<const float>{};
+  /// Logits as the gate's epilogue wants them; their mean, if they have one, stays in the scratch.
+  auto bind_gate(const call<B>& on, const context& c) const noexcept {
+    if constexpr (gated)
+      return gate_.bind(on, logits(c.fused, c.logits), heads_.heads, gate_.make_scratch(c.tokens, heads_.dv, on.scratch));
+    else
+      return matrix_stack<const float>{};
   }
   /// f(selection), with memory of its own where it needs some.
   template <class F>
-  void select(const call<B>& on, const attention_problem& p, const context& c, F f) const noexcept {
+  void select(const call<B>& on, const attention_problem& p, const context& c, dim keys, F f) const noexcept {
     if constexpr (C::selection::blocks) {
       if (!selection_.dense) {
-        key_blocks blocks = carve_key_blocks(on.backend, heads_, p.sequences(), c.tokens, selection_.block, selection_.k, on.scratch);
+        key_blocks blocks = carve_key_blocks(on.backend, heads_, p.sequences(), keys, selection_.block, selection_.k, on.scratch);
         blocks.chosen = c.chosen;
         return f(blocks);
       }
     }
     f(every_key{});
   }
-  /// Queries, keys and values, as attention reads them.
+  /// Queries, keys and values, as attention reads them but for the convolution of keys.
   void project(const call<B>& on, const weights& w, const input& in, context& c) const noexcept {
     const auto times = [&](matrix_view<float> m, matrix_view<float> bias, matrix_view<float> to) {
       if (to) gemm_nt(on, in.x, m, matrix_view<const float>(bias), to);
@@ -275,7 +348,6 @@ class self_attention {
     }
     rotary_.forward(on, in.angles, queries(c), h, in.sequences);
     rotary_.forward(on, in.angles, split_heads(rotated_keys(c), h_kv), h_kv, in.sequences);
-    if constexpr (convolves) conv{}.forward(on, w.convolution, matrix_view<const float>(rotated_keys(c)), in.sequences, c.k);
   }
 
   /// Gradients of everything that a projection gave.
@@ -342,7 +414,7 @@ class self_attention {
       if constexpr (!out_gate::scales) attention_delta(on, heads_, split_heads(s.dgated, h), split_heads(c.o, h), s.delta);
     }
     scratch_frame frame(on.scratch);
-    select(on, p, c, [&](const auto& selection) {
+    select(on, p, c, c.tokens, [&](const auto& selection) {
       attend_backward(on, p, queries(c), keys(c), values(c), selection, split_heads(s.dgated, h), c.lse, s.delta,
                       projection::queries(s.dfused, heads_), split_heads(s.dk, heads_.kv_heads), split_heads(s.dv, heads_.kv_heads));
     });
@@ -416,7 +488,8 @@ class self_attention {
     expect(matrix_view<const float>(y), c.tokens, d_, what, "T x d");
     detail::check_attention_weights<C>(w, heads_, d_);
     problem(in.sequences).check({c.tokens, c.tokens}, "self_attention");
-    if (!in.sequences.past.empty()) throw shape_error("self_attention: sequences.past is given, expected none (see decode)");
+    if (!in.sequences.past.empty())
+      throw shape_error("self_attention: sequences.past is given, expected none: a cache knows what is past");
     rotary_.check(in.angles, in.sequences, c.tokens);
     if (c.gated.cols != heads_.output_cols() || !c.gated.data)
       throw shape_error("self_attention: ctx was made by a layer of another shape or has no memory");

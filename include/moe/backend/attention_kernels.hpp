@@ -32,6 +32,12 @@ struct attention_halves {
   float scale;                                           ///< of the scores, log2(e) included
 };
 
+/// Memory that the next step reads, asked for while this one computes: two stretches of floats, one after the other.
+struct upcoming_floats {
+  const float *first = nullptr, *second = nullptr;
+  dim first_count = 0, second_count = 0;
+};
+
 /// The chosen rows against keys `key` .. `key` + k.rows of their sequence.
 struct attention_step {
   attention_rows_state state;
@@ -41,6 +47,7 @@ struct attention_step {
   dim key = 0;
   float *packed_k = nullptr, *packed_v = nullptr, *p = nullptr;  ///< scratch
   bool packed = false;                       ///< packed_k and packed_v hold the keys and values already
+  upcoming_floats next{};
   const attention_halves* halves = nullptr;  ///< k and v are empty but for their sizes then
 
   dim at(dim i) const noexcept { return row ? row[i] : i; }
@@ -121,12 +128,32 @@ void pack_panels_transposed(matrix_view<const float> m, float* packed) noexcept 
     pack_transposed<K>(m.slice(j, at_most(m.rows - j, outer_columns)), 0, m.cols, packed + j * m.cols);
 }
 
+/// Walks over what the next step reads.
+class upcoming_walk {
+ public:
+  explicit upcoming_walk(const upcoming_floats& f) noexcept : left_(f) {}
+  void fill(prefetch_list& list, dim room) noexcept {
+    for (; room > 0 && left_.first_count > 0; --room) {
+      list.add(left_.first);
+      left_.first += piece;
+      left_.first_count -= piece;
+      if (left_.first_count <= 0) left_ = {left_.second, nullptr, left_.second_count, 0};
+    }
+  }
+
+ private:
+  static constexpr dim piece = prefetch_list::reach / static_cast<dim>(sizeof(float));
+  upcoming_floats left_;
+};
+
 /// c(i .. i + m, a panel of columns) += a[., lo .. hi) times rows lo .. hi of a packed panel.
 template <class K>
-void add_panel(gathered<float> a, dim i, dim m, key_range depth, const float* panel, float* c, dim ld) noexcept {
-  const prefetch_list ahead(panel);
+void add_panel(gathered<float> a, dim i, dim m, key_range depth, const float* panel, float* c, dim ld,
+               upcoming_walk& next) noexcept {
   for (dim lo = depth.lo; lo < depth.hi; lo += outer_depth) {
     const dim n = at_most(depth.hi - lo, outer_depth);
+    prefetch_list ahead(panel);
+    next.fill(ahead, n / prefetch_list::steps);
     with_constant<outer_rows>(m, [&](auto rows) {
       K::template outer_block<rows>(a, i, lo, panel + lo * K::columns, n, ahead, c, ld);
     });
@@ -141,7 +168,7 @@ void for_each_block(const Step& s, F f) noexcept {
 
 /// scores(i, .) = a_i k^T for the panels of keys that a row of the block sees; the others stay as they are.
 template <class K, class Step>
-void score_rows(const Step& s, gathered<float> a, const float* packed_k, float* scores) noexcept {
+void score_rows(const Step& s, gathered<float> a, const float* packed_k, float* scores, upcoming_walk& next) noexcept {
   const dim depth = a.cols();
   for (dim j = 0; j < s.k.rows; j += K::columns)
     for_each_block(s, [&](dim i, dim m) {
@@ -149,20 +176,21 @@ void score_rows(const Step& s, gathered<float> a, const float* packed_k, float* 
       if (seen.hi <= j || seen.lo >= j + K::columns) return;
       float* c = scores + i * attention_pitch + j;
       for (dim r = 0; r < m; ++r) std::memset(c + r * attention_pitch, 0, K::columns * sizeof(float));
-      add_panel<K>(a, i, m, {0, depth}, packed_k + j * depth, c, attention_pitch);
+      add_panel<K>(a, i, m, {0, depth}, packed_k + j * depth, c, attention_pitch, next);
     });
 }
 
 /// to(row, .) += w(i, seen) m[seen, .] for the rows of a step, panels of columns of m packed. Each row adds up the keys that
 /// it sees, in their order.
 template <class K, class Step>
-void weigh_rows(const Step& s, const float* weights, const float* packed, dim keys, matrix_view<float> to) noexcept {
+void weigh_rows(const Step& s, const float* weights, const float* packed, dim keys, matrix_view<float> to,
+                upcoming_walk& next) noexcept {
   const gathered<float> w{{weights, s.rows, attention_keys, attention_pitch}};
   for (dim j = 0; j < to.cols; j += K::columns)
     for_each_block(s, [&](dim i, dim m) {
       const float* panel = packed + j * keys;
       const auto alone = [&](dim r, key_range range) {
-        if (!range.empty()) add_panel<K>(w, r, 1, range, panel, to.row(s.at(r)) + j, to.ld);
+        if (!range.empty()) add_panel<K>(w, r, 1, range, panel, to.row(s.at(r)) + j, to.ld, next);
       };
       const key_range each = seen_by_each(s, i, m);
       for (dim r = i; r < i + m; ++r) {
@@ -171,11 +199,11 @@ void weigh_rows(const Step& s, const float* weights, const float* packed, dim ke
       }
       if (each.empty()) return;
       if (s.at(i + m - 1) - s.at(i) == m - 1) {
-        add_panel<K>(w, i, m, each, panel, to.row(s.at(i)) + j, to.ld);
+        add_panel<K>(w, i, m, each, panel, to.row(s.at(i)) + j, to.ld, next);
       } else {
         float near[outer_rows * K::columns];
         for (dim r = 0; r < m; ++r) std::memcpy(near + r * K::columns, to.row(s.at(i + r)) + j, K::columns * sizeof(float));
-        add_panel<K>(w, i, m, each, panel, near, K::columns);
+        add_panel<K>(w, i, m, each, panel, near, K::columns, next);
         for (dim r = 0; r < m; ++r) std::memcpy(to.row(s.at(i + r)) + j, near + r * K::columns, K::columns * sizeof(float));
       }
       for (dim r = i; r < i + m; ++r) alone(r, {each.hi, seen_by(s, r).hi});
@@ -190,16 +218,18 @@ void pack_step(const attention_step& s) noexcept {
 template <class A>
 void score(const attention_step& s) noexcept {
   using K = typename A::blocks;
+  upcoming_walk next(s.next);
   pack_panels_transposed<K>(s.k, s.packed_k);
-  score_rows<K>(s, s.queries(), s.packed_k, s.p);
+  score_rows<K>(s, s.queries(), s.packed_k, s.p, next);
 }
 
 /// One step of forward, with the rules `A` of a level: its blocks of products and its exponentials.
 template <class A>
 void attend(const attention_step& s) noexcept {
   using K = typename A::blocks;
+  upcoming_walk next(s.next);
   if (!s.packed) pack_step<A>(s);
-  score_rows<K>(s, s.queries(), s.packed_k, s.p);
+  score_rows<K>(s, s.queries(), s.packed_k, s.p, next);
   for (dim i = 0; i < s.rows; ++i) {
     const key_range seen = seen_by(s, i);
     if (seen.empty()) continue;
@@ -207,7 +237,7 @@ void attend(const attention_step& s) noexcept {
     const float fade = A::softmax(s.p + i * attention_pitch, seen.lo, seen.hi, s.state.largest[r], s.state.sum[r]);
     if (fade != 1) A::scale(s.state.o.row(r), fade, s.state.o.cols);
   }
-  weigh_rows<K>(s, s.p, s.packed_v, s.k.rows, s.state.o);
+  weigh_rows<K>(s, s.p, s.packed_v, s.k.rows, s.state.o, next);
 }
 
 /// to(key, .) += the sum over the rows of a step that see it of w(row, key) m(row, .)
@@ -246,14 +276,15 @@ void attend_backward(const attention_backward_step& s) noexcept {
   pack_panels_transposed<K>(s.k, s.packed_k);
   pack_panels_transposed<K>(s.v, s.packed_v);
   pack_panels<K>(s.k, s.keys);
-  score_rows<K>(s, s.queries(), s.packed_k, s.p);
-  score_rows<K>(s, s.gradients(), s.packed_v, s.ds);
+  upcoming_walk next(s.next);
+  score_rows<K>(s, s.queries(), s.packed_k, s.p, next);
+  score_rows<K>(s, s.gradients(), s.packed_v, s.ds, next);
   for (dim i = 0; i < s.rows; ++i) {
     const key_range seen = seen_by(s, i);
     const dim r = s.at(i), row = i * attention_pitch;
     A::slopes(s.p + row, s.ds + row, seen.lo, seen.hi, s.k.rows, s.state.largest[r], s.state.sum[r]);
   }
-  weigh_rows<K>(s, s.ds, s.keys, s.k.rows, s.dq);
+  weigh_rows<K>(s, s.ds, s.keys, s.k.rows, s.dq, next);
   sum_rows_by_key<K>(s, s.p, s.gradients(), s.packed_rows, s.turned, s.dv);
   sum_rows_by_key<K>(s, s.ds, s.queries(), s.packed_rows, s.turned, s.dk);
 }

@@ -122,9 +122,9 @@ inline float finish_row(const attention_kernels& k, attention_slot& s, dim r) no
 
 /// Keys `key` .. `key` + `keys` of a tile's sequence, and the rows of the tile that meet them: ascending, or null for all.
 struct step_range {
-  dim key, keys;
-  const idx* row;
-  dim rows;
+  dim key = 0, keys = 0;
+  const idx* row = nullptr;
+  dim rows = 0;
 };
 template <HeadViews K, HeadViews V>
 attention_step step_of(const attention_kernels& k, const attention_tile& t, const K& keys, const V& values,
@@ -246,14 +246,20 @@ void attend(const call<B>& on, const attention_problem& p, const Q& q, const K& 
       selection.choose(kernels, p, t, s, chosen);
       if constexpr (detail::all_halves<Q, K, V>)
         if (kernels.attend_halves) detail::take_halves(kernels, p, t, q, halves);
-      selection.for_each_step(p, t, s, chosen, [&](const detail::step_range& r) {
+      const auto run = [&](const detail::step_range& r, [[maybe_unused]] const detail::step_range& next) {
         if constexpr (detail::all_halves<Q, K, V>)
           if (kernels.attend_halves && detail::attend_halves(kernels, t, k, v, r, s, halves)) return;
-        if constexpr (requires { selection.packed(kernels, p, t, r, s); })
-          kernels.attend(selection.packed(kernels, p, t, r, s));
+        if constexpr (requires { selection.packed(kernels, p, t, r, next, s); })
+          kernels.attend(selection.packed(kernels, p, t, r, next, s));
         else
           kernels.attend(detail::step_of(kernels, t, k, v, r, s));
+      };
+      detail::step_range now{};
+      selection.for_each_step(p, t, s, chosen, [&](const detail::step_range& next) {
+        if (now.rows > 0) run(now, next);
+        now = next;
       });
+      if (now.rows > 0) run(now, {});
       for (dim r = 0; r < s.state.q.rows; ++r) {
         const float lse = detail::finish_row(kernels, s, r);
         finish(t.in.query + t.first + r / group, t.head * group + r % group, s.state.o.row(r), lse);

@@ -42,10 +42,14 @@ struct key_blocks {
   dim step_number(const attention_problem& p, const attention_sequence& in, dim head, dim key) const noexcept {
     return ((first_centroid(in) + key / block) * steps() + key % block / attention_keys) * p.heads.kv_heads + head;
   }
+  /// A step on what was packed, and the one after it.
   attention_step packed(const attention_kernels& a, const attention_problem& p, const detail::attention_tile& t,
-                        const detail::step_range& r, const detail::attention_slot& s) const noexcept {
-    const dim step = step_number(p, t.in, t.head, r.key);
-    return detail::step_of(r, p.heads.d, p.heads.dv, packed_k + step * key_floats(a, p.heads), packed_v + step * value_floats(a, p.heads), s);
+                        const detail::step_range& r, const detail::step_range& next, const detail::attention_slot& s) const noexcept {
+    const dim k_floats = key_floats(a, p.heads), v_floats = value_floats(a, p.heads);
+    const auto number = [&](const detail::step_range& of) { return step_number(p, t.in, t.head, of.key); };
+    attention_step step = detail::step_of(r, p.heads.d, p.heads.dv, packed_k + number(r) * k_floats, packed_v + number(r) * v_floats, s);
+    if (next.rows > 0) step.next = {packed_k + number(next) * k_floats, packed_v + number(next) * v_floats, k_floats, v_floats};
+    return step;
   }
 
   /// Memory of one thread: what it ranks, and the rows of each block.

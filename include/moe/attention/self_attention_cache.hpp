@@ -1,0 +1,132 @@
+// SPDX-License-Identifier: Apache-2.0
+/// self_attention over a cache: pieces of a prefill, and steps of decoding.
+#pragma once
+
+#include "moe/attention/self_attention.hpp"
+#include "moe/backend/host_decode.hpp"
+
+namespace moe {
+
+namespace detail {
+
+/// Rows first .. first + n of heads.
+template <HeadViews X>
+struct head_rows {
+  X x;
+  dim first, n;
+  auto operator[](dim a) const noexcept { return x[a].slice(first, n); }
+};
+
+}  // namespace detail
+
+template <class C, class B>
+template <class T>
+std::size_t self_attention<C, B>::scratch_bytes(dim tokens, const cache<T>& past) const noexcept {
+  return counted([&](arena& mem) {
+    const kv_cache_shape& s = past.tokens.sizes;
+    (void)carve_context(tokens, false, mem);
+    (void)mem.matrix<float>("q", tokens, heads_.query_cols());
+    (void)mem.matrix<idx>("blocks", s.sequences * heads_.heads, selection_k());
+    count_means(tokens, mem);
+    const auto apart = [&](auto carve) {
+      scratch_frame frame(mem);
+      carve();
+    };
+    apart([&] {
+      if (s.block > 0) (void)make_select_blocks_scratch(s, mem);
+      make_decode_scratch(s, selection_k(), mem);
+    });
+    apart([&] {
+      if constexpr (kv_cache<T>::scaled) (void)carve_floats(s.capacity, mem);
+      count_attend(backend_, problem({}), {tokens, s.capacity}, every_key{}, mem);
+      if constexpr (C::selection::blocks) {
+        const key_blocks blocks = carve_key_blocks(backend_, heads_, 1, s.capacity, selection_.block, selection_.k, mem);
+        (void)count_prepare_key_blocks(backend_, heads_, blocks, mem);
+        count_attend(backend_, problem({}), {tokens, s.capacity}, blocks, mem);
+      }
+    });
+  });
+}
+
+template <class C, class B>
+template <class T>
+void self_attention<C, B>::forward(const weights& w, input in, matrix_view<float> y, cache<T>& past, arena& mem) const {
+  const dim tokens = in.x.rows, sequences = past.tokens.sizes.sequences;
+  scratch_frame frame(mem);
+  (void)detail::opened(mem, scratch_bytes(tokens, past), "self_attention::forward: the arena", "scratch_bytes(T, cache)");
+  context c = carve_context(tokens, false, mem);
+  check_call(w, in, y, c, mem, "self_attention::forward: y", false);
+  expect(in.sequences.count(), sequences, "self_attention::forward: in", "sequences", "S of the cache");
+  bool one_each = tokens == sequences;
+  for (dim s = 0; s < sequences; ++s) {
+    const dim n = in.sequences.last(s, tokens) - in.sequences.first(s);
+    one_each = one_each && n == 1;
+    if (past.tokens.length(s) + n > past.tokens.sizes.capacity)
+      throw shape_error("self_attention::forward: sequence " + std::to_string(s) + " of the cache holds " +
+                        std::to_string(past.tokens.length(s)) + " tokens and " + std::to_string(n) +
+                        " come, expected at most " + std::to_string(past.tokens.sizes.capacity) + " (capacity)");
+  }
+  in.sequences.past = past.tokens.lengths;
+  rotary_.check(in.angles, in.sequences, tokens);
+
+  mem.align();
+  const call<B> on{backend_, mem, {.tokens = tokens, .d = d_}};
+  project(on, w, in, c);
+  if constexpr (convolves)
+    conv{}.forward(on, w.convolution, matrix_view<const float>(rotated_keys(c)), in.sequences, c.k, past.tail);
+  past.tokens.append(on, packed_sequences{in.sequences.offsets, {}}, key_rows(c), value_rows(c));
+  if (one_each) decode_tokens(on, c, past);
+  else extend_tokens(on, in, c, past);
+  project_back(on, w, c, y);
+}
+
+template <class C, class B>
+template <class T>
+void self_attention<C, B>::decode_tokens(const call<B>& on, const context& c, cache<T>& past) const {
+  const dim h = heads_.heads;
+  matrix_view<float> q = c.fused;
+  if constexpr (C::normalises_heads) {
+    q = c.q;
+  } else if constexpr (gates_queries) {
+    q = c.q_gated;
+  } else if constexpr (detail::fuses_logits<C>) {
+    q = on.scratch.template matrix<float>("q", c.tokens, heads_.query_cols());
+    for (dim a = 0; a < h; ++a)
+      for (dim t = 0; t < c.tokens; ++t)
+        std::memcpy(q.row(t) + a * heads_.d, queries(c)[a].row(t), static_cast<std::size_t>(heads_.d) * sizeof(float));
+  }
+  decode_options options;
+  options.window = mask_.window;
+  if (past.tokens.sizes.block > 0) {
+    const matrix_view<idx> blocks = on.scratch.template matrix<idx>("blocks", c.tokens * h, selection_k());
+    select_blocks(on, past.tokens, q, blocks);
+    options.blocks = blocks;
+  }
+  decode(on, past.tokens, q, c.gated, {}, options);
+  if constexpr (gated)
+    gate_.forward(on, logits(c.fused, c.logits), h, split_heads(c.gated, h), split_heads(c.gated, h));
+}
+
+template <class C, class B>
+template <class T>
+void self_attention<C, B>::extend_tokens(const call<B>& on, const input& in, const context& c, cache<T>& past) const noexcept {
+  const auto gates = bind_gate(on, c);
+  for (dim s = 0; s < past.tokens.sizes.sequences; ++s) {
+    const dim first = in.sequences.first(s), n = in.sequences.last(s, c.tokens) - first;
+    if (n == 0) continue;
+    scratch_frame frame(on.scratch);
+    const detail::head_rows<decltype(queries(c))> q{queries(c), first, n};
+    if constexpr (kv_cache<T>::scaled) {
+      const auto [k, v] = carve_floats(past.tokens.length(s), on.scratch);
+      for (dim a = 0; a < heads_.kv_heads; ++a) {
+        past.tokens.read_keys(s, a, 0, k.columns(a * heads_.d, heads_.d));
+        past.tokens.read_values(s, a, 0, v.columns(a * heads_.dv, heads_.dv));
+      }
+      attend_tokens(on, problem({}), c, gates, first, q, split_heads(k, heads_.kv_heads), split_heads(v, heads_.kv_heads));
+    } else {
+      attend_tokens(on, problem({}), c, gates, first, q, past.tokens.keys(s), past.tokens.values(s));
+    }
+  }
+}
+
+}  // namespace moe
