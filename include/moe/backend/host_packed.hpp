@@ -8,6 +8,7 @@
 #pragma once
 
 #include <atomic>
+#include <new>
 
 #include "moe/backend/host_ffn.hpp"
 #include "moe/backend/packed_kernels.hpp"
@@ -26,12 +27,42 @@ struct packed_slot {
   dim ready = -1;  ///< the chunk whose rows are prepared
 };
 
-/// Sizes of a product's work, and its memory: a slot for each thread, and the activations that few rows share.
+/// Tokens in the form in which products read them. The first thread that needs one of them converts it; who comes while it
+/// does converts a copy of its own, so nobody waits.
+struct packed_tokens {
+  enum step : std::uint8_t { as_given, in_work, ready };
+  prepared_rows rows;  ///< none where a token is needed once, or as it is
+  std::atomic<std::uint8_t>* state = nullptr;
+
+  void reset() const noexcept {
+    for (dim t = 0; t < rows.rows; ++t) new (state + t) std::atomic<std::uint8_t>(as_given);
+  }
+  /// Whether token t is there now; convert() makes it, at most once.
+  template <class F>
+  bool have(dim t, F convert) const noexcept {
+    std::uint8_t now = state[t].load(std::memory_order_acquire);
+    if (now == as_given && state[t].compare_exchange_strong(now, in_work, std::memory_order_acquire)) {
+      convert();
+      state[t].store(ready, std::memory_order_release);
+      return true;
+    }
+    return now == ready;
+  }
+  void copy(dim t, const prepared_rows& to, dim r) const noexcept {
+    const std::byte* from = rows.block(t);
+    for (dim l = 0, stride = to.stride(r); l < rows.lines; ++l)
+      std::memcpy(to.line(r, 0) + l * stride, from + l * line_bytes, static_cast<std::size_t>(line_bytes));
+    std::memcpy(to.factor(r), rows.factor(t), static_cast<std::size_t>(rows.factor_count) * sizeof(float));
+  }
+};
+
+/// Sizes of a product's work, and its memory: a slot for each thread, the activations that few rows share, and the tokens.
 struct packed_scratch {
   std::byte* slots = nullptr;
   std::size_t slot_bytes = 0;
   dim count = 0;
   matrix_view<float> a;  ///< [rows, f]
+  packed_tokens tokens;
 };
 
 inline prepared_rows carve_rows(const packed_kernels& k, dim rows, dim padded, arena& mem) noexcept {
@@ -70,6 +101,11 @@ packed_scratch make_packed_scratch(const B& backend, shape s, dim rows, arena& m
   mem.align();
   p.slots = reinterpret_cast<std::byte*>(mem.matrix<std::int8_t>("slots", p.count, static_cast<dim>(p.slot_bytes)).data);
   p.a = mem.matrix<float>("a", rows, s.f);
+  if (k.activations == operand::f32 || rows <= s.tokens) return p;
+  p.tokens.rows = carve_rows(k, s.tokens, round_up(s.d, packing<T>::depth), mem);
+  p.tokens.rows.height = 1;
+  p.tokens.rows.rows = s.tokens;
+  p.tokens.state = reinterpret_cast<std::atomic<std::uint8_t>*>(mem.vector<std::int8_t>("state", s.tokens).data());
   return p;
 }
 
@@ -99,19 +135,30 @@ struct packed_ffn_work {
   void prepare(const float* row, dim k, const prepared_rows& to, dim r) const noexcept {
     kernels.prepare(row, k, to.line(r, 0), to.stride(r), to.factors ? to.factor(r) : nullptr, kernels.sums_of_32);
   }
-  void prepare_tokens(packed_slot& s, dim first, dim n) const noexcept {
-    s.x.rows = n;
-    for (dim r = 0; r < n; ++r) {
-      if constexpr (std::same_as<In, float>) {
-        prepare(x.row(first + r), d(), s.x, r);
-      } else {
-        for (dim j = 0; j < d(); ++j) s.row(0, j) = static_cast<float>(x.row(first + r)[j]);
-        prepare(s.row.data, d(), s.x, r);
-      }
+  void prepare_token(packed_slot& s, dim row, const prepared_rows& to, dim r) const noexcept {
+    if constexpr (std::same_as<In, float>) {
+      prepare(x.row(row), d(), to, r);
+    } else {
+      for (dim j = 0; j < d(); ++j) s.row(0, j) = static_cast<float>(x.row(row)[j]);
+      prepare(s.row.data, d(), to, r);
     }
   }
+  void prepare_tokens(packed_slot& s, dim first, dim n) const noexcept {
+    set_rows(s.x, n);
+    const packed_tokens& tokens = memory.tokens;
+    for (dim r = 0; r < n; ++r) {
+      const dim t = x.token && tokens.rows.rows > 0 ? dim{x.token[first + r]} : -1;
+      if (t >= 0 && tokens.have(t, [&] { prepare_token(s, first + r, tokens.rows, t); })) tokens.copy(t, s.x, r);
+      else prepare_token(s, first + r, s.x, r);
+    }
+  }
+  /// n rows in blocks of nearly equal height.
+  void set_rows(prepared_rows& p, dim n) const noexcept {
+    p.rows = n;
+    p.height = blocks(n, blocks(n, kernels.height));
+  }
   void prepare_hidden(packed_slot& s, dim first, dim n) const noexcept {
-    s.a.rows = n;
+    set_rows(s.a, n);
     for (dim r = 0; r < n; ++r) prepare(memory.a.row(first + r), f(), s.a, r);
   }
   void multiply(const packed_slot& s, const prepared_rows& a, const packed_matrix<T>& w, std::span<const float> bias,
@@ -234,6 +281,7 @@ void packed_ffn(const call<B>& on, const bank_rows& rows, gathered<In> x, const 
                 matrix_view<float> ys) noexcept {
   scratch_frame frame(on.scratch);
   const detail::packed_scratch memory = detail::make_packed_scratch<T>(on.backend, on.sizes, ys.rows, on.scratch);
+  memory.tokens.reset();
   detail::packed_ffn_work<B, T, In, Form>{
       on, rows, x, form, up, down, up_bias, down_bias, ys, memory, kernels_of(typename B::arch{}, arch::weights_of<T>{})}
       .run();
