@@ -156,6 +156,26 @@ TEST_SUITE("transformer/block") {
     CHECK(mem.used() == 0);
   }
 
+  TEST_CASE("tokens that come to a cache, many at once and one by one, give the rows of the whole sequence") {
+    constexpr dim prompt = 6;
+    testing::model<packed_block> m(packed_block(a_block()), tokens, d, 8);
+    m.net.rest.sequences = {};
+    m.forward();
+    const auto& net = static_cast<const block&>(m.net);
+    const auto in = m.net.with(m.x_view());
+    moe::buffer memory(net.cache_bytes<float>(1, tokens));
+    moe::arena cache_mem(memory.bytes());
+    auto past = net.make_cache<float>(1, tokens, cache_mem);
+    moe::buffer scratch(net.scratch_bytes(prompt, past));
+    moe::arena mem(scratch.bytes());
+    std::vector<float> y(m.y.size());
+    const moe::matrix_view<float> rows(y.data(), tokens, d);
+    net.forward(m.w, {in.x.slice(0, prompt), {}, in.angles}, rows.slice(0, prompt), past, mem);
+    for (dim t = prompt; t < tokens; ++t) net.forward(m.w, {in.x.slice(t, 1), {}, in.angles}, rows.slice(t, 1), past, mem);
+    CHECK(past.tokens.length(0) == tokens);
+    for (std::size_t i = 0; i < y.size(); ++i) CHECK(y[i] == doctest::Approx(double{m.y[i]}).epsilon(1e-4));
+  }
+
   TEST_CASE("backward adds to its gradients, and leaves out dx where nobody wants it") {
     testing::model<packed_block> m(packed_block(a_block()), tokens, d, 6);
     m.forward();

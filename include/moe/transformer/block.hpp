@@ -2,7 +2,7 @@
 /// A block of a transformer: attention, then a layer, each behind a norm and beside a path that skips it.
 #pragma once
 
-#include "moe/attention/self_attention.hpp"
+#include "moe/attention/self_attention_cache.hpp"
 #include "moe/layer.hpp"
 
 namespace moe {
@@ -30,6 +30,8 @@ class transformer_block {
   using arena_type = arena;
   using input = typename Attention::input;
   using input_grad = matrix_view<float>;
+  template <class T>
+  using cache = typename Attention::template cache<T>;
   struct weights {
     rms_norm::weights attention_norm;
     typename Attention::weights attention;
@@ -76,6 +78,12 @@ class transformer_block {
     const auto most = [](std::size_t a, std::size_t b) { return a > b ? a : b; };
     return most(forward, backward) + most(norm, most(attention_.scratch_bytes(T, sequences), layer_.scratch_bytes(T)));
   }
+  /// For T tokens that come to a cache.
+  template <class T>
+  std::size_t scratch_bytes(dim tokens, const cache<T>& past) const {
+    const std::size_t attention = attention_.scratch_bytes(tokens, past), layer = layer_.scratch_bytes(tokens);
+    return counted([&](arena& mem) { (void)carve_inference(tokens, mem); }) + (attention > layer ? attention : layer);
+  }
   /// Every weight by name, in the order of the flat buffer; and every gradient.
   std::vector<slot> catalogue() const {
     std::vector<slot> list;
@@ -103,6 +111,15 @@ class transformer_block {
     return carve_context(
         T, detail::opened(mem, context_bytes(T), "transformer_block::make_context: the arena", "context_bytes(T)"));
   }
+  /// Of attention, for so many sequences of at most `capacity` tokens, none of which has come.
+  template <class T>
+  cache<T> make_cache(dim sequences, dim capacity, arena& mem) const {
+    return attention_.template make_cache<T>(sequences, capacity, mem);
+  }
+  template <class T>
+  std::size_t cache_bytes(dim sequences, dim capacity) const noexcept {
+    return attention_.template cache_bytes<T>(sequences, capacity);
+  }
   /// Angles of so many positions, for all blocks alike.
   auto make_table(dim positions, arena& mem) const noexcept { return attention_.make_table(positions, mem); }
 
@@ -119,17 +136,15 @@ class transformer_block {
   }
   /// The same where no backward follows.
   void forward(const weights& w, const input& in, matrix_view<float> y, arena& mem) const {
-    check_call(w, in, y, "transformer_block::forward: y", mem);
-    scratch_frame frame(mem);
-    mem.align();
-    inference c = carve_inference(in.x.rows, mem);
-    const on_type on = call_of(in, mem);
-    norm_.forward(on, w.attention_norm, in.x, c.normed, c.norm);
-    attention_.forward(w.attention, with(in, c.normed), c.h, mem);
-    add(on, in.x, c.h);
-    norm_.forward(on, w.layer_norm, c.h, c.normed, c.norm);
-    layer_.forward(w.layer, c.normed, y, c.layer, mem);
-    add(on, c.h, y);
+    check_call(w, in, y, "transformer_block::forward: y", scratch_bytes(in.x.rows, in.sequences.count()), mem);
+    infer(w, in, y, mem, [&](const input& normed, matrix_view<float> h) { attention_.forward(w.attention, normed, h, mem); });
+  }
+  /// The same for tokens that follow those in a cache, which they join: a prefill, or one token a sequence.
+  template <class T>
+  void forward(const weights& w, const input& in, matrix_view<float> y, cache<T>& past, arena& mem) const {
+    check_call(w, in, y, "transformer_block::forward: y", scratch_bytes(in.x.rows, past), mem);
+    infer(w, in, y, mem,
+          [&](const input& normed, matrix_view<float> h) { attention_.forward(w.attention, normed, h, past, mem); });
   }
   /// dy -> dx (+=), dw (+=). ctx as forward left it, with the same w and in. An empty dx is not computed.
   void backward(const weights& w, const input& in, const context& ctx, matrix_view<const float> dy, matrix_view<float> dx,
@@ -152,14 +167,14 @@ class transformer_block {
 
   /// What forward and backward check before they write anything.
   void check_forward(const weights& w, const input& in, matrix_view<float> y, const context& ctx, arena& mem) const {
-    check_call(w, in, y, "transformer_block::forward: y", mem);
+    check_call(w, in, y, "transformer_block::forward: y", scratch_bytes(in.x.rows, in.sequences.count()), mem);
     check_context(in, ctx);
     attention_.check_forward(w.attention, in, y, ctx.attention, mem);
     layer_.check_forward(w.layer, in.x, y, ctx.layer, mem);
   }
   void check_backward(const weights& w, const input& in, const context& ctx, matrix_view<const float> dy,
                       matrix_view<float> dx, const gradients& dw, arena& mem) const {
-    check_call(w, in, dy, "transformer_block::backward: dy", mem);
+    check_call(w, in, dy, "transformer_block::backward: dy", scratch_bytes(in.x.rows, in.sequences.count()), mem);
     check_context(in, ctx);
     if (dx) expect(dx, in.x.rows, d(), "transformer_block::backward: dx", "T x d");
     attention_.check_backward(w.attention, in, ctx.attention, dy, dx, mem);
@@ -189,6 +204,20 @@ class transformer_block {
     return in;
   }
   on_type call_of(const input& in, arena& mem) const noexcept { return {backend(), mem, {.tokens = in.x.rows, .d = d()}}; }
+
+  template <class Attend>
+  void infer(const weights& w, const input& in, matrix_view<float> y, arena& mem, Attend attend) const {
+    scratch_frame frame(mem);
+    mem.align();
+    inference c = carve_inference(in.x.rows, mem);
+    const on_type on = call_of(in, mem);
+    norm_.forward(on, w.attention_norm, in.x, c.normed, c.norm);
+    attend(with(in, c.normed), c.h);
+    add(on, in.x, c.h);
+    norm_.forward(on, w.layer_norm, c.h, c.normed, c.norm);
+    layer_.forward(w.layer, c.normed, y, c.layer, mem);
+    add(on, c.h, y);
+  }
 
   template <class Views, class Make>
   Views carve(arena& mem, Make make) const {
@@ -224,15 +253,14 @@ class transformer_block {
   }
 
   template <class View>
-  void check_call(const weights& w, const input& in, const View& y, const char* what, arena& mem) const {
+  void check_call(const weights& w, const input& in, const View& y, const char* what, std::size_t scratch, arena& mem) const {
     expect(in.x, in.x.rows, d(), "transformer_block: x", "T x d");
     expect(matrix_view<const float>(y), in.x.rows, d(), what, "T x d");
     norm_.check(w.attention_norm, d(), "transformer_block: attention_norm");
     norm_.check(w.layer_norm, d(), "transformer_block: layer_norm");
     in.sequences.check(in.x.rows, "transformer_block: sequences");
     scratch_frame frame(mem);
-    (void)detail::opened(mem, scratch_bytes(in.x.rows, in.sequences.count()), "transformer_block: the arena",
-                         "scratch_bytes(T, S)");
+    (void)detail::opened(mem, scratch, "transformer_block: the arena", "scratch_bytes");
   }
   void check_context(const input& in, const context& ctx) const {
     expect(ctx.h, in.x.rows, d(), "transformer_block: ctx.h", "T x d");
