@@ -112,7 +112,8 @@ void pack_transposed(matrix_view<const bf16> b, dim first, dim depth, float* pac
 }
 
 /// c += the sum over p of a[i][first + p] times row p of what was packed, which is as wide as c. While a block works,
-/// the rows of the next come nearer, and its share of the pieces that are packed next, next(0 .. pieces).
+/// the rows of the next come nearer, those of c where they lie far from each other, and its share of the pieces that are
+/// packed next, next(0 .. pieces).
 template <class K, class Next>
 void outer_tile(gathered<float> a, dim first, const float* packed, dim depth, matrix_view<float> c, dim pieces,
                 Next next) noexcept {
@@ -125,7 +126,10 @@ void outer_tile(gathered<float> a, dim first, const float* packed, dim depth, ma
     for (dim i = 0; i < c.rows; i += M) {
       prefetch_list ahead(packed);
       for (dim s = 0; s < share && piece < pieces; ++s, ++piece) ahead.add(next(piece));
-      for (dim r = i + M; r < at_most(i + 2 * M, c.rows); ++r) ahead.add(a.row(r) + first);
+      for (dim r = i + M; r < at_most(i + 2 * M, c.rows); ++r) {
+        ahead.add(a.row(r) + first);
+        if (c.ld > outer_columns) ahead.add(c.row(r) + j);
+      }
       const dim m = at_most(c.rows - i, M), n = at_most(c.cols - j, columns);
       const matrix_view<float> to = c.slice(i, m).columns(j, n);
       const bool whole = n == columns;
