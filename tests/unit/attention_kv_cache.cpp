@@ -129,6 +129,18 @@ TEST_SUITE("attention/kv_cache") {
     CHECK(f.cache.key_scales(0, 1)[0] == 0);
     CHECK(f.cache.value_scales(0, 0)[2] == 1.f / 127);
   }
+  TEST_CASE("memory is what the header says") {
+    const moe::attention_heads h{.heads = 4, .kv_heads = 2, .d = 64, .dv = 32};
+    constexpr std::size_t S = 2, N = 128, rows = S * 2 * N, lengths = S * sizeof(idx);
+    const auto bytes = [&](auto element, dim block) {
+      moe::arena count;
+      (void)moe::kv_cache<decltype(element)>::make({h, S, N, block}, count);
+      return count.used();
+    };
+    CHECK(bytes(bf16{}, 0) == rows * (64 + 32) * 2 + lengths);
+    CHECK(bytes(std::int8_t{}, 0) == rows * (64 + 32) + 8 * rows + lengths);
+    CHECK(bytes(float{}, 16) == rows * (64 + 32) * 4 + 4 * (S * 2 * 64 * (N / 16)) + lengths);
+  }
   TEST_CASE("what does not fit is refused before anything is written") {
     filled<float> f({heads, 2, 4, 0});
     std::vector<float> k = normals(6 * 10, 1), v(6 * 6);
