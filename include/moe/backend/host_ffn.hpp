@@ -42,7 +42,8 @@ float activate_backward(Arch arch, const Form& form, float w, const float* gate,
 
 namespace detail {
 
-/// z = x W^T + b and a = form(z) for one tile, which holds both close together.
+/// z = x W^T + b and a = form(z) for one tile. One product at a time grows close together; that of the gate then waits in z or,
+/// where nobody keeps z, in a: two of them would not fit the stack of every thread.
 template <class Arch, class W, class Form>
 struct up_tile {
   tile_products<Arch, W> products;
@@ -64,12 +65,12 @@ struct up_tile {
     return c;
   }
   void operator()(const tile& t) const noexcept {
-    tile_result results[2];
-    matrix_view<float> g;
-    if constexpr (Form::gated) g = product(t, 0, results[0]);
-    const matrix_view<float> u = product(t, Form::gated, results[1]), to = part_of(a, t);
-    for (dim r = 0; r < t.rows; ++r)
-      activate(Arch{}, form, Form::gated ? g.row(r) : nullptr, u.row(r), to.row(r), t.columns);
+    tile_result near;
+    const matrix_view<float> to = part_of(a, t), g = z && Form::gated ? part_of(z.columns(0, a.cols), t) : to;
+    if constexpr (Form::gated)
+      if (const matrix_view<float> c = product(t, 0, near); !z) copy_tile(Arch{}, c, to);
+    const matrix_view<float> u = product(t, Form::gated, near);
+    for (dim r = 0; r < t.rows; ++r) activate(Arch{}, form, g.row(r), u.row(r), to.row(r), t.columns);
   }
 };
 

@@ -9,7 +9,7 @@
 namespace moe::detail {
 
 inline constexpr dim panel = 64;      // most columns of a tile of float32: that many weight rows stay in the second cache
-inline constexpr dim row_block = 336;  // most rows of a tile: a whole number of every kernel's blocks
+inline constexpr dim row_block = 216;  // most rows of a tile: a whole number of every kernel's blocks
 inline constexpr dim few_rows = 36;    // and of the chunks that an expert's rows are cut to where there are few tiles
 
 /// Rows of an expert, and the columns of a panel.
