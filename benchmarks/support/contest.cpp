@@ -14,20 +14,8 @@
 #include "support/measure.hpp"
 #include "support/routing.hpp"
 
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
-
 namespace bench {
 namespace {
-
-constexpr double turn = 0.1;  // seconds of a contestant's turn, where a call takes less
-
-void use_threads([[maybe_unused]] int n) {
-#if defined(_OPENMP)
-  omp_set_num_threads(n);
-#endif
-}
 
 // Normal numbers of mean 0: a block of random ones over and over, of a length that no row is a multiple of.
 void fill(std::span<float> to, float deviation, std::uint64_t seed) {

@@ -9,7 +9,21 @@
 #include <thread>
 #include <vector>
 
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
 namespace bench {
+
+/// Seconds of a contestant's turn, where a call takes less.
+inline constexpr double turn = 0.1;
+
+/// How many threads the library and Eigen have.
+inline void use_threads([[maybe_unused]] int n) {
+#if defined(_OPENMP)
+  omp_set_num_threads(n);
+#endif
+}
 
 inline double seconds() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();

@@ -2,6 +2,7 @@
 #include "support/options.hpp"
 
 #include <charconv>
+#include <initializer_list>
 #include <string_view>
 #include <utility>
 
@@ -23,6 +24,13 @@ other implementations of them, all in turn in one process; prints medians.
   --backward        a training step without its optimizer: forward, then all gradients
   --static          instead of these: a static layer (d 32, f 64, E 4, k 1), the expert changing at every call, in nanoseconds;
                     its roof is the time to read an expert's weights from the second cache
+  --attention SHAPE instead of layers: causal attention, h=32,hkv=8,d=128,m=512,n=4096, the last m of n positions being queries;
+                    may be repeated. --type is then that of queries, keys and values, and these flags ask for another form:
+      --moba B=128,k=8     blocks of B keys, k of them a query (MoBA), beside dense attention and the same blocks without
+                           choosing them
+      --gate KIND          headwise or elementwise on the output, beside ungated attention
+      --backward           all gradients, without forward, beside forward
+      --decode             one query on n keys in a cache, also of int8, going round --rotate MiB of caches
   --json FILE       writes every row as JSON, too
   --plot FOLDER     draws roofline.svg and ratios.svg
   --peers           also ONNX Runtime, PyTorch, llama.cpp and kt-kernel, which benchmarks/peers installs into the build folder
@@ -37,6 +45,8 @@ other implementations of them, all in turn in one process; prints medians.
 The roof of a row is what the machine's measured limits allow: the weights of the experts that are used, the router, x and y
 moved once at the speed of memory, or the multiply-adds of the experts at the peak of the unit of that type, whichever takes
 longer. A training step moves the weights twice, for forward and for backward, and reads and writes the gradients once.
+Operations of attention are those of pairs of a query and a key that it sees, 4 d for each head, and 2.5 times as many for
+gradients.
 A `!` marks a row during which other programs had the processor.
 )";
 
@@ -69,25 +79,56 @@ double exponent(std::string_view flag, std::string_view text, std::string_view c
   return v;
 }
 
+/// Every field once, by its name, as in h=32,hkv=8.
+void named_numbers(std::string_view flag, std::string_view text, std::string_view wanted,
+                   std::initializer_list<std::pair<std::string_view, dim*>> fields) {
+  for (const std::string_view part : split(text, ',')) {
+    const std::size_t at = part.find('=');
+    dim* to = nullptr;
+    for (const auto& [name, field] : fields)
+      if (at != part.npos && part.substr(0, at) == name) to = field;
+    if (to == nullptr || *to != 0) refuse(flag, text, wanted);
+    *to = whole(flag, part.substr(at + 1), text);
+  }
+  for (const auto& field : fields)
+    if (*field.second == 0) refuse(flag, text, wanted);
+}
+
 /// One of the named shapes, or d=,f=,E=,k=.
 model_shape shape_of(std::string_view text) {
   constexpr std::string_view wanted = "S1, S2, S3, S4 or d=2048,f=768,E=128,k=8, where k is 1, 2, 4, 6 or 8 and at most E";
   for (const model_shape& s : named_shapes())
     if (s.name == text) return s;
   model_shape s;
-  for (const std::string_view part : split(text, ',')) {
-    const std::size_t at = part.find('=');
-    if (at == part.npos) refuse("--shape", text, wanted);
-    const std::string_view key = part.substr(0, at);
-    dim* field = key == "d" ? &s.d : key == "f" ? &s.f : key == "E" ? &s.experts : key == "k" ? &s.k : nullptr;
-    if (field == nullptr || *field != 0) refuse("--shape", text, wanted);
-    *field = whole("--shape", part.substr(at + 1), text);
-  }
+  named_numbers("--shape", text, wanted, {{"d", &s.d}, {"f", &s.f}, {"E", &s.experts}, {"k", &s.k}});
   const bool has_k = s.k == 1 || s.k == 2 || s.k == 4 || s.k == 6 || s.k == 8;
-  if (s.d == 0 || s.f == 0 || !has_k || s.k > s.experts) refuse("--shape", text, wanted);
+  if (!has_k || s.k > s.experts) refuse("--shape", text, wanted);
   for (const auto& [letter, n] : {std::pair{'d', s.d}, {'f', s.f}, {'E', s.experts}, {'k', s.k}})
     s.name.append(1, letter).append(std::to_string(n));
   return s;
+}
+
+attention_shape attention_of(std::string_view text) {
+  constexpr std::string_view wanted = "h=32,hkv=8,d=128,m=512,n=4096, where h is a multiple of hkv and m is at most n";
+  attention_shape s;
+  named_numbers("--attention", text, wanted, {{"h", &s.h}, {"hkv", &s.h_kv}, {"d", &s.d}, {"m", &s.m}, {"n", &s.n}});
+  if (s.h % s.h_kv != 0 || s.m > s.n) refuse("--attention", text, wanted);
+  return s;
+}
+void blocks_of(std::string_view text, attention_form& form) {
+  named_numbers("--moba", text, "B=128,k=8", {{"B", &form.block}, {"k", &form.k}});
+}
+attention_gate gate_of(std::string_view text) {
+  if (text != "headwise" && text != "elementwise") refuse("--gate", text, "headwise or elementwise");
+  return text == "headwise" ? attention_gate::headwise : attention_gate::elementwise;
+}
+void check_form(const options& o) {
+  const bool gated = o.form.gate != attention_gate::none;
+  if (o.attention.empty() && (gated || o.form.block > 0 || o.form.decode))
+    throw usage_error(std::string(o.form.decode ? "--decode" : gated ? "--gate" : "--moba") + " wants --attention beside it");
+  if (o.form.decode && (gated || o.form.block > 0 || o.backward))
+    throw usage_error("--decode wants none of --moba, --gate and --backward beside it");
+  if (gated && (o.form.block > 0 || o.backward)) throw usage_error("--gate wants neither --moba nor --backward beside it");
 }
 
 weight_type type_of(std::string_view text, const std::vector<weight_type>& types) {
@@ -109,11 +150,16 @@ options parse(int argc, char** argv, const std::vector<weight_type>& types, int 
     if (flag == "--help" || flag == "-h") o.help = true;
     else if (flag == "--backward") o.backward = true;
     else if (flag == "--static") o.fixed = true;
+    else if (flag == "--decode") o.form.decode = true;
     else if (flag == "--shape" || flag == "--tokens" || flag == "--type" || flag == "--threads" || flag == "--skew" ||
-             flag == "--json" || flag == "--peer-list" || flag == "--rounds" || flag == "--rotate") {
+             flag == "--json" || flag == "--peer-list" || flag == "--rounds" || flag == "--rotate" || flag == "--attention" ||
+             flag == "--moba" || flag == "--gate") {
       if (i + 1 == words.size()) throw usage_error(std::string(flag) + " lacks its value");
       const std::string_view value = words[++i];
       if (flag == "--shape") o.shapes.push_back(shape_of(value));
+      else if (flag == "--attention") o.attention.push_back(attention_of(value));
+      else if (flag == "--moba") blocks_of(value, o.form);
+      else if (flag == "--gate") o.form.gate = gate_of(value);
       else if (flag == "--json") o.json = value;
       else if (flag == "--peer-list") o.peer_list = value;
       else if (flag == "--rotate") o.rotate = static_cast<double>(whole(flag, value, value)) * (1 << 20);
@@ -129,6 +175,8 @@ options parse(int argc, char** argv, const std::vector<weight_type>& types, int 
       throw usage_error("there is no flag " + std::string(flag));
     }
   }
+  o.form.backward = o.backward;
+  check_form(o);
   if (o.shapes.empty()) o.shapes.assign(named_shapes().begin(), named_shapes().end());
   if (o.tokens.empty()) o.tokens.assign(default_tokens.begin(), default_tokens.end());
   if (o.types.empty()) o.types = types;

@@ -25,6 +25,8 @@ struct options {
   double rotate = 1 << 30;  ///< bytes of other layers between two calls of one
   int rounds = 5;
   bool backward = false, fixed = false, help = false;
+  std::vector<attention_shape> attention;  ///< instead of layers, where there is one
+  attention_form form{};                   ///< `backward` as above
 };
 
 /// `types` are those that this program knows how to run. Throws usage_error, which names the flag, what came and what was

@@ -2,8 +2,6 @@
 #include "support/report.hpp"
 
 #include <algorithm>
-#include <map>
-#include <set>
 
 namespace bench {
 namespace {
@@ -25,32 +23,9 @@ void write_limits(std::FILE* to, const machine_limits& l) {
                l.threads, l.dram_read, l.fma_f32, l.amx_bf16, l.amx_int8, l.vnni_int8, l.quiet ? "true" : "false");
 }
 
-void write_row(std::FILE* to, const row& r) {
-  std::fprintf(to,
-               "{\"case\": \"%s\", \"shape\": \"%s\", \"d\": %td, \"f\": %td, \"E\": %td, \"k\": %td, \"T\": %td, "
-               "\"type\": \"%s\", \"threads\": %d, \"skew\": %g, \"backward\": %s, ",
-               r.name, r.shape.name.c_str(), r.shape.d, r.shape.f, r.shape.experts, r.shape.k, r.tokens,
-               std::string(r.type.name).c_str(), r.threads, r.skew, r.backward ? "true" : "false");
-  std::fprintf(to,
-               "\"tokens_per_s\": %.6g, \"flops_per_s\": %.6g, \"weight_bytes_per_s\": %.6g, \"roof_tokens_per_s\": %.6g, "
-               "\"roof\": \"%s\", \"share\": %.4g, \"quiet\": %s, \"peers\": {",
-               r.tokens_per_s, r.flops_per_s, r.weight_bytes_per_s, r.roof_tokens_per_s,
-               r.memory_bound ? "memory" : "compute", r.share(), r.quiet ? "true" : "false");
-  for (std::size_t i = 0; i < r.peers.size(); ++i)
-    std::fprintf(to, "%s\"%s\": %.6g", i == 0 ? "" : ", ", r.peers[i].name.c_str(), r.peers[i].tokens_per_s);
-  std::fprintf(to, "}}");
-}
-
-std::map<std::string, std::string> versions(const std::vector<row>& rows) {
-  std::map<std::string, std::string> all;
-  for (const row& r : rows)
-    for (const peer_result& p : r.peers) all[p.name] = p.version;
-  return all;
-}
-
 }  // namespace
 
-void table::limits(const machine_limits& l) const {
+void print_limits(const machine_limits& l) {
   const auto unit = [](double rate, const char* what) { return rate > 0 ? brief(rate / 1e9) + " " + what : std::string("none"); };
   std::printf("limits of %d thread%s: memory %.1f GB/s, float32 %s, VNNI int8 %s, AMX bf16 %s, AMX int8 %s%s\n", l.threads,
               l.threads == 1 ? "" : "s", l.dram_read / 1e9, unit(l.fma_f32, "Gflop/s").c_str(), unit(l.vnni_int8, "Gop/s").c_str(),
@@ -78,16 +53,41 @@ void table::add(const row& r) const {
   std::fflush(stdout);
 }
 
-void table::footer(const std::vector<row>& rows) const {
-  std::printf("\n");
-  for (const auto& [name, version] : versions(rows)) std::printf("%s: %s\n", name.c_str(), version.c_str());
-  std::set<std::string> said;
-  for (const row& r : rows)
-    for (const absent_peer& p : r.left_out)
-      if (said.insert(p.name + p.reason).second) std::printf("left out: %s: %s\n", p.name.c_str(), p.reason.c_str());
+std::string json_of(const row& r) {
+  char text[512];
+  std::snprintf(text, sizeof text,
+                "{\"case\": \"%s\", \"shape\": \"%s\", \"d\": %td, \"f\": %td, \"E\": %td, \"k\": %td, \"T\": %td, "
+                "\"type\": \"%s\", \"threads\": %d, \"skew\": %g, \"backward\": %s, ",
+                r.name, r.shape.name.c_str(), r.shape.d, r.shape.f, r.shape.experts, r.shape.k, r.tokens,
+                std::string(r.type.name).c_str(), r.threads, r.skew, r.backward ? "true" : "false");
+  std::string json = text;
+  std::snprintf(text, sizeof text,
+                "\"tokens_per_s\": %.6g, \"flops_per_s\": %.6g, \"weight_bytes_per_s\": %.6g, \"roof_tokens_per_s\": %.6g, "
+                "\"roof\": \"%s\", \"share\": %.4g, \"quiet\": %s, \"peers\": {",
+                r.tokens_per_s, r.flops_per_s, r.weight_bytes_per_s, r.roof_tokens_per_s,
+                r.memory_bound ? "memory" : "compute", r.share(), r.quiet ? "true" : "false");
+  json += text;
+  const char* between = "";
+  for (const peer_result& p : r.peers) {
+    std::snprintf(text, sizeof text, "%s\"%s\": %.6g", between, p.name.c_str(), p.tokens_per_s);
+    json += text;
+    between = ", ";
+  }
+  return json + "}}";
 }
 
-void write_json(std::FILE* to, const std::vector<machine_limits>& limits, const std::vector<row>& rows) {
+void peer_record::add(const std::vector<peer_result>& peers, const std::vector<absent_peer>& left_out) {
+  for (const peer_result& p : peers) versions_[p.name] = p.version;
+  for (const absent_peer& p : left_out) left_out_.insert(p.name + ": " + p.reason);
+}
+void peer_record::print() const {
+  std::printf("\n");
+  for (const auto& [name, version] : versions_) std::printf("%s: %s\n", name.c_str(), version.c_str());
+  for (const std::string& p : left_out_) std::printf("left out: %s\n", p.c_str());
+}
+
+void write_json(std::FILE* to, const std::vector<machine_limits>& limits, const peer_record& peers,
+                const std::vector<std::string>& rows) {
   std::fprintf(to, "[\n{\"case\": \"limits\", ");
   write_limits(to, limits.back());
   std::fprintf(to, ", \"with_fewer_threads\": [");
@@ -98,15 +98,12 @@ void write_json(std::FILE* to, const std::vector<machine_limits>& limits, const 
   }
   std::fprintf(to, "], \"versions\": {");
   const char* between = "";
-  for (const auto& [name, version] : versions(rows)) {
+  for (const auto& [name, version] : peers.versions()) {
     std::fprintf(to, "%s\"%s\": \"%s\"", between, name.c_str(), version.c_str());
     between = ", ";
   }
   std::fprintf(to, "}}");
-  for (const row& r : rows) {
-    std::fprintf(to, ",\n");
-    write_row(to, r);
-  }
+  for (const std::string& r : rows) std::fprintf(to, ",\n%s", r.c_str());
   std::fprintf(to, "\n]\n");
 }
 

@@ -3,6 +3,8 @@
 #pragma once
 
 #include <cstdio>
+#include <map>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -36,21 +38,37 @@ struct row {
   double share() const { return tokens_per_s / roof_tokens_per_s; }
 };
 
-/// Prints the limits, a heading, every row as it comes, and in the end the versions of the peers and why some were left out.
+void print_limits(const machine_limits& l);
+
+/// Prints a heading and every row as it comes.
 class table {
  public:
   explicit table(std::vector<std::string> peers) : peers_(std::move(peers)) {}
-  void limits(const machine_limits& l) const;
   void heading() const;
   void add(const row& r) const;
-  void footer(const std::vector<row>& rows) const;
 
  private:
   std::vector<std::string> peers_;
 };
 
+std::string json_of(const row& r);
+
+/// What became of the peers of all rows.
+class peer_record {
+ public:
+  void add(const std::vector<peer_result>& peers, const std::vector<absent_peer>& left_out);
+  /// A line for each version, and for each reason.
+  void print() const;
+  const std::map<std::string, std::string>& versions() const { return versions_; }
+
+ private:
+  std::map<std::string, std::string> versions_;
+  std::set<std::string> left_out_;
+};
+
 /// One array of objects; the first holds the limits of the most threads, and those of fewer in `with_fewer_threads`, and
-/// the `versions` of the peers. `limits` ascends by threads.
-void write_json(std::FILE* to, const std::vector<machine_limits>& limits, const std::vector<row>& rows);
+/// the `versions` of the peers. `limits` ascends by threads; `rows` are json_of rows.
+void write_json(std::FILE* to, const std::vector<machine_limits>& limits, const peer_record& peers,
+                const std::vector<std::string>& rows);
 
 }  // namespace bench

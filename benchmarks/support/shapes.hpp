@@ -35,6 +35,18 @@ inline const std::array<model_shape, 4>& named_shapes() {
   return shapes;
 }
 
+/// Queries are the last m of n positions, each sees up to its own; h query heads share h_kv key heads, all of width d.
+struct attention_shape {
+  dim h = 0, h_kv = 0, d = 0, m = 0, n = 0;
+};
+enum class attention_gate { none, headwise, elementwise };
+/// What is asked of attention: blocks of keys, of which each query takes k, its own among them (MoBA); a gate on the output.
+struct attention_form {
+  dim block = 0, k = 0;  ///< 0: all keys
+  attention_gate gate = attention_gate::none;
+  bool decode = false, backward = false;
+};
+
 /// The unit whose peak is the roof of a type's products.
 enum class unit { fma, amx_bf16, amx_int8 };
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the benchmarks on a tiny layer and looks at what they write: tests/benchmarks/check.py PROGRAM
+"""Runs the benchmarks on a tiny layer, and on tiny attention, and looks at what they write: tests/benchmarks/check.py PROGRAM
 
 How fast anything was is not looked at.
 """
@@ -15,8 +15,11 @@ import tempfile
 LIMITS = {"case", "threads", "dram_read_bytes_per_s", "fma_f32_flops_per_s", "amx_bf16_flops_per_s", "amx_int8_ops_per_s"}
 ROW = {"case", "d", "f", "E", "k", "T", "type", "threads", "skew", "backward", "tokens_per_s", "flops_per_s",
        "weight_bytes_per_s", "roof_tokens_per_s", "roof", "share", "peers"}
+ATTENTION = {"case", "h", "hkv", "d", "m", "n", "type", "threads", "decode", "backward", "gate", "B", "k", "tokens_per_s",
+             "useful_flops_per_s", "cache_bytes_per_s", "visited_share", "roof_tokens_per_s", "roof", "share", "peers"}
 TYPES = {"f32", "bf16", "f16", "int8", "int4", "ternary"}
 SHAPE = {"d": 48, "f": 40, "E": 8, "k": 2}
+HEADS = {"h": 4, "hkv": 2, "d": 24, "m": 30, "n": 50}
 HERE = pathlib.Path(__file__).resolve().parent
 SMALL = ["--shape", ",".join(f"{name}={n}" for name, n in SHAPE.items()), "--rotate", "1", "--rounds", "1"]
 
@@ -51,6 +54,49 @@ def check_row(row):
     expect(math.isclose(row["share"], row["tokens_per_s"] / row["roof_tokens_per_s"], rel_tol=1e-3), f"share in {row}")
     work = 2 * 3 * row["d"] * row["f"] * row["k"] * (3 if row["backward"] else 1)
     expect(math.isclose(row["flops_per_s"], work * row["tokens_per_s"], rel_tol=1e-3), f"flops_per_s in {row}")
+
+
+def attention_rows(program, *flags):
+    with tempfile.TemporaryDirectory() as folder:
+        listed = pathlib.Path(folder) / "peers.txt"
+        lines = [["run", case, how, sys.executable, str(HERE / "fake_peer.py"), how]
+                 for case, how in (("attention", "right"), ("attention", "wrong"), ("layer", "other"))]
+        listed.write_text("".join("\t".join(line) + "\n" for line in lines), encoding="utf-8")
+        return rows_of(program, *flags, "--peer-list", str(listed))
+
+
+def check_attention(program):
+    """Every form, beside what it is compared with, and a peer."""
+    shape = ["--attention", ",".join(f"{name}={n}" for name, n in HEADS.items()), "--threads", "1"]
+    forms = {(): set(), ("--backward",): {"rate_to_forward"}, ("--gate", "headwise"): {"gate_overhead"},
+             ("--decode",): set(),
+             ("--moba", "B=8,k=2"): {"ratio_to_dense", "share_of_ideal_ratio", "routing_share"},
+             ("--moba", "B=8,k=2", "--backward"): {"ratio_to_dense", "share_of_ideal_ratio", "rate_to_forward"}}
+    for form, compared in forms.items():
+        rows, table = attention_rows(program, *shape, *form)
+        types = ["f32", "bf16", "f16"] + ["int8"] * ("--decode" in form)
+        expect([row["type"] for row in rows] == types, f"{form} gave {rows}")
+        expect(len([line for line in table.splitlines() if " 4/2 " in line]) == len(rows), f"the table is\n{table}")
+        if form == ():
+            expect("right: 1.0 of attention" in table and "left out: wrong: disagrees" in table, f"the table is\n{table}")
+        for row in rows:
+            m = 1 if row["decode"] else HEADS["m"]
+            has_peers = form in ((), ("--decode",))
+            expect(row["peers"].keys() == ({"right"} if has_peers else set()), f"{form} has the peers {row['peers']}")
+            expect(ATTENTION | compared <= row.keys() and all(row[x] == n for x, n in {**HEADS, "m": m}.items()), f"{form} gave {row}")
+            own = range(HEADS["n"] - m, HEADS["n"])  # where the queries stand
+            dense = sum(at + 1 for at in own)
+            pairs = sum(at % 8 + 1 + 8 * min(at // 8, 1) for at in own) if row["B"] else dense
+            work = 4 * HEADS["h"] * HEADS["d"] * pairs * (2.5 if row["backward"] else 1) / m
+            expect(math.isclose(row["visited_share"], pairs / dense, rel_tol=1e-3), f"visited_share in {row}")
+            expect(math.isclose(row["useful_flops_per_s"], work * row["tokens_per_s"], rel_tol=1e-3), f"useful_flops_per_s in {row}")
+            expect(math.isclose(row["share"], row["tokens_per_s"] / row["roof_tokens_per_s"], rel_tol=1e-3), f"share in {row}")
+    for flags in (["--attention", "h=3,hkv=2,d=8,m=1,n=1"], ["--attention", "h=2"], ["--decode"], [*shape, "--moba", "B=8"],
+                  [*shape, "--gate", "open"], [*shape, "--decode", "--backward"], [*shape, "--type", "int8"]):
+        ran = run(program, *flags)
+        refused = [flag for flag in flags if flag.startswith("--")][-1]
+        expect(ran.returncode == 2 and "usage:" in ran.stderr, f"{flags} gave {ran}")
+        expect(refused in ran.stderr.splitlines()[0], f"{flags} gave {ran}")
 
 
 def check_peers(program):
@@ -97,6 +143,7 @@ def main():
     expect(" ns a call" in table, f"the table is\n{table}")
 
     check_peers(program)
+    check_attention(program)
 
     for flags in (["--shape", "d=8,f=8,E=2,k=4"], ["--type", "f33"], ["--tokens", "0"], ["--skew", "x"], ["--threads"], ["--fast"]):
         ran = run(program, *flags)
