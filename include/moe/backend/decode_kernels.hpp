@@ -49,11 +49,8 @@ namespace detail {
 
 using moe::detail::decode_heads;
 
-/// Keys of a tile, whose keys are all read before its values: long runs keep the memory streaming. Values of a step, which
-/// stay in the nearest cache while their columns are read. Elements that rows are padded to.
-inline constexpr dim decode_tile = 512, decode_rows = 64, decode_pad = moe::detail::kv_cache_pad;
-/// Bytes ahead of what is read.
-inline constexpr dim decode_ahead = 2048;
+/// Keys of a tile: their scores, and their values, stay in the nearest cache. Elements that rows are padded to.
+inline constexpr dim decode_tile = 64, decode_pad = moe::detail::kv_cache_pad;
 
 /// 2^x for |x| <= 1/2 is 1 + x (c0 + x (c1 + ...)), off by at most 2^-23 of the value.
 inline constexpr float decode_exp2[] = {0.693146978f, 0.240222420f, 0.0555073375f, 0.00967151667f, 0.00132647387f};

@@ -44,7 +44,10 @@ inline __m256 load_256(const std::int8_t* p) noexcept {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
 MOE_TARGET(MOE_AVX2)
-inline void ask_256(const void* p) noexcept { _mm_prefetch(static_cast<const char*>(p) + decode_ahead, _MM_HINT_T0); }
+inline void ask_256(const void* p) noexcept {
+  constexpr dim ahead = 4096;
+  _mm_prefetch(static_cast<const char*>(p) + ahead, _MM_HINT_T0);
+}
 
 /// s[2, 4] = the scores of two keys and four heads.
 template <int Build, class T>
@@ -140,7 +143,6 @@ MOE_NO_INLINE
 
 template <int Build, class T>
 void attend_256(const decode_unit& u) noexcept {
-  constexpr float ones[decode_heads] = {1, 1, 1, 1};
   start_heads(u);
   for (dim first = 0; first < u.rows; first += decode_tile) {
     const dim n = moe::detail::at_most(u.rows - first, decode_tile);
@@ -155,10 +157,7 @@ void attend_256(const decode_unit& u) noexcept {
       soften_256<Build>(s, n, u.k_scale ? u.k_scale + first : nullptr, u.largest + head, u.sum + head, fade);
       for (dim r = 0; u.v_scale && r < n; ++r)
         for (dim g = 0; g < decode_heads; ++g) s[4 * r + g] *= u.v_scale[first + r];
-      for (dim r = 0; r < n; r += decode_rows)
-        for (dim j = 0; j < u.dv; j += 16)
-          weigh_rows_256<Build>(v + r * u.dv + j, moe::detail::at_most(n - r, decode_rows), u.dv, s + 4 * r,
-                                r == 0 ? fade : ones, u.o + head * u.dv + j, j == 0);
+      for (dim j = 0; j < u.dv; j += 16) weigh_rows_256<Build>(v + j, n, u.dv, s, fade, u.o + head * u.dv + j, j == 0);
     }
   }
 }

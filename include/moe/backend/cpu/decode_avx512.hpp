@@ -58,23 +58,27 @@ inline __m512 fold_keys(__m512 a, __m512 b, __m512 c, __m512 d) noexcept {
   return _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
 }
 
-/// Asks for the lines of memory that begin in `bytes` bytes.
+/// Asks for `Lines` lines.
+template <int Lines>
 MOE_TARGET(MOE_AVX512)
-inline void ask_512(const void* p, dim bytes) noexcept {
-  for (dim l = 0; l < bytes; l += 64) _mm_prefetch(static_cast<const char*>(p) + l, _MM_HINT_T0);
+inline void ask_512(const char* p) noexcept {
+  MOE_UNROLL
+  for (int l = 0; l < Lines; ++l) _mm_prefetch(p + 64 * l, _MM_HINT_T1);
 }
 
-/// Four key rows against four queries.
+/// Four key rows against four queries, and memory that is needed soon.
 template <class T>
 struct key_quad {
   const T* k[4];
   const std::byte* q[decode_heads];
   dim d;
+  const char* ahead;
 };
 
 template <int Build, class T>
 MOE_TARGET(MOE_AVX512)
 MOE_NO_INLINE void score_quad_512(const key_quad<T>& w, float* s) noexcept {
+  constexpr int lines = 4 * decode_pad * sizeof(T) / 64;
   __m512 sum[4][4];
   MOE_UNROLL
   for (int i = 0; i < 4; ++i) {
@@ -83,8 +87,10 @@ MOE_NO_INLINE void score_quad_512(const key_quad<T>& w, float* s) noexcept {
   }
   const T *k0 = w.k[0], *k1 = w.k[1], *k2 = w.k[2], *k3 = w.k[3];
   const std::byte *q0 = w.q[0], *q1 = w.q[1], *q2 = w.q[2], *q3 = w.q[3];
+  const char* ahead = w.ahead;
   MOE_NO_UNROLL
-  for (dim j = 0; j < w.d; j += decode_pad) {
+  for (dim j = 0; j < w.d; j += decode_pad, ahead += 64 * lines) {
+    ask_512<lines>(ahead);
     const std::byte* q[4] = {q0 + 4 * j, q1 + 4 * j, q2 + 4 * j, q3 + 4 * j};
     __m512 qa[4], qb[4];
     MOE_UNROLL
@@ -95,7 +101,6 @@ MOE_NO_INLINE void score_quad_512(const key_quad<T>& w, float* s) noexcept {
     const T* k[4] = {k0 + j, k1 + j, k2 + j, k3 + j};
     MOE_UNROLL
     for (int i = 0; i < 4; ++i) {
-      ask_512(k[i] + decode_ahead / dim{sizeof(T)}, decode_pad * dim{sizeof(T)});
       __m512 a, b;
       load_pair_512(k[i], a, b);
       MOE_UNROLL
@@ -135,11 +140,9 @@ inline void store_heads(float* p, __m512 v) noexcept {
 }
 
 /// Softmax of a tile of n keys, see soften, of scores in units of `unit` for each head: weights of keys from n on are 0.
-/// Asks for values while it computes.
 template <int Build>
 MOE_TARGET(MOE_AVX512)
-MOE_NO_INLINE void soften_512(float* s, dim n, const float* unit, float* largest, float* sum, float* fade,
-                              const char* ahead) noexcept {
+MOE_NO_INLINE void soften_512(float* s, dim n, const float* unit, float* largest, float* sum, float* fade) noexcept {
   const dim groups = moe::detail::blocks(n, 4);
   const __mmask16 last = static_cast<__mmask16>(0x1111 * ((1 << (n - 4 * (groups - 1))) - 1));
   float* end = s + 16 * (groups - 1);
@@ -150,8 +153,7 @@ MOE_NO_INLINE void soften_512(float* s, dim n, const float* unit, float* largest
   most = _mm512_max_ps(before, _mm512_mul_ps(largest_of_head(most), per));
   const __m512 base = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(most, least, _CMP_NEQ_UQ), most);
   __m512 total = _mm512_setzero_ps();
-  for (float* p = s; p <= end; p += 16, ahead += 64) {
-    ask_512(ahead, 64);
+  for (float* p = s; p <= end; p += 16) {
     const __m512 w = exp2_512(_mm512_fmsub_ps(_mm512_loadu_ps(p), per, base));
     total = _mm512_add_ps(total, w);
     _mm512_storeu_ps(p, w);
@@ -171,13 +173,14 @@ struct value_quad {
   const float* fade;  ///< [4]
   const float* unit;  ///< [4] of the weights, where they are whole numbers
   float* o[decode_heads];
-  dim ask;  ///< bytes of a row to ask for
+  const char* ahead;
 };
 
 /// 32 C columns.
 template <int Build, class T, int C>
 MOE_TARGET(MOE_AVX512)
 MOE_NO_INLINE void weigh_quad_512(const value_quad<T, float>& w, dim first) noexcept {
+  constexpr int lines = C * decode_pad * sizeof(T) / 64;
   __m512 sum[4][2 * C];
   MOE_UNROLL
   for (int g = 0; g < 4; ++g) {
@@ -186,9 +189,10 @@ MOE_NO_INLINE void weigh_quad_512(const value_quad<T, float>& w, dim first) noex
       sum[g][c] = _mm512_mul_ps(_mm512_set1_ps(w.fade[g]), _mm512_loadu_ps(w.o[g] + first + 16 * c));
   }
   const T* v = w.v + first;
+  const char* ahead = w.ahead;
   MOE_NO_UNROLL
-  for (dim r = 0; r < w.rows; ++r, v += w.dv) {
-    ask_512(v + decode_ahead / dim{sizeof(T)}, w.ask);
+  for (dim r = 0; r < w.rows; ++r, v += w.dv, ahead += 64 * lines) {
+    ask_512<lines>(ahead);
     const float* p = w.weights + r / 4 * 16 + r % 4;
     __m512 x[2 * C];
     MOE_UNROLL
@@ -209,13 +213,14 @@ MOE_NO_INLINE void weigh_quad_512(const value_quad<T, float>& w, dim first) noex
 
 /// Rows r .. r + 4 of n, the last one again beyond it.
 template <class T>
-inline key_quad<T> quad_of(const decode_unit& u, const T* k, dim r, dim n, dim head) noexcept {
+inline key_quad<T> quad_of(const decode_unit& u, const T* k, dim r, dim n, dim head, const T* ahead) noexcept {
   key_quad<T> w;
   for (dim i = 0; i < 4; ++i) {
     w.k[i] = k + moe::detail::at_most(r + i, n - 1) * u.d;
     w.q[i] = u.query(head + i);
   }
   w.d = u.d;
+  w.ahead = reinterpret_cast<const char*>(ahead + r * u.d);
   return w;
 }
 
@@ -223,13 +228,6 @@ inline key_quad<T> quad_of(const decode_unit& u, const T* k, dim r, dim n, dim h
 template <class T>
 constexpr dim place_512(dim l) noexcept {
   return std::is_same_v<T, bf16> ? l % 16 * 2 + l / 16 : l;
-}
-
-/// f(first row, rows, first column) in steps of rows, 64 columns or the last 32 at once, for one or two blocks of 32.
-template <class F>
-void for_each_value_step(dim n, dim dv, F f) noexcept {
-  for (dim r = 0; r < n; r += decode_rows)
-    for (dim j = 0; j < dv; j += 64) f(r, moe::detail::at_most(n - r, decode_rows), j);
 }
 
 template <int Build, class T>
@@ -242,22 +240,13 @@ void attend_512(const decode_unit& u) noexcept {
     for (dim head = 0; head < u.heads; head += decode_heads) {
       alignas(64) float s[decode_heads * decode_tile];
       float fade[decode_heads];
-      for (dim r = 0; r < n; r += 4) score_quad_512<Build>(quad_of(u, k, r, n, head), s + 4 * r);
-      soften_512<Build>(s, n, ones, u.largest + head, u.sum + head, fade, reinterpret_cast<const char*>(v));
-      value_quad<T, float> w{};
+      for (dim r = 0; r < n; r += 4) score_quad_512<Build>(quad_of(u, k, r, n, head, v), s + 4 * r);
+      soften_512<Build>(s, n, ones, u.largest + head, u.sum + head, fade);
+      value_quad<T, float> w{v, n, u.dv, s, fade, ones, {}, reinterpret_cast<const char*>(k + n * u.d)};
       for (dim g = 0; g < decode_heads; ++g) w.o[g] = u.o + (head + g) * u.dv;
-      for_each_value_step(n, u.dv, [&](dim r, dim rows, dim column) {
-        w.v = v + r * u.dv;
-        w.rows = rows;
-        w.dv = u.dv;
-        w.weights = s + 4 * r;
-        w.fade = r == 0 ? fade : ones;
-        w.ask = column == 0 ? u.dv * dim{sizeof(T)} : 0;
-        if (column + 64 <= u.dv)
-          weigh_quad_512<Build, T, 2>(w, column);
-        else
-          weigh_quad_512<Build, T, 1>(w, column);
-      });
+      dim j = 0;
+      for (; j + 64 <= u.dv; j += 64, w.ahead += n * 64 * dim{sizeof(T)}) weigh_quad_512<Build, T, 2>(w, j);
+      if (j < u.dv) weigh_quad_512<Build, T, 1>(w, j);
     }
   }
   for (dim i = 0; i < u.heads; ++i) restore_order(u.o + i * u.dv, u.dv, place_512<T>);

@@ -47,14 +47,15 @@ MOE_NO_INLINE void score_quad_bytes_512(const key_quad<std::int8_t>& w, const fl
   }
   const std::int8_t *k0 = w.k[0], *k1 = w.k[1], *k2 = w.k[2], *k3 = w.k[3];
   const std::byte *q0 = words_of(w.q[0]), *q1 = words_of(w.q[1]), *q2 = words_of(w.q[2]), *q3 = words_of(w.q[3]);
+  const char* ahead = w.ahead;
   MOE_NO_UNROLL
-  for (dim j = 0; j < w.d; j += decode_pad) {
+  for (dim j = 0; j < w.d; j += decode_pad, ahead += 128) {
+    ask_512<2>(ahead);
     const std::int8_t* k[4] = {k0 + j, k1 + j, k2 + j, k3 + j};
     const decode_ints q[4] = {(decode_ints)_mm512_loadu_si512(q0 + 2 * j), (decode_ints)_mm512_loadu_si512(q1 + 2 * j),
                               (decode_ints)_mm512_loadu_si512(q2 + 2 * j), (decode_ints)_mm512_loadu_si512(q3 + 2 * j)};
     MOE_UNROLL
     for (int i = 0; i < 4; ++i) {
-      if (j % 64 == 0) ask_512(k[i] + decode_ahead, 64);
       const __m512i x = load_words_512(k[i]);
       MOE_UNROLL
       for (int g = 0; g < 4; ++g) sum[i][g] = (decode_ints)_mm512_dpwssd_epi32((__m512i)sum[i][g], x, (__m512i)q[g]);
@@ -102,9 +103,10 @@ MOE_NO_INLINE void weigh_quad_bytes_512(const value_quad<std::int8_t, std::int16
     for (int c = 0; c < 2 * C; ++c) sum[g][c] = decode_ints{};
   }
   const std::int8_t* v = w.v + first;
+  const char* ahead = w.ahead;
   MOE_NO_UNROLL
-  for (dim r = 0; r < w.rows; r += 2, v += 2 * w.dv) {
-    ask_512(v + decode_ahead, 2 * w.ask);
+  for (dim r = 0; r < w.rows; r += 2, v += 2 * w.dv, ahead += 64 * C) {
+    ask_512<C>(ahead);
     const std::int8_t* next = r + 1 < w.rows ? v + w.dv : v;  // beyond the last row weights are 0
     decode_ints x[2 * C];
     MOE_UNROLL
@@ -135,7 +137,6 @@ MOE_NO_INLINE void weigh_quad_bytes_512(const value_quad<std::int8_t, std::int16
 
 template <int Build>
 void attend_bytes_512(const decode_unit& u) noexcept {
-  constexpr float ones[decode_heads] = {1, 1, 1, 1};
   start_heads(u);
   for (dim first = 0; first < u.rows; first += decode_tile) {
     const dim n = moe::detail::at_most(u.rows - first, decode_tile);
@@ -143,9 +144,10 @@ void attend_bytes_512(const decode_unit& u) noexcept {
                *v = static_cast<const std::int8_t*>(u.v) + first * u.dv;
     for (dim head = 0; head < u.heads; head += decode_heads) {
       alignas(64) float s[decode_heads * decode_tile];
-      alignas(64) std::int16_t weights[decode_heads * decode_rows];
+      alignas(64) std::int16_t weights[decode_heads * decode_tile];
       float fade[decode_heads], unit[decode_heads];
-      value_quad<std::int8_t, std::int16_t> w{};
+      value_quad<std::int8_t, std::int16_t> w{v,    n,    u.dv, weights,
+                                              fade, unit, {},   reinterpret_cast<const char*>(k + n * u.d)};
       for (dim g = 0; g < decode_heads; ++g) {
         unit[g] = unit_of(u.query(head + g));
         w.o[g] = u.o + (head + g) * u.dv;
@@ -153,23 +155,13 @@ void attend_bytes_512(const decode_unit& u) noexcept {
       for (dim r = 0; r < n; r += 4) {
         float k_scale[4];
         for (dim i = 0; i < 4; ++i) k_scale[i] = u.k_scale[first + moe::detail::at_most(r + i, n - 1)];
-        score_quad_bytes_512<Build>(quad_of(u, k, r, n, head), k_scale, s + 4 * r);
+        score_quad_bytes_512<Build>(quad_of(u, k, r, n, head, v), k_scale, s + 4 * r);
       }
-      soften_512<Build>(s, n, unit, u.largest + head, u.sum + head, fade, reinterpret_cast<const char*>(v));
-      for_each_value_step(n, u.dv, [&](dim r, dim rows, dim column) {
-        if (column == 0) round_weights_512<Build>(s + 4 * r, u.v_scale + first + r, rows, weights, unit);
-        w.v = v + r * u.dv;
-        w.rows = rows;
-        w.dv = u.dv;
-        w.weights = weights;
-        w.fade = r == 0 ? fade : ones;
-        w.unit = unit;
-        w.ask = column == 0 ? u.dv : 0;
-        if (column + 64 <= u.dv)
-          weigh_quad_bytes_512<Build, 2>(w, column);
-        else
-          weigh_quad_bytes_512<Build, 1>(w, column);
-      });
+      soften_512<Build>(s, n, unit, u.largest + head, u.sum + head, fade);
+      round_weights_512<Build>(s, u.v_scale + first, n, weights, unit);
+      dim j = 0;
+      for (; j + 64 <= u.dv; j += 64, w.ahead += n * 64) weigh_quad_bytes_512<Build, 2>(w, j);
+      if (j < u.dv) weigh_quad_bytes_512<Build, 1>(w, j);
     }
   }
   for (dim i = 0; i < u.heads; ++i) restore_order(u.o + i * u.dv, u.dv, place_of_pairs<16>);
