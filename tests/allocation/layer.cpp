@@ -107,6 +107,7 @@ TEST_SUITE("layer") {
 #if defined(MOE_TEST_CPU)
   TEST_CASE("the CPU backend allocates nothing, on one thread or several") {
     expect_no_allocation(layer<moe::cpu<>>(shape));
+    expect_no_allocation(layer<moe::cpu<>, moe::top_k<2>, moe::bf16_ffn_expert>(shape));
     const moe::thread_pool pool(3);
     using backend = moe::cpu<moe::arch::native, moe::pool_executor>;
     expect_no_allocation(layer<backend>(shape, backend(moe::pool_executor(pool))));

@@ -40,7 +40,7 @@ inline __m512i paired_halves(__m512 upper, __m512 lower) noexcept {
 template <int Build, class Tiles>
 class tile_product {
  public:
-  static constexpr dim most_rows = 336, cut = 256, columns = 2 * panel_rows;  // as many rows as a tile of a product has
+  static constexpr dim most_rows = gradient_rows, cut = 256, columns = 2 * panel_rows;  // of a layer, no tile has more rows
 
   /// Row r of `left` = rows[r], from its element `first`.
   MOE_TARGET(MOE_AVX512)
@@ -140,6 +140,7 @@ class tile_product {
     m_ = c.rows;
     columns_ = c.cols;
     reduced_ = depth;
+    heights_ = {};  // released below
     for (dim first = 0; first < depth; first += cut) {
       depth_ = moe::detail::at_most(depth - first, cut);
       steps_ = moe::detail::blocks(depth_, 32);
