@@ -40,21 +40,57 @@ inline std::string printable(std::string_view s) {
   return out;
 }
 
-/// `length` bytes that the model writes after a text of at least `text::margin` bytes. The same seed gives the same bytes.
+/// Reads a text byte by byte and says what comes next; the keys and values of what it has read stay in caches. Where they are
+/// full, the second half of what they hold is read again, as a new sequence.
+template <class Block>
+class reader {
+ public:
+  /// After a text of at least window_embedding::window bytes.
+  reader(const language_model_instance<Block>& model, std::string_view before)
+      : m_(model), all_(before), logits_(256), cache_memory_(m_.net.cache_bytes(m_.length)) {
+    begin_again(std::max(static_cast<moe::dim>(before.size()) - m_.length / 2, m_.net.embedding().window - 1));
+  }
+  std::span<const float> logits() const noexcept { return logits_; }
+  const std::string& text() const noexcept { return all_; }
+
+  void append(char c) {
+    all_ += c;
+    if (caches_[0].tokens.length(0) < m_.length) read(static_cast<moe::dim>(all_.size()));
+    else begin_again(static_cast<moe::dim>(all_.size()) - m_.length / 2);
+  }
+
+ private:
+  /// Tokens that predict bytes first + 1 .. the next one, as a sequence of their own.
+  void begin_again(moe::dim first) {
+    moe::arena mem(cache_memory_.bytes());
+    caches_ = m_.net.make_caches(m_.length, mem);
+    if (work_.size() == 0) work_ = moe::buffer(m_.net.work_bytes(m_.length, caches_[0]));
+    read(first + 1);
+  }
+  /// Tokens that predict bytes first .. the next one.
+  void read(moe::dim first) {
+    position_.clear();
+    for (moe::dim p = first; p <= static_cast<moe::dim>(all_.size()); ++p) position_.push_back(static_cast<moe::idx>(p));
+    const windows in{{reinterpret_cast<const std::uint8_t*>(all_.data()), all_.size()}, position_, {}};
+    moe::arena mem(work_.bytes());
+    m_.net.forward(m_.w, in, m_.angles, caches_, logits_, mem);
+  }
+
+  const language_model_instance<Block>& m_;
+  std::string all_;
+  std::vector<float> logits_;
+  moe::buffer cache_memory_, work_;
+  std::vector<typename language_model<Block>::cache> caches_;
+  std::vector<moe::idx> position_;
+};
+
+/// `length` bytes that the model writes after a text. The same seed gives the same bytes.
 template <class Block>
 std::string generate(const language_model_instance<Block>& m, std::string_view before, std::size_t length, float temperature,
                      moe::rng random) {
-  std::string all(before);
-  moe::buffer work(m.net.work_bytes(1));
-  for (std::size_t i = 0; i < length; ++i) {
-    all += '\0';  // the byte to predict
-    const moe::idx last[] = {static_cast<moe::idx>(all.size() - 1)};
-    moe::arena mem(work.bytes());
-    auto ctx = m.net.make_context({{reinterpret_cast<const std::uint8_t*>(all.data()), all.size()}, last}, mem);
-    m.net.forward(m.w, ctx, mem);
-    all.back() = static_cast<char>(sample({ctx.logits.data, 256}, temperature, random.uniform(i)));
-  }
-  return all.substr(before.size());
+  reader<Block> at(m, before);
+  for (std::size_t i = 0; i < length; ++i) at.append(static_cast<char>(sample(at.logits(), temperature, random.uniform(i))));
+  return at.text().substr(before.size());
 }
 
 /// Goes on where a stretch of each language's text ends: "… the end of the stretch | what the model writes".
@@ -63,7 +99,7 @@ std::string continue_texts(const language_model_instance<Block>& m, const text& 
   const std::string_view all(reinterpret_cast<const char*>(t.bytes.data()), t.bytes.size());
   std::string out;
   for (std::size_t l = 0; l < t.languages(); ++l) {
-    std::string_view before = all.substr(t.begin[l] + text::margin, 2 * text::margin);
+    std::string_view before = all.substr(t.begin[l] + text::margin, 512);
     before = before.substr(0, before.rfind(' ') + 1);
     const std::string_view end = before.substr(before.find(' ', before.size() - 70) + 1);
     out += "... " + printable(end) + "| " + printable(generate(m, before, length, 0.6f, moe::rng(7))) + "\n\n";

@@ -2,17 +2,18 @@
 /// The language model: bytes in, the next byte out.
 ///
 ///   h = sum of tables over the last bytes          window_embedding.hpp
-///   h = h + block_l(norm_l(h))   for each l        Block: a moe::layer
+///   h = block_l(h)   for each l                    Block: a moe::transformer_block
 ///   logits = head norm(h)
 ///
-/// Every byte is predicted from the `window` bytes before it alone, so tokens are independent of each other.
+/// Every byte is predicted from the bytes before it in its sequence, the first of them from the few before the sequence too.
 #pragma once
 
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "cross_entropy.hpp"
-#include "moe/layer.hpp"
-#include "moe/norm/rms_norm.hpp"
+#include "moe/transformer/block.hpp"
 #include "window_embedding.hpp"
 
 namespace demo {
@@ -24,13 +25,15 @@ class language_model {
 
  public:
   static constexpr moe::dim symbols = 256;
+  using table = typename Block::attention_type::table;
+  using cache = typename Block::template cache<float>;
 
   /// Weights and gradients alike; `part` is Block::weights or Block::gradients.
   template <class Part>
   struct parameters {
     window_embedding::weights embedding;
-    std::vector<moe::rms_norm::weights> norms;  ///< [blocks+1]
     std::vector<Part> blocks;
+    moe::rms_norm::weights norm;
     moe::matrix_view<float> head;  ///< [256,d]
   };
   using weights = parameters<typename Block::weights>;
@@ -38,16 +41,17 @@ class language_model {
 
   struct context {
     windows in;
-    window_embedding::context embedding;
-    std::vector<moe::matrix_view<float>> h, normed;  ///< [blocks+1] of [T,d]
-    std::vector<moe::rms_norm::context> norms;
+    table angles;
+    std::vector<moe::matrix_view<float>> h;  ///< [blocks+1] of [T,d]: the residual stream
     std::vector<typename Block::context> blocks;
+    moe::matrix_view<float> normed;
+    moe::rms_norm::context norm;
     moe::matrix_view<float> logits;  ///< [T,256]; backward turns them into their gradient
     std::span<float> bits;           ///< [T] loss of each token
   };
 
-  language_model(moe::dim blocks, moe::dim window, const Block& block)
-      : count_(static_cast<std::size_t>(blocks)), embedding_{window}, block_(block) {}
+  language_model(moe::dim blocks, const window_embedding& embedding, const Block& block)
+      : count_(static_cast<std::size_t>(blocks)), embedding_(embedding), block_(block) {}
 
   const Block& block() const noexcept { return block_; }
   const window_embedding& embedding() const noexcept { return embedding_; }
@@ -58,17 +62,17 @@ class language_model {
   gradients make_gradients(moe::arena& mem) const {
     return carve<typename Block::gradients>(mem, [&] { return block_.make_gradients(mem); });
   }
-  context make_context(const windows& in, moe::arena& mem) const {
-    const moe::dim T = in.tokens(), d = width();
+  context make_context(const windows& in, const table& angles, moe::arena& mem) const {
+    const moe::dim T = in.tokens(), d = block_.d();
     context c;
     c.in = in;
-    c.embedding = embedding_.make_context(T, mem);
+    c.angles = angles;
     for (std::size_t l = 0; l <= count_; ++l) {
       c.h.push_back(mem.matrix<float>("h", T, d));
-      c.normed.push_back(mem.matrix<float>("normed", T, d));
-      c.norms.push_back(norm_.make_context(T, mem));
       if (l < count_) c.blocks.push_back(block_.make_context(T, mem));
     }
+    c.normed = mem.matrix<float>("normed", T, d);
+    c.norm = norm_.make_context(T, mem);
     c.logits = mem.matrix<float>("logits", T, symbols);
     c.bits = mem.vector<float>("bits", T);
     return c;
@@ -76,14 +80,14 @@ class language_model {
 
   /// Sizes of the flat buffer of weights, and of the memory for a context of T tokens with what forward and backward take.
   std::size_t weight_bytes() const { return bytes_of([&](moe::arena& mem) { (void)make_weights(mem); }); }
-  std::size_t work_bytes(moe::dim T) const {
+  std::size_t work_bytes(moe::dim T, moe::dim sequences) const {
     const std::vector<moe::idx> none(static_cast<std::size_t>(T));
     return bytes_of([&](moe::arena& mem) {
-             (void)make_context({{}, none}, mem);
-             (void)mem.matrix<float>("dh", T, width()), (void)mem.matrix<float>("dn", T, width());
-             (void)norm_.make_backward_scratch(T, width(), mem);
+             (void)make_context({{}, none, {}}, {}, mem);
+             (void)make_slopes(T, mem);
+             (void)norm_.make_backward_scratch(T, block_.d(), mem);
            }) +
-           block_.scratch_bytes(T);
+           block_.scratch_bytes(T, sequences);
   }
   std::vector<moe::slot> catalogue() const {
     std::vector<moe::slot> list;
@@ -94,43 +98,75 @@ class language_model {
 
   /// Fills ctx; returns the mean loss in bits per byte.
   double forward(const weights& w, context& ctx, moe::arena& mem) const {
-    const on_type on = call(ctx, mem);
-    embedding_.forward(on, w.embedding, ctx.in, ctx.h[0], ctx.embedding);
-    for (std::size_t l = 0; l < count_; ++l) {
-      norm_.forward(on, w.norms[l], ctx.h[l], ctx.normed[l], ctx.norms[l]);
-      block_.forward(w.blocks[l], ctx.normed[l], ctx.h[l + 1], ctx.blocks[l], mem);
-      add(on, ctx.h[l], ctx.h[l + 1]);
-    }
-    norm_.forward(on, w.norms[count_], ctx.h[count_], ctx.normed[count_], ctx.norms[count_]);
-    fill(on, ctx.logits, 0.f);
-    gemm_nt(on, ctx.normed[count_], w.head, ctx.logits);
+    const on_type on = call(ctx.in.tokens(), mem);
+    embedding_.forward(on, w.embedding, ctx.in, ctx.h[0]);
+    for (std::size_t l = 0; l < count_; ++l) block_.forward(w.blocks[l], input(ctx, l), ctx.h[l + 1], ctx.blocks[l], mem);
+    norm_.forward(on, w.norm, ctx.h[count_], ctx.normed, ctx.norm);
+    gemm_nt(on, ctx.normed, w.head, moe::matrix_view<const float>{}, ctx.logits);
     return cross_entropy(on, ctx.logits, ctx.in, ctx.bits);
+  }
+
+  /// The logits of the next byte, after tokens that follow those in the caches, one of which each block has.
+  void forward(const weights& w, const windows& in, const table& angles, std::span<cache> past, std::span<float> logits,
+               moe::arena& mem) const {
+    moe::scratch_frame frame(mem);
+    auto [h, next] = make_slopes(in.tokens(), mem);
+    const on_type on = call(in.tokens(), mem);
+    embedding_.forward(on, w.embedding, in, h);
+    for (std::size_t l = 0; l < count_; ++l) {
+      block_.forward(w.blocks[l], {h, {in.offsets, {}}, angles}, next, past[l], mem);
+      std::swap(h, next);
+    }
+    const auto last = h.slice(in.tokens() - 1, 1), normed = next.slice(0, 1);
+    moe::rms_norm::context none;
+    norm_.forward(on, w.norm, last, normed, none);
+    gemm_nt(on, normed, w.head, moe::matrix_view<const float>{}, moe::matrix_view<float>{logits.data(), 1, symbols});
+  }
+  std::vector<cache> make_caches(moe::dim capacity, moe::arena& mem) const {
+    std::vector<cache> out;
+    for (std::size_t l = 0; l < count_; ++l) out.push_back(block_.template make_cache<float>(1, capacity, mem));
+    return out;
+  }
+  std::size_t cache_bytes(moe::dim capacity) const {
+    return count_ * block_.template cache_bytes<float>(1, capacity);
+  }
+  /// For the memory of T tokens that come to caches.
+  std::size_t work_bytes(moe::dim T, const cache& past) const {
+    return bytes_of([&](moe::arena& mem) { (void)make_slopes(T, mem); }) + block_.scratch_bytes(T, past);
   }
 
   /// dw += the gradient of the mean loss, in nats.
   void backward(const weights& w, context& ctx, gradients& dw, moe::arena& mem) const {
     moe::scratch_frame frame(mem);
-    const on_type on = call(ctx, mem);
-    const auto dh = mem.matrix<float>("dh", ctx.in.tokens(), width()), dn = mem.matrix<float>("dn", ctx.in.tokens(), width());
+    const on_type on = call(ctx.in.tokens(), mem);
+    auto [dh, below] = make_slopes(ctx.in.tokens(), mem);
     cross_entropy_backward(on, ctx.logits, ctx.in);
     fill(on, dh, 0.f);
-    fill(on, dn, 0.f);
-    gemm_nn(on, ctx.logits, w.head, dn);
-    gemm_tn(on, ctx.logits, ctx.normed[count_], dw.head);
-    norm_.backward(on, w.norms[count_], ctx.h[count_], ctx.norms[count_], dn, dh, dw.norms[count_]);
+    fill(on, below, 0.f);
+    gemm_nn(on, ctx.logits, w.head, below);
+    gemm_tn(on, ctx.logits, ctx.normed, dw.head);
+    norm_.backward(on, w.norm, ctx.h[count_], ctx.norm, below, dh, dw.norm);
     for (std::size_t l = count_; l-- > 0;) {
-      fill(on, dn, 0.f);
-      block_.backward(w.blocks[l], ctx.normed[l], ctx.blocks[l], dh, dn, dw.blocks[l], mem);
-      norm_.backward(on, w.norms[l], ctx.h[l], ctx.norms[l], dn, dh, dw.norms[l]);
+      fill(on, below, 0.f);
+      block_.backward(w.blocks[l], input(ctx, l), ctx.blocks[l], dh, below, dw.blocks[l], mem);
+      std::swap(dh, below);
     }
-    embedding_.backward(on, ctx.in, ctx.embedding, dh, dw.embedding);
+    embedding_.backward(on, ctx.in, dh, dw.embedding);
   }
 
  private:
-  moe::dim width() const noexcept { return block_.sizes().d; }
-  on_type call(const context& ctx, moe::arena& mem) const noexcept {
+  struct slopes {
+    moe::matrix_view<float> dh, below;
+  };
+  slopes make_slopes(moe::dim T, moe::arena& mem) const noexcept {
+    return {mem.matrix<float>("dh", T, block_.d()), mem.matrix<float>("below", T, block_.d())};
+  }
+  typename Block::input input(const context& c, std::size_t l) const noexcept {
+    return {c.h[l], {c.in.offsets, {}}, c.angles};
+  }
+  on_type call(moe::dim tokens, moe::arena& mem) const noexcept {
     moe::shape s = block_.sizes();
-    s.tokens = ctx.in.tokens();
+    s.tokens = tokens;
     return {block_.backend(), mem, s};
   }
   template <class Part, class CarveBlock>
@@ -138,25 +174,24 @@ class language_model {
     parameters<Part> p;
     {
       moe::arena::scope in(mem, "embedding");
-      p.embedding = embedding_.make_weights(width(), mem);
+      p.embedding = embedding_.make_weights(block_.d(), mem);
     }
-    for (std::size_t l = 0; l <= count_; ++l) {
-      moe::arena::scope in(mem, (l < count_ ? "blocks." + std::to_string(l) : std::string("final")).c_str());
-      p.norms.push_back(norm_.make_weights(width(), mem));
-      if (l < count_) p.blocks.push_back(carve_block());
+    for (std::size_t l = 0; l < count_; ++l) {
+      moe::arena::scope in(mem, ("blocks." + std::to_string(l)).c_str());
+      p.blocks.push_back(carve_block());
     }
-    p.head = mem.matrix<float>("head", symbols, width());
+    {
+      moe::arena::scope in(mem, "norm");
+      p.norm = norm_.make_weights(block_.d(), mem);
+    }
+    p.head = mem.matrix<float>("head", symbols, block_.d());
     return p;
   }
   template <class Carve>
   static std::size_t bytes_of(Carve carve) {
     moe::arena count;
     carve(count);
-    count.align();
-    return count.peak();
-  }
-  static void add(const on_type& on, moe::matrix_view<const float> x, moe::matrix_view<float> y) noexcept {
-    for_each_token(on, y.rows, [&](moe::dim t) { axpy(typename backend::arch{}, 1.f, x.row(t), y.row(t), y.cols); });
+    return padded(count);
   }
 
   std::size_t count_;

@@ -31,20 +31,19 @@ inline void count(const moe::routing_plan& p, std::size_t l, std::vector<std::ar
 
 /// Every byte of the text, one language after the other.
 template <class Block>
-evaluation evaluate(const language_model_instance<Block>& m, const text& t, moe::dim tokens) {
+evaluation evaluate(const language_model_instance<Block>& m, const text& t, const recipe& r) {
   evaluation out;
   double bytes = 0;
   for (std::size_t l = 0; l < t.languages(); ++l) {
-    std::vector<moe::idx> positions(t.begin[l + 1] - t.begin[l] - text::margin);
-    std::iota(positions.begin(), positions.end(), static_cast<moe::idx>(t.begin[l] + text::margin));
-    out.bits[l] = bits_per_byte(m, t.bytes, positions, tokens, [&](const auto& ctx) {
-      if constexpr (requires { ctx.blocks[0].plan; }) {
+    const std::size_t first = t.begin[l] + text::margin, last = t.begin[l + 1];
+    out.bits[l] = bits_per_byte(m, t.bytes, all_of(first, last, r), r, [&](const auto& ctx) {
+      if constexpr (requires { ctx.blocks[0].layer.plan; }) {
         out.use.resize(ctx.blocks.size());
-        for (std::size_t b = 0; b < ctx.blocks.size(); ++b) count(ctx.blocks[b].plan, l, out.use[b]);
+        for (std::size_t b = 0; b < ctx.blocks.size(); ++b) count(ctx.blocks[b].layer.plan, l, out.use[b]);
       }
     });
-    out.all += out.bits[l] * static_cast<double>(positions.size());
-    bytes += static_cast<double>(positions.size());
+    out.all += out.bits[l] * static_cast<double>(last - first);
+    bytes += static_cast<double>(last - first);
   }
   out.all /= bytes;
   return out;

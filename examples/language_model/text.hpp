@@ -13,7 +13,7 @@ namespace demo {
 /// Texts of several languages, one after the other: language l is bytes begin[l] .. begin[l+1]. Each begins with `margin`
 /// newlines, so that every byte has that many before it.
 struct text {
-  static constexpr std::size_t margin = 256;
+  static constexpr std::size_t margin = 64;
   std::vector<std::uint8_t> bytes;
   std::vector<std::size_t> begin{0};
 
@@ -32,27 +32,25 @@ inline void append_language(text& t, std::string_view bytes) {
   t.begin.push_back(t.bytes.size());
 }
 
-/// Walks over a text so that every position comes once before any comes again, and every stretch of the walk is spread
-/// evenly over the whole text, hence over its languages: position i is i * stride modulo the size, both coprime.
+/// Walks over a text in sequences of `length` bytes so that every one comes once before any comes again, and every stretch of
+/// the walk is spread evenly over the whole text, hence over its languages: sequence i of the walk is i * stride modulo their
+/// number, both coprime.
 class sampler {
  public:
-  explicit sampler(const text& t) : languages_(t.languages()), size_(t.bytes.size() - languages_ * text::margin) {
-    for (std::size_t l = 0; l < languages_; ++l) begin_.push_back(t.begin[l] - l * text::margin);
-    stride_ = static_cast<std::size_t>(0.6180339887 * static_cast<double>(size_));
-    while (std::gcd(stride_, size_) != 1) ++stride_;
+  sampler(const text& t, std::size_t length) : length_(length) {
+    for (std::size_t l = 0; l < t.languages(); ++l)
+      for (std::size_t p = t.begin[l] + text::margin; p + length <= t.begin[l + 1]; p += length) first_.push_back(p);
+    stride_ = static_cast<std::size_t>(0.6180339887 * static_cast<double>(size()));
+    while (std::gcd(stride_, size()) != 1) ++stride_;
   }
-  std::size_t size() const noexcept { return size_; }
-  /// The i-th position: a byte of the text that has `margin` bytes before it.
-  std::size_t operator()(std::size_t i) const noexcept {
-    const std::size_t p = i % size_ * stride_ % size_;
-    std::size_t l = languages_ - 1;
-    while (p < begin_[l]) --l;
-    return p + (l + 1) * text::margin;
-  }
+  std::size_t size() const noexcept { return first_.size(); }
+  std::size_t length() const noexcept { return length_; }
+  /// The first byte of the i-th sequence; it has `margin` bytes before it.
+  std::size_t operator()(std::size_t i) const noexcept { return first_[i % size() * stride_ % size()]; }
 
  private:
-  std::size_t languages_, size_, stride_ = 1;
-  std::vector<std::size_t> begin_;
+  std::vector<std::size_t> first_;
+  std::size_t length_, stride_ = 1;
 };
 
 }  // namespace demo

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-/// What the model sees of a text: the last few bytes one by one, and which bytes were frequent before them.
+/// What a token is before any block: the sum of a row for each of the last bytes, and for the last two together.
 #pragma once
 
 #include <cstdint>
@@ -9,10 +9,11 @@
 
 namespace demo {
 
-/// Positions in a text; token t is to predict text[position[t]]. Each has at least `window_embedding::reach` bytes before it.
+/// Positions in a text; token t is to predict text[position[t]]. Each has at least `window` bytes before it.
 struct windows {
   std::span<const std::uint8_t> text;
   std::span<const moe::idx> position;
+  std::span<const moe::idx> offsets;  ///< of the sequences of tokens, as in moe::packed_sequences
 
   moe::dim tokens() const noexcept { return static_cast<moe::dim>(position.size()); }
   std::uint8_t byte(moe::dim t, moe::dim back) const noexcept {
@@ -21,54 +22,48 @@ struct windows {
   std::uint8_t target(moe::dim t) const noexcept { return byte(t, 0); }
 };
 
-/// y[t] = the sum over i = 1 .. window of table_i[byte i before t]  +  counts[t] bag
+/// y[t] = sum over i = 1 .. window of table_i[byte i before t]  +  pairs[hash of the last two bytes]
 ///
-/// with counts[t,b]: how often byte b is among the last `reach` bytes, times 4 / reach. Only the table of the last byte and the
-/// bag start at random. What the bytes before it add is then learned, not first unlearned.
+/// Only the table of the last byte starts at random. What the others add is then learned, not first
+/// unlearned.
 ///
-/// weights  last[256,d] earlier[(window-1)*256,d] bag[256,d]      saves  counts[T,256]      adds to  all three
+/// weights  last[256,d] earlier[(window-1)*256,d] pairs[hashes,d]      saves  nothing      adds to  all three
+/// Hashed runs of bytes: Pagnoni et al. 2024 (Byte Latent Transformer), arXiv:2412.09871, section 3.2.1
 struct window_embedding {
-  static constexpr moe::dim reach = 256;
-  moe::dim window = 8;
+  moe::dim window = 8;     ///< at least 2
+  moe::dim hashes = 4096;  ///< rows of the table of pairs
 
   struct weights {
-    moe::matrix_view<float> last, earlier, bag;
-
-    /// Row of the byte `back` positions before the one to predict.
-    float* row(const windows& in, moe::dim t, moe::dim back) const noexcept {
-      const moe::dim byte = in.byte(t, back);
-      return back == 1 ? last.row(byte) : earlier.row((back - 2) * 256 + byte);
-    }
+    moe::matrix_view<float> last, earlier, pairs;
   };
-  struct context { moe::matrix_view<float> counts; };
 
+  moe::dim tables() const noexcept { return window + 1; }
   weights make_weights(moe::dim d, moe::arena& mem) const noexcept {
     return {mem.matrix<float>("last", 256, d), mem.matrix<float>("earlier", (window - 1) * 256, d, moe::initial::zeros),
-            mem.matrix<float>("bag", 256, d)};
+            mem.matrix<float>("pairs", hashes, d, moe::initial::zeros)};
   }
-  context make_context(moe::dim tokens, moe::arena& mem) const noexcept { return {mem.matrix<float>("counts", tokens, 256)}; }
+  /// The row of table i that token t reads.
+  float* row(const weights& w, const windows& in, moe::dim t, moe::dim i) const noexcept {
+    if (i == 0) return w.last.row(in.byte(t, 1));
+    if (i < window) return w.earlier.row((i - 1) * 256 + in.byte(t, i + 1));
+    const std::uint32_t hash = (in.byte(t, 1) * 256u + in.byte(t, 2)) * 2654435761u >> 8;  // Knuth's multiplicative hash
+    return w.pairs.row(static_cast<moe::dim>(hash) % hashes);
+  }
 
   template <class B>
-  void forward(const moe::call<B>& on, const weights& w, const windows& in, moe::matrix_view<float> y,
-               context& ctx) const noexcept {
+  void forward(const moe::call<B>& on, const weights& w, const windows& in, moe::matrix_view<float> y) const noexcept {
     fill(on, y, 0.f);
-    fill(on, ctx.counts, 0.f);
     for_each_token(on, in.tokens(), [&](moe::dim t) {
-      for (moe::dim i = 1; i <= window; ++i) axpy(typename B::arch{}, 1.f, w.row(in, t, i), y.row(t), y.cols);
-      for (moe::dim i = 1; i <= reach; ++i) ctx.counts(t, in.byte(t, i)) += 4.f / static_cast<float>(reach);
+      for (moe::dim i = 0; i < tables(); ++i) axpy(typename B::arch{}, 1.f, row(w, in, t, i), y.row(t), y.cols);
     });
-    gemm_nn(on, ctx.counts, w.bag, y);
   }
   /// One task a table: no two write to the same row.
   template <class B>
-  void backward(const moe::call<B>& on, const windows& in, const context& ctx, moe::matrix_view<const float> dy,
-                weights& dw) const noexcept {
-    on.executor().for_each(window, 1, [&](moe::dim i, moe::dim last) {
+  void backward(const moe::call<B>& on, const windows& in, moe::matrix_view<const float> dy, weights& dw) const noexcept {
+    on.executor().for_each(tables(), 1, [&](moe::dim i, moe::dim last) {
       for (; i < last; ++i)
-        for (moe::dim t = 0; t < in.tokens(); ++t)
-          axpy(typename B::arch{}, 1.f, dy.row(t), dw.row(in, t, i + 1), dy.cols);
+        for (moe::dim t = 0; t < in.tokens(); ++t) axpy(typename B::arch{}, 1.f, dy.row(t), row(dw, in, t, i), dy.cols);
     });
-    gemm_tn(on, ctx.counts, dy, dw.bag);
   }
 };
 
