@@ -33,18 +33,12 @@ MOE_INLINE __m512i load_halves(const std::byte* q) noexcept {
   const __m512i v = _mm512_loadu_si512(q);
   return _mm512_and_si512(Upper ? _mm512_srli_epi16(v, 4) : v, _mm512_set1_epi8(15));
 }
-/// left[m] and right[m] += weights times x over 32 k: 8 lines of either half of a panel. Those of the lower halves of bytes
-/// ask for weights ahead.
+/// left[m] and right[m] += weights times x over 32 k: 8 lines of either half of a panel.
 template <bool Upper, int M>
 MOE_TARGET(MOE_AVX512_VNNI)
-MOE_INLINE void add_lines(const std::byte* q, const std::byte* x, const std::byte* ahead, dim pace, int_lanes* left,
-                          int_lanes* right) noexcept {
+MOE_INLINE void add_lines(const std::byte* q, const std::byte* x, int_lanes* left, int_lanes* right) noexcept {
   MOE_UNROLL
   for (int i = 0; i < 8; ++i) {
-    if (!Upper) {
-      moe::detail::prefetch(ahead + i * pace);
-      moe::detail::prefetch(ahead + i * pace + pace / 2);
-    }
     const __m512i u = load_halves<Upper>(q + i * line_bytes), v = load_halves<Upper>(q + (8 + i) * line_bytes);
     MOE_UNROLL
     for (int m = 0; m < M; ++m) {
@@ -68,9 +62,10 @@ MOE_NO_INLINE void multiply_block_groups(const block_work& w) noexcept {
   MOE_UNROLL
   for (int m = 0; m < M; ++m) left_total[m] = right_total[m] = _mm512_setzero_ps();
   const std::byte *x = w.a, *q = w.weights, *scales = q + 2048, *ahead = w.ahead;
-  const dim pace = w.pace;
+  const dim share = w.pace == 2 * line_bytes ? rule::step_bytes : moe::detail::round_up(8 * w.pace, line_bytes);
   const float* start = w.factors + 2;
-  for (dim l = 0; l < w.lines; ++l, x += w.a_step, q += tile_bytes, ahead += 8 * pace) {
+  for (dim l = 0; l < w.lines; ++l, x += w.a_step, q += tile_bytes) {
+    for (dim s = 0; l % 2 == 0 && s < share; s += line_bytes, ahead += line_bytes) moe::detail::prefetch(ahead);
     MOE_UNROLL
     for (int part = 0; part < 2; ++part) {  // 32 k each
       if (fine || (part == 0 && l % 2 == 0)) {
@@ -82,8 +77,8 @@ MOE_NO_INLINE void multiply_block_groups(const block_work& w) noexcept {
         }
         ++start;
       }
-      if (part == 0) add_lines<false, M>(q, x, ahead, pace, left, right);
-      else add_lines<true, M>(q, x + 32, ahead, pace, left, right);
+      if (part == 0) add_lines<false, M>(q, x, left, right);
+      else add_lines<true, M>(q, x + 32, left, right);
       if (fine || (part == 1 && l % 2 == 1)) {
         const __m512 s = load_scales<typename T::scale>(scales), t = load_scales<typename T::scale>(scales + panel_rows);
         MOE_UNROLL
@@ -92,8 +87,6 @@ MOE_NO_INLINE void multiply_block_groups(const block_work& w) noexcept {
           right_total[m] = _mm512_fmadd_ps(t, _mm512_cvtepi32_ps((__m512i)right[m]), right_total[m]);
         }
         scales += 2 * panel_rows;
-        moe::detail::prefetch(ahead + 8 * pace);  // of the scales there
-        ahead += pace / 2;
       }
     }
     if (l % 2 == 0) continue;
