@@ -93,9 +93,9 @@ struct packed_sequences {
   std::span<const idx> offsets;  ///< [S+1], ascending from 0 to T; or empty
   std::span<const idx> past;     ///< [S]; empty: none
 
-  MOE_HD constexpr dim count() const noexcept { return offsets.empty() ? 1 : static_cast<dim>(offsets.size()) - 1; }
+  constexpr dim count() const noexcept { return offsets.empty() ? 1 : static_cast<dim>(offsets.size()) - 1; }
   /// The sequence that holds token t: the last that begins at or before it.
-  MOE_HD constexpr dim sequence(dim t) const noexcept {
+  constexpr dim sequence(dim t) const noexcept {
     std::size_t low = 0, high = offsets.empty() ? 1 : offsets.size() - 1;
     while (high - low > 1) {
       const std::size_t middle = (low + high) / 2;
@@ -103,13 +103,13 @@ struct packed_sequences {
     }
     return static_cast<dim>(low);
   }
-  MOE_HD constexpr dim first(dim s) const noexcept { return offsets.empty() ? 0 : offsets[static_cast<std::size_t>(s)]; }
+  constexpr dim first(dim s) const noexcept { return offsets.empty() ? 0 : offsets[static_cast<std::size_t>(s)]; }
   /// One beyond the last token of sequence s, of `tokens` in all.
-  MOE_HD constexpr dim last(dim s, dim tokens) const noexcept {
+  constexpr dim last(dim s, dim tokens) const noexcept {
     return offsets.empty() ? tokens : offsets[static_cast<std::size_t>(s) + 1];
   }
   /// Of token t in its sequence, the past included.
-  MOE_HD constexpr dim position(dim t) const noexcept {
+  constexpr dim position(dim t) const noexcept {
     const dim s = sequence(t);
     return t - first(s) + (past.empty() ? 0 : past[static_cast<std::size_t>(s)]);
   }

@@ -192,7 +192,7 @@ void prepare_key_blocks(const call<B>& on, const attention_problem& p, const K& 
   scratch_frame frame(on.scratch);
   const detail::slot_memory slots = count_prepare_key_blocks(on.backend, p.heads, b, on.scratch);
   for (dim number = 0; number < p.sequences(); ++number) {
-    const attention_sequence in = p.sequence(number, {0, k[0].rows});
+    const attention_sequence in = p.sequence(number, attention_sizes{0, k[0].rows});
     detail::share_units(on, slots, detail::blocks(in.keys, b.block) * p.heads.kv_heads, [&](arena mem, auto take) {
       float* near = b.carve_near(p.heads, mem);
       for (dim unit; take(unit);) {
