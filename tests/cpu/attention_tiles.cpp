@@ -87,18 +87,47 @@ TEST_SUITE("cpu/attention_amx") {
     CHECK(worst < largest / 512);
     CHECK(testing::emulated_tiles::faults == 0);
   }
+  TEST_CASE("a prompt in pieces gives the bits of the whole, wherever a piece ends") {
+    if (!has_512()) {
+      MESSAGE("skipped: this machine lacks AVX-512, which prepares tiles");
+      return;
+    }
+    const testing::attention_trial<moe::bf16> all(sizes(200, 200, 2, 1, 40, 32));
+    const auto whole = all.dense(on_tiles{}), chosen = all.blocks(on_tiles{}, 24, 3);
+    for (const dim last : {1, 33, 130, 200}) {
+      const dim first = last > 40 ? last - 40 : 0;
+      testing::attention_trial<moe::bf16> piece(sizes(last - first, last, 2, 1, 40, 32));
+      piece.q.assign(all.q.begin() + first * 80, all.q.begin() + last * 80);
+      piece.k.assign(all.k.begin(), all.k.begin() + last * 40);
+      piece.v.assign(all.v.begin(), all.v.begin() + last * 32);
+      CAPTURE(last);
+      const std::vector<float> got = piece.dense(on_tiles{}).o, some = piece.blocks(on_tiles{}, 24, 3).o;
+      CHECK(std::equal(got.begin(), got.end(), whole.o.begin() + first * 64));
+      CHECK(std::equal(some.begin(), some.end(), chosen.o.begin() + first * 64));
+    }
+  }
   TEST_CASE("a value that is not finite reaches the queries that see it, and no other") {
     if (!has_512()) {
       MESSAGE("skipped: this machine lacks AVX-512, which prepares tiles");
       return;
     }
-    testing::attention_trial<moe::bf16> trial(sizes(100, 100, 1, 1, 32, 32));
-    const auto before = trial.dense(moe::cpu<>{});
-    trial.v[60 * 32 + 5] = moe::bf16(std::numeric_limits<float>::quiet_NaN());
-    const auto after = trial.dense(on_tiles{});
-    for (std::size_t t = 0; t < 60; ++t)
-      for (std::size_t j = 0; j < 32; ++j) CHECK(std::fabs(after.o[t * 32 + j] - before.o[t * 32 + j]) < 0.02f);
-    for (std::size_t t = 60; t < 100; ++t) CHECK(std::isnan(after.o[t * 32 + 5]));
+    constexpr float infinity = std::numeric_limits<float>::infinity();
+    const testing::attention_trial<moe::bf16> trial(sizes(150, 150, 1, 1, 32, 32));
+    const auto before = trial.dense(on_tiles{});
+    for (const bool key : {false, true})
+      for (const float strange : {7.f, infinity, -infinity, std::numeric_limits<float>::quiet_NaN()}) {
+        testing::attention_trial<moe::bf16> later = trial;
+        (key ? later.k : later.v)[60 * 32 + 5] = moe::bf16(strange);
+        const auto after = later.dense(on_tiles{});
+        CAPTURE(strange);
+        for (std::size_t i = 0; i < 60 * 32; ++i) CHECK(after.o[i] == before.o[i]);
+        if (key) continue;
+        for (std::size_t t = 60; t < 150; ++t)
+          for (std::size_t j = 0; j < 32; ++j) {
+            if (j != 5) CHECK(after.o[t * 32 + j] == before.o[t * 32 + j]);
+            else CHECK(std::isfinite(after.o[t * 32 + j]) == (strange == 7));
+          }
+      }
   }
 }
 

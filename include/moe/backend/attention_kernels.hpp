@@ -75,10 +75,9 @@ struct attention_kernels {
   void (*score)(const attention_step&) noexcept;  ///< p = q k^T, no more
   void (*attend)(const attention_step&) noexcept;
   void (*backward)(const attention_backward_step&) noexcept;
-  /// Where the level has products of bf16, else null: row r of a tile into the blocks; and attend, which returns false, with
-  /// nothing changed, where a value is not finite and floats are to be used.
+  /// Where the level has products of bf16, else null: row r of a tile into the blocks; and attend.
   void (*take_halves)(const bf16* row, dim d, dim r, std::byte* blocks) noexcept = nullptr;
-  bool (*attend_halves)(const attention_step&) noexcept = nullptr;
+  void (*attend_halves)(const attention_step&) noexcept = nullptr;
 };
 
 namespace arch {

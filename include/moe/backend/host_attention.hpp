@@ -165,15 +165,15 @@ void take_halves(const attention_kernels& k, const attention_problem& p, const a
     k.take_halves(q[t.head * group + r % group].row(t.in.query + t.first + r / group), p.heads.d, r, b.rows);
   b.scale = p.score_scale() * log2_e;
 }
-/// A step on halves; false where it is left to floats.
+/// A step on halves.
 template <HeadViews K, HeadViews V>
-bool attend_halves(const attention_kernels& k, const attention_tile& t, const K& keys, const V& values, const step_range& r,
+void attend_halves(const attention_kernels& k, const attention_tile& t, const K& keys, const V& values, const step_range& r,
                    const attention_slot& s, attention_halves& b) noexcept {
   b.k = keys[t.head].slice(t.in.key + r.key, r.keys);
   b.v = values[t.head].slice(t.in.key + r.key, r.keys);
   attention_step step{s.state, r.row, r.rows, {nullptr, r.keys, b.k.cols}, {nullptr, r.keys, b.v.cols}, r.key, nullptr, nullptr, s.p};
   step.halves = &b;
-  return k.attend_halves(step);
+  k.attend_halves(step);
 }
 
 /// f(key, n) for the steps that cover keys first .. end of a sequence; equal steps for all tiles.
@@ -248,7 +248,7 @@ void attend(const call<B>& on, const attention_problem& p, const Q& q, const K& 
         if (kernels.attend_halves) detail::take_halves(kernels, p, t, q, halves);
       const auto run = [&](const detail::step_range& r, [[maybe_unused]] const detail::step_range& next) {
         if constexpr (detail::all_halves<Q, K, V>)
-          if (kernels.attend_halves && detail::attend_halves(kernels, t, k, v, r, s, halves)) return;
+          if (kernels.attend_halves) return detail::attend_halves(kernels, t, k, v, r, s, halves);
         if constexpr (requires { selection.packed(kernels, p, t, r, next, s); })
           kernels.attend(selection.packed(kernels, p, t, r, next, s));
         else

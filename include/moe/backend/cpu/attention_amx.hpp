@@ -20,14 +20,14 @@ class attention_tiles {
  public:
   explicit attention_tiles(const attention_step& s) noexcept : s_(s), h_(*s.halves) {}
 
-  /// False where a value is not finite: then a product with a weight of zero is not zero, and the step is left to floats.
-  bool run() noexcept {
-    if (!pack_values()) return false;
+  /// A value that is not finite is left out of the tiles, where it would reach rows that do not see it, and added at the end.
+  void run() noexcept {
+    const bool finite = pack_values();
     pack_keys();
     Tiles::compiler_fence();
     score();
     weigh();
-    return true;
+    if (!finite) add_what_is_not_finite();
   }
 
   /// Row r of a tile, unscaled, into the blocks.
@@ -42,6 +42,25 @@ class attention_tiles {
   MOE_TARGET(MOE_AVX512)
   static __m512i first_halves(const bf16* p, dim n) noexcept {
     return _mm512_maskz_loadu_epi16(n < 32 ? (1u << n) - 1 : 0xffffffffu, p);
+  }
+
+  /// Zero where they are not, which `strange` is told.
+  MOE_TARGET(MOE_AVX512)
+  static __m512i finite_halves(const bf16* p, dim n, __mmask32& strange) noexcept {
+    const __m512i halves = first_halves(p, n), exponent = _mm512_set1_epi16(0x7f80);
+    const __mmask32 other = _mm512_cmpeq_epi16_mask(_mm512_and_si512(halves, exponent), exponent);
+    strange |= other;
+    return _mm512_maskz_mov_epi16(~other, halves);
+  }
+  /// To the rows that see it.
+  void add_what_is_not_finite() noexcept {
+    for (dim key = 0; key < h_.v.rows; ++key)
+      for (dim j = 0; j < h_.v.cols; ++j) {
+        const float value = static_cast<float>(h_.v(key, j));
+        for (dim i = 0; value - value != 0 && i < s_.rows; ++i)
+          if (const key_range seen = seen_by(s_, i); key >= seen.lo && key < seen.hi)
+            s_.state.o(s_.at(i), j) += s_.p[i * attention_pitch + key] * value;
+      }
   }
 
   dim steps() const noexcept { return moe::detail::blocks(s_.state.q.cols, 32); }
@@ -68,16 +87,13 @@ class attention_tiles {
   /// Two tiles for each 32 channels and 32 keys: keys in pairs down, channels across. Whether all values are finite.
   MOE_TARGET(MOE_AVX512)
   bool pack_values() const noexcept {
-    const __m512i exponent = _mm512_set1_epi16(0x7f80);
     __mmask32 strange = 0;
     for (dim j = 0; j < moe::detail::round_up(h_.v.cols, 32); j += 32)
       for (dim key = 0; key < chunks() * 32; key += 2) {
         const auto value = [&](dim at) { return at < h_.v.rows ? h_.v.row(at) + j : nullptr; };
         const bf16 *upper = value(key), *lower = value(key + 1);
-        const __m512i a = upper ? first_halves(upper, h_.v.cols - j) : _mm512_setzero_si512();
-        const __m512i b = lower ? first_halves(lower, h_.v.cols - j) : _mm512_setzero_si512();
-        strange |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(a, exponent), exponent) |
-                   _mm512_cmpeq_epi16_mask(_mm512_and_si512(b, exponent), exponent);
+        const __m512i a = upper ? finite_halves(upper, h_.v.cols - j, strange) : _mm512_setzero_si512();
+        const __m512i b = lower ? finite_halves(lower, h_.v.cols - j, strange) : _mm512_setzero_si512();
         std::byte* to = h_.values + ((j / 32 * chunks() + key / 32) * 2 * tile_rows + key % 32 / 2) * line_bytes;
         store_pairs(a, b, to);
       }
@@ -183,8 +199,8 @@ class attention_tiles {
 };
 
 template <int Build, class Tiles>
-bool attend_halves(const attention_step& s) noexcept {
-  return attention_tiles<Build, Tiles>(s).run();
+void attend_halves(const attention_step& s) noexcept {
+  attention_tiles<Build, Tiles>(s).run();
 }
 template <int Build, class Tiles>
 constexpr attention_kernels attention_on_tiles() noexcept {
