@@ -40,7 +40,8 @@ attention_sink measure_sink(const language_model_instance<Block>& m, const text&
   double queries = 0;
   std::vector<batch> batches;
   const sampler at(t, static_cast<std::size_t>(r.length));
-  for (moe::dim i = 0; i < r.validation; i += r.sequences) batches.push_back(walk(at, static_cast<std::size_t>(i), r.sequences));
+  for (moe::dim i = 0; i < r.validation; i += r.sequences)
+    batches.push_back(walk(at, static_cast<std::size_t>(i), r.sequences));
   out.bits = bits_per_byte(m, t.bytes, batches, r, [&](const auto& ctx) {
     for (const auto& c : ctx.blocks) {
       add_block(m.net.block(), c, ctx.in.offsets, out);

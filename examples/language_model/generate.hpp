@@ -40,8 +40,8 @@ inline std::string printable(std::string_view s) {
   return out;
 }
 
-/// Reads a text byte by byte and says what comes next; the keys and values of what it has read stay in caches. Where they are
-/// full, the second half of what they hold is read again, as a new sequence.
+/// Reads a text byte by byte and says what comes next; the keys and values of what it has read stay in caches. Where they
+/// are full, the second half of what they hold is read again, as a new sequence.
 template <class Block>
 class reader {
  public:

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// A byte-level transformer in three languages, with gated attention and a Mixture-of-Experts layer in every block, beside one
-// with dense layers that do the same work for every byte. What must hold stands at the end of `demonstrate`, and the exit
-// status says whether it did.
+// A byte-level transformer in three languages, most of whose weights are used by few bytes: tables of runs of bytes,
+// chosen by a hash, and in every block a Mixture-of-Experts layer behind gated attention. Beside it one that does the same work for
+// every byte with all of its weights. What must hold stands at the end of `demonstrate`, and the exit status says whether it
+// did.
 //
 //   language_model [--quick] [FOLDER]      pictures, checkpoint and text go to FOLDER (default: demo-output)
 #include <chrono>
@@ -29,7 +30,9 @@ using backend = moe::cpu<moe::arch::native, moe::pool_executor>;
 using mixture = moe::layer<moe::linear_gate, moe::with_loss<moe::top_k<k>, moe::load_balance>, moe::ffn_expert,
                            moe::weighted_sum, backend>;
 using dense = moe::dense<moe::ffn_expert, backend>;
+constexpr mixture::router_type router{.loss = {.coefficient = 0.003f}};
 
+// [block]
 struct plain_attention : moe::attention_features {
   using rotary = moe::rotary<>;
   static constexpr bool normalises_heads = true;
@@ -43,10 +46,9 @@ struct gated_blocks : gated_attention {
 /// What the models attend with; gated_blocks is Mixture of Block Attention.
 using features = gated_attention;
 
-constexpr mixture::router_type router{.loss = {.coefficient = 0.003f}};
-
 template <class Features, class Layer>
 using block = moe::transformer_block<moe::self_attention<Features, backend>, Layer>;
+// [/block]
 template <class Features, class Layer>
 using instance = demo::language_model_instance<block<Features, Layer>>;
 
@@ -60,28 +62,33 @@ struct settings {
   demo::recipe training;
   dim sink_steps;  ///< of the two short trainings that show what the gate does
 
+  /// Of models without tables of runs.
+  demo::window_embedding plain_embedding() const { return {.window = embedding.window, .longest = 1}; }
   /// One expert of a hidden width at which a dense layer does at least the work of k experts and the gate.
   moe::shape dense_layer() const {
     return {.tokens = layer.tokens, .d = layer.d, .f = (k * layer.f + layer.experts / 3 + 7) / 8 * 8, .experts = 1};
   }
 };
-constexpr settings full{.bytes_per_language = 1'300'000, .blocks = 2, .embedding = {.window = 8, .hashes = 4096},
+constexpr settings full{.bytes_per_language = 1'300'000, .blocks = 2,
+                        .embedding = {.window = 8, .longest = 4, .hashes = 8192},
                         .heads = {.heads = 2, .kv_heads = 1, .d = 32, .dv = 32}, .key_blocks = {.block = 16, .k = 3},
                         .layer = {.tokens = 1024, .d = 128, .f = 128, .experts = 8},
-                        .training = {.steps = 1500, .length = 128, .sequences = 8, .validation = 32}, .sink_steps = 200};
+                        .training = {.steps = 1400, .length = 128, .sequences = 8, .validation = 32}, .sink_steps = 200};
 // The same program on a crumb of text: what it computes is checked, how well it learns is not.
-constexpr settings quick{.bytes_per_language = 60'000, .blocks = 2, .embedding = {.window = 8, .hashes = 256},
+constexpr settings quick{.bytes_per_language = 60'000, .blocks = 2, .embedding = {.window = 8, .longest = 4, .hashes = 256},
                          .heads = {.heads = 2, .kv_heads = 1, .d = 16, .dv = 16}, .key_blocks = {.block = 16, .k = 3},
                          .layer = {.tokens = 256, .d = 32, .f = 32, .experts = 8},
                          .training = {.steps = 24, .length = 64, .sequences = 4, .validation = 8}, .sink_steps = 12};
 
-/// Validation bits per byte by which the mixture must beat the dense model.
-constexpr double margin = 0.05;
+/// Validation bits per byte by which the mixture must beat the dense model. Measured: 0.256. The tables do most of it in so
+/// short a training: where the dense model has them too, the experts alone are better by 0.015, and by 0.075 where the tables
+/// hold runs of two bytes only.
+constexpr double margin = 0.1;
 
 template <class Features, class Layer>
-instance<Features, Layer> make_model(const settings& s, const Layer& layer) {
+instance<Features, Layer> make_model(const settings& s, const demo::window_embedding& embedding, const Layer& layer) {
   const moe::self_attention<Features, backend> attention(s.layer.d, s.heads, s.key_blocks, layer.backend());
-  instance<Features, Layer> m({s.blocks, s.embedding, block<Features, Layer>(attention, layer)}, s.training.length);
+  instance<Features, Layer> m({s.blocks, embedding, block<Features, Layer>(attention, layer)}, s.training.length);
   m.initialise(s.training.seed);
   return m;
 }
@@ -105,7 +112,8 @@ void write_file(const std::filesystem::path& path, const std::string& content) {
 
 template <class Model>
 void save(const Model& m, const std::string& path) {
-  moe::save(path, {{"", m.net.catalogue(), m.params.bytes()}}, {{"description", "byte-level language model of examples/language_model"}});
+  moe::save(path, {{"", m.net.catalogue(), m.params.bytes()}},
+            {{"description", "byte-level language model of examples/language_model"}});
 }
 
 /// Whether a model read from the file gives the same logits as `m`, bit for bit.
@@ -125,21 +133,25 @@ bool reloads_exactly(const Model& m, const std::string& path, const demo::text& 
   return std::memcmp(logits[0].data(), logits[1].data(), sizeof(float) * 256 * 256) == 0;
 }
 
-/// Two short trainings from one seed, without the gate on attention and with it.
-template <class Layer>
-void compare_sinks(const settings& s, const Layer& layer, const demo::corpus& text) {
+/// Two short trainings from one seed, without the gate on attention and with it; and what the mixture came to.
+template <class Model>
+void compare_sinks(const settings& s, const Model& trained, const demo::corpus& text) {
+  const auto& layer = trained.net.block().layer();
   demo::recipe r = s.training;
   r.steps = s.sink_steps;
-  auto plain = make_model<plain_attention>(s, layer);
-  auto gated = make_model<gated_attention>(s, layer);
+  auto plain = make_model<plain_attention>(s, s.plain_embedding(), layer);
+  auto gated = make_model<gated_attention>(s, s.plain_embedding(), layer);
   demo::train(plain, "no gate", r, text.train, text.valid);
   demo::train(gated, "gate", r, text.train, text.valid);
-  std::printf("\nafter %td steps            bits per byte   weight of the first token   largest activation\n", r.steps);
-  const auto row = [](const char* name, const demo::attention_sink& a) {
-    std::printf("  %-24s %11.3f   %10.3f (even: %.3f) %20.1f\n", name, a.bits, a.first_token, a.uniform, a.largest);
+  std::printf("\nattention                 steps   bits per byte   weight of the first token   largest activation\n");
+  const auto row = [&](const char* name, dim steps, const auto& model) {
+    const demo::attention_sink a = demo::measure_sink(model, text.valid, r);
+    std::printf("  %-20s %8td %15.3f %13.3f (even: %.3f) %20.1f\n", name, steps, a.bits, a.first_token, a.uniform,
+                a.largest);
   };
-  row("attention without gate", demo::measure_sink(plain, text.valid, r));
-  row("attention with gate", demo::measure_sink(gated, text.valid, r));
+  row("without gate", r.steps, plain);
+  row("with gate", r.steps, gated);
+  if constexpr (!features::selection::blocks) row("the mixture above", s.training.steps, trained);
 }
 
 void print_table(const demo::evaluation& m, const demo::evaluation& d) {
@@ -158,12 +170,12 @@ int demonstrate(const settings& s, bool is_quick, const std::filesystem::path& f
   const demo::corpus text = demo::load_corpus(s.bytes_per_language);
   const moe::thread_pool threads;
   const backend on{moe::pool_executor(threads)};
-  auto moe_model = make_model<features>(s, mixture(s.layer, router, on));
-  auto dense_model = make_model<features>(s, dense(s.dense_layer(), {}, on));
+  auto moe_model = make_model<features>(s, s.embedding, mixture(s.layer, router, on));
+  auto dense_model = make_model<features>(s, s.plain_embedding(), dense(s.dense_layer(), {}, on));
   std::printf("Text: %.1f million bytes of English (King James Bible), French and German (manual pages)\n"
-              "mixture: %td blocks, %td experts, %d for each byte; %.2f million weights, %.0f thousand multiplications a byte\n"
+              "mixture: tables of %td runs; %td blocks, %td experts, %d for each byte; %.2f million weights, %.0f thousand multiplications a byte\n"
               "dense:   %td blocks, hidden width %td;       %.2f million weights, %.0f thousand multiplications a byte\n\n",
-              static_cast<double>(text.train.bytes.size()) * 1e-6, s.blocks, s.layer.experts, k, million_weights(moe_model),
+              static_cast<double>(text.train.bytes.size()) * 1e-6, (s.embedding.longest - 1) * s.embedding.hashes, s.blocks, s.layer.experts, k, million_weights(moe_model),
               work(s, s.layer.experts, k * s.layer.f), s.blocks, s.dense_layer().f, million_weights(dense_model),
               work(s, 0, s.dense_layer().f));
 
@@ -182,11 +194,12 @@ int demonstrate(const settings& s, bool is_quick, const std::filesystem::path& f
   const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
   std::printf("\nWhere a text it has not seen ends (|), the mixture goes on, at %.0f bytes a second:\n\n%s",
               static_cast<double>(3 * length) / seconds.count(), written.c_str());
-  compare_sinks(s, mixture(s.layer, router, on), text);
+  compare_sinks(s, moe_model, text);
   write_file(folder / "text.txt", written);
   write_file(folder / "loss.svg", demo::draw_loss(moe_curve, dense_curve));
   write_file(folder / "experts.svg", demo::draw_experts(moe_result));
-  std::printf("\nIn %s: loss.svg, experts.svg, mixture.safetensors, text.txt\n\n", std::filesystem::absolute(folder).string().c_str());
+  std::printf("\nIn %s: loss.svg, experts.svg, mixture.safetensors, text.txt\n\n",
+              std::filesystem::absolute(folder).string().c_str());
 
   // What must hold.
   const double gain = dense_result.all - moe_result.all;

@@ -32,9 +32,9 @@ inline void append_language(text& t, std::string_view bytes) {
   t.begin.push_back(t.bytes.size());
 }
 
-/// Walks over a text in sequences of `length` bytes so that every one comes once before any comes again, and every stretch of
-/// the walk is spread evenly over the whole text, hence over its languages: sequence i of the walk is i * stride modulo their
-/// number, both coprime.
+/// Walks over a text in sequences of `length` bytes so that every one comes once before any comes again, and every
+/// stretch of the walk is spread evenly over the whole text, hence over its languages: sequence i of the walk is i * stride modulo
+/// their number, both coprime.
 class sampler {
  public:
   sampler(const text& t, std::size_t length) : length_(length) {

@@ -2,6 +2,7 @@
 /// Training and evaluation of a language model.
 #pragma once
 
+#include <algorithm>
 #include <string>
 #include <utility>
 #include <vector>
@@ -140,11 +141,13 @@ learning_curve train(language_model_instance<Block>& m, const std::string& name,
     moe::arena mem(work.bytes());
     auto ctx = m.make_context(b.of(train_text.bytes), mem);
     const double bits = m.net.forward(m.w, ctx, mem);
-    std::fill_n(grads.as<float>().data(), n, 0.f);
+    executor.for_each(n, 65536, [&](moe::dim first, moe::dim last) {
+      std::fill(grads.as<float>().data() + first, grads.as<float>().data() + last, 0.f);
+    });
     m.net.backward(m.w, ctx, dw, mem);
     const double norm = moe::global_norm(executor, grads.as<const float>());
-    optimizer.step(executor, {.rate = rate(step), .step = step, .scale = moe::clip_factor(norm, 1.f)}, w, grads.as<const float>(),
-                   state);
+    optimizer.step(executor, {.rate = rate(step), .step = step, .scale = moe::clip_factor(norm, 1.f)}, w,
+                   grads.as<const float>(), state);
 
     const double read = static_cast<double>((step + 1) * r.tokens()) * 1e-6;
     recent += (bits - recent) * (step < 20 ? 0.5 : 0.05);

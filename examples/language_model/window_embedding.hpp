@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-/// What a token is before any block: the sum of a row for each of the last bytes, and for the last two together.
+/// What a token is before any block: the sum of a row for each of the last bytes, and for the last few together.
 #pragma once
 
 #include <cstdint>
@@ -22,32 +22,37 @@ struct windows {
   std::uint8_t target(moe::dim t) const noexcept { return byte(t, 0); }
 };
 
-/// y[t] = sum over i = 1 .. window of table_i[byte i before t]  +  pairs[hash of the last two bytes]
+/// y[t] = sum over i = 1 .. window of table_i[byte i before t]  +  sum over n = 2 .. longest of run_n[hash of the last n bytes]
 ///
-/// Only the table of the last byte starts at random. What the others add is then learned, not first
-/// unlearned.
+/// Only the table of the last byte starts at random. What the others add is then learned, not first unlearned.
 ///
-/// weights  last[256,d] earlier[(window-1)*256,d] pairs[hashes,d]      saves  nothing      adds to  all three
+/// weights  last[256,d] earlier[(window-1)*256,d] runs[(longest-1)*hashes,d]      saves  nothing      adds to  all three
 /// Hashed runs of bytes: Pagnoni et al. 2024 (Byte Latent Transformer), arXiv:2412.09871, section 3.2.1
 struct window_embedding {
-  moe::dim window = 8;     ///< at least 2
-  moe::dim hashes = 4096;  ///< rows of the table of pairs
+  moe::dim window = 8;     ///< at least `longest`
+  moe::dim longest = 4;    ///< run of bytes that has a table, at least 1
+  moe::dim hashes = 8192;  ///< rows of a table of runs
 
   struct weights {
-    moe::matrix_view<float> last, earlier, pairs;
+    moe::matrix_view<float> last, earlier, runs;
   };
 
-  moe::dim tables() const noexcept { return window + 1; }
+  moe::dim tables() const noexcept { return window + longest - 1; }
   weights make_weights(moe::dim d, moe::arena& mem) const noexcept {
     return {mem.matrix<float>("last", 256, d), mem.matrix<float>("earlier", (window - 1) * 256, d, moe::initial::zeros),
-            mem.matrix<float>("pairs", hashes, d, moe::initial::zeros)};
+            mem.matrix<float>("runs", (longest - 1) * hashes, d, moe::initial::zeros)};
   }
   /// The row of table i that token t reads.
   float* row(const weights& w, const windows& in, moe::dim t, moe::dim i) const noexcept {
     if (i == 0) return w.last.row(in.byte(t, 1));
     if (i < window) return w.earlier.row((i - 1) * 256 + in.byte(t, i + 1));
-    const std::uint32_t hash = (in.byte(t, 1) * 256u + in.byte(t, 2)) * 2654435761u >> 8;  // Knuth's multiplicative hash
-    return w.pairs.row(static_cast<moe::dim>(hash) % hashes);
+    return w.runs.row((i - window) * hashes + hash(in, t, i - window + 2));
+  }
+  /// Of the n bytes before the one to predict.
+  moe::dim hash(const windows& in, moe::dim t, moe::dim n) const noexcept {
+    std::uint64_t h = 0;
+    for (moe::dim i = 1; i <= n; ++i) h = (h + in.byte(t, i) + 1) * 0x9E3779B97F4A7C15u;
+    return static_cast<moe::dim>(h >> 32) % hashes;
   }
 
   template <class B>

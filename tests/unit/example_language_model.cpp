@@ -121,41 +121,43 @@ TEST_SUITE("examples/language_model") {
     CHECK(batches[1].position == std::vector<moe::idx>{78, 79, 80});
   }
 
-  TEST_CASE("the embedding adds a row for each of the last bytes and one for the last two together") {
-    auto last = numbers(256 * 3, 1), earlier = numbers(256 * 3, 2), pairs = numbers(16 * 3, 3);
+  TEST_CASE("the embedding adds a row for each of the last bytes and one for each run of them") {
+    auto last = numbers(256 * 3, 1), earlier = numbers(256 * 3, 2), runs = numbers(2 * 16 * 3, 3);
     std::vector<float> y(6);
     const std::vector<moe::idx> position = {256, 290};
-    const demo::window_embedding embedding{2, 16};
-    demo::window_embedding::weights w{matrix(last, 256), matrix(earlier, 256), matrix(pairs, 16)};
+    const demo::window_embedding embedding{2, 3, 16};
+    demo::window_embedding::weights w{matrix(last, 256), matrix(earlier, 256), matrix(runs, 32)};
     moe::arena none;
     const moe::scalar<> backend;
     const moe::call<moe::scalar<>> on{backend, none, {}};
-    embedding.forward(on, w, {bytes, position, {}}, matrix(y, 2));
+    const demo::windows in{bytes, position, {}};
+    embedding.forward(on, w, in, matrix(y, 2));
+    CHECK(embedding.hash(in, 0, 2) != embedding.hash(in, 1, 2));
     for (std::size_t t = 0; t < 2; ++t)
       for (dim j = 0; j < 3; ++j) {
         const auto at = static_cast<std::size_t>(position[t]);
-        const std::uint32_t both = bytes[at - 1] * 256u + bytes[at - 2];
+        const auto run = [&](dim n) { return double{w.runs((n - 2) * 16 + embedding.hash(in, static_cast<dim>(t), n), j)}; };
         const double wanted = double{w.last(bytes[at - 1], j)} + double{w.earlier(bytes[at - 2], j)} +
-                              double{w.pairs(static_cast<dim>((both * 2654435761u >> 8) % 16), j)};
+                              run(2) + run(3);
         CHECK(std::fabs(double{y[t * 3 + static_cast<std::size_t>(j)]} - wanted) < 1e-5);
       }
   }
   TEST_CASE("the embedding is linear in its weights, and backward is the transpose of forward") {
     constexpr dim d = 3, T = 3;
-    auto last = numbers(256 * d, 1), earlier = numbers(512 * d, 2), pairs = numbers(8 * d, 3), dy = numbers(T * d, 4);
-    std::vector<float> y(T * d), dlast(last.size()), dearlier(earlier.size()), dpairs(pairs.size());
+    auto last = numbers(256 * d, 1), earlier = numbers(512 * d, 2), runs = numbers(16 * d, 3), dy = numbers(T * d, 4);
+    std::vector<float> y(T * d), dlast(last.size()), dearlier(earlier.size()), druns(runs.size());
     const std::vector<moe::idx> position = {270, 256, 299};
     const demo::windows in{bytes, position, {}};
-    const demo::window_embedding embedding{3, 8};
-    demo::window_embedding::weights w{matrix(last, 256), matrix(earlier, 512), matrix(pairs, 8)};
-    demo::window_embedding::weights dw{matrix(dlast, 256), matrix(dearlier, 512), matrix(dpairs, 8)};
+    const demo::window_embedding embedding{3, 3, 8};
+    demo::window_embedding::weights w{matrix(last, 256), matrix(earlier, 512), matrix(runs, 16)};
+    demo::window_embedding::weights dw{matrix(dlast, 256), matrix(dearlier, 512), matrix(druns, 16)};
     moe::arena none;
     const moe::scalar<> backend;
     const moe::call<moe::scalar<>> on{backend, none, {}};
     embedding.forward(on, w, in, matrix(y, T));
     embedding.backward(on, in, matrix(dy, T), dw);
     embedding.backward(on, in, matrix(dy, T), dw);  // adds
-    const double by_weights = dot(dlast, last) + dot(dearlier, earlier) + dot(dpairs, pairs);
+    const double by_weights = dot(dlast, last) + dot(dearlier, earlier) + dot(druns, runs);
     CHECK(by_weights == doctest::Approx(2 * dot(dy, y)).epsilon(1e-4));
   }
 
@@ -186,7 +188,7 @@ TEST_SUITE("examples/language_model") {
 
   TEST_CASE_TEMPLATE("gradients of the whole model match finite differences", Features, gated, gated_blocks) {
     using model = demo::language_model<block<Features>>;
-    demo::language_model_instance<block<Features>> m(model(2, {3, 8}, make_block<Features>()), 16);
+    demo::language_model_instance<block<Features>> m(model(2, {3, 3, 8}, make_block<Features>()), 16);
     const model& net = m.net;
     demo::batch b;
     for (const std::size_t length : {9u, 5u}) b.add(256 + b.position.size(), length);
@@ -229,7 +231,7 @@ TEST_SUITE("examples/language_model") {
                      gated_blocks) {
     using model = demo::language_model<block<Features>>;
     constexpr std::size_t length = 16;
-    demo::language_model_instance<block<Features>> m(model(2, {3, 8}, make_block<Features>()), length);
+    demo::language_model_instance<block<Features>> m(model(2, {3, 3, 8}, make_block<Features>()), length);
     m.initialise(1);
     for (std::size_t i = 0; i < m.params.size() / 4; ++i) m.params.template as<float>()[i] += 0.1f * moe::rng(2).normal(i);
     const std::string all(bytes.begin(), bytes.end());
@@ -257,7 +259,7 @@ TEST_SUITE("examples/language_model") {
     using model = demo::language_model<block<gated>>;
     demo::text t;
     demo::append_language(t, std::string(400, 'x'));
-    demo::language_model_instance<block<gated>> m(model(1, {3, 8}, make_block<gated>()), 8);
+    demo::language_model_instance<block<gated>> m(model(1, {3, 3, 8}, make_block<gated>()), 8);
     m.initialise(1);
     for (float& w : m.w.blocks[0].attention.q_norm.weight) w = 0;
     const demo::recipe r{.steps = 1, .length = 8, .sequences = 4, .validation = 4};
