@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // A byte-level transformer in three languages, most of whose weights are used by few bytes: tables of runs of bytes,
-// chosen by a hash, and in every block a Mixture-of-Experts layer behind gated attention. Beside it one that does the same work for
-// every byte with all of its weights. What must hold stands at the end of `demonstrate`, and the exit status says whether it
-// did.
+// chosen by a hash, and in every block a Mixture-of-Experts layer behind gated attention. Beside it one that does the same
+// work for every byte with all of its weights. What must hold stands at the end of `demonstrate`, and the exit status says
+// whether it did.
 //
 //   language_model [--quick] [FOLDER]      pictures, checkpoint and text go to FOLDER (default: demo-output)
 #include <chrono>
@@ -81,8 +81,8 @@ constexpr settings quick{.bytes_per_language = 60'000, .blocks = 2, .embedding =
                          .training = {.steps = 24, .length = 64, .sequences = 4, .validation = 8}, .sink_steps = 12};
 
 /// Validation bits per byte by which the mixture must beat the dense model. Measured: 0.256. The tables do most of it in so
-/// short a training: where the dense model has them too, the experts alone are better by 0.015, and by 0.075 where the tables
-/// hold runs of two bytes only.
+/// short a training: where the dense model has them too, the experts alone are better by 0.015, and by 0.075 where the
+/// tables hold runs of two bytes only.
 constexpr double margin = 0.1;
 
 template <class Features, class Layer>
@@ -173,9 +173,11 @@ int demonstrate(const settings& s, bool is_quick, const std::filesystem::path& f
   auto moe_model = make_model<features>(s, s.embedding, mixture(s.layer, router, on));
   auto dense_model = make_model<features>(s, s.plain_embedding(), dense(s.dense_layer(), {}, on));
   std::printf("Text: %.1f million bytes of English (King James Bible), French and German (manual pages)\n"
-              "mixture: tables of %td runs; %td blocks, %td experts, %d for each byte; %.2f million weights, %.0f thousand multiplications a byte\n"
+              "mixture: tables of %td runs; %td blocks, %td experts, %d for each byte; %.2f million weights, "
+              "%.0f thousand multiplications a byte\n"
               "dense:   %td blocks, hidden width %td;       %.2f million weights, %.0f thousand multiplications a byte\n\n",
-              static_cast<double>(text.train.bytes.size()) * 1e-6, (s.embedding.longest - 1) * s.embedding.hashes, s.blocks, s.layer.experts, k, million_weights(moe_model),
+              static_cast<double>(text.train.bytes.size()) * 1e-6,
+              (s.embedding.longest - 1) * s.embedding.hashes, s.blocks, s.layer.experts, k, million_weights(moe_model),
               work(s, s.layer.experts, k * s.layer.f), s.blocks, s.dense_layer().f, million_weights(dense_model),
               work(s, 0, s.dense_layer().f));
 

@@ -34,7 +34,8 @@ TEST_SUITE("transformer/block") {
     constexpr std::array<moe::idx, 3> offsets{0, 33, T};
     const moe::thread_pool pool(3);
     const backend threads{moe::pool_executor(pool)};
-    const block net(attention(d, {.heads = 4, .kv_heads = 2, .d = 8, .dv = 8}, moe::block_attention{.block = 8, .k = 2}, threads),
+    const moe::attention_heads heads{.heads = 4, .kv_heads = 2, .d = 8, .dv = 8};
+    const block net(attention(d, heads, moe::block_attention{.block = 8, .k = 2}, threads),
                     layer({.d = d, .f = 20, .experts = 4}, threads));
     const moe::buffer params(net.weight_bytes()), grads(net.gradient_bytes()), angles(1 << 14),
         memory(net.context_bytes(T) + net.scratch_bytes(T, 2));

@@ -216,13 +216,16 @@ TEST_SUITE("transformer/block") {
       change(input, w, y);
       return message_of([&] { net.forward(w, input, y, m.ctx, m.work); });
     };
-    CHECK(run([](auto& i, auto&, auto&) { i.x = i.x.columns(0, d - 1); }) == "transformer_block: x is 11 x 7, expected 11 x 8 (T x d)");
-    CHECK(run([](auto&, auto&, auto& y) { y = y.slice(0, 3); }) == "transformer_block::forward: y is 3 x 8, expected 11 x 8 (T x d)");
+    CHECK(run([](auto& i, auto&, auto&) { i.x = i.x.columns(0, d - 1); }) ==
+          "transformer_block: x is 11 x 7, expected 11 x 8 (T x d)");
+    CHECK(run([](auto&, auto&, auto& y) { y = y.slice(0, 3); }) ==
+          "transformer_block::forward: y is 3 x 8, expected 11 x 8 (T x d)");
     CHECK(run([](auto& i, auto&, auto&) { i.sequences.offsets = std::span(offsets).first(3); }) ==
           "transformer_block: sequences: offsets end at 5, expected to ascend from 0 to 11 (T)");
     CHECK(run([](auto&, auto& w, auto&) { w.layer_norm.weight = w.layer_norm.weight.first(3); }) ==
           "transformer_block: layer_norm has 3 elements, expected 8 (d)");
-    CHECK(run([](auto&, auto& w, auto&) { w.attention.k = w.attention.k.slice(0, 1); }).starts_with("self_attention: k is 1 x 8"));
+    CHECK(run([](auto&, auto& w, auto&) { w.attention.k = w.attention.k.slice(0, 1); })
+              .starts_with("self_attention: k is 1 x 8"));
     CHECK(run([](auto&, auto& w, auto&) { w.layer.gate.w = w.layer.gate.w.slice(0, 1); }) != "no error");
     const auto fewer = in.x.slice(0, 5);
     CHECK(message_of([&] { net.forward(m.w, {fewer, {}, in.angles}, m.y_view().slice(0, 5), m.ctx, m.work); }) ==

@@ -197,7 +197,8 @@ TEST_SUITE("examples/language_model") {
     typename model::gradients dw = net.make_gradients(g);
     const std::span<float> v = m.params.template as<float>(), dv = grads.as<float>();
     for (const moe::slot& s : net.catalogue())
-      for (std::size_t i = s.offset / 4; i < (s.offset + s.bytes) / 4; ++i) v[i] = 0.4f * moe::rng(6).normal(i) + (s.start == moe::initial::ones);
+      for (std::size_t i = s.offset / 4; i < (s.offset + s.bytes) / 4; ++i)
+        v[i] = 0.4f * moe::rng(6).normal(i) + (s.start == moe::initial::ones);
 
     const auto run = [&](bool backward) {
       moe::arena mem(work.bytes());
@@ -243,7 +244,8 @@ TEST_SUITE("examples/language_model") {
       auto ctx = m.make_context(b.of(bytes), mem);
       m.net.forward(m.w, ctx, mem);
       for (dim j = 0; j < 256; ++j)
-        CHECK(got[static_cast<std::size_t>(j)] == doctest::Approx(double{ctx.logits(static_cast<dim>(last - first), j)}).epsilon(1e-3));
+        CHECK(got[static_cast<std::size_t>(j)] ==
+              doctest::Approx(double{ctx.logits(static_cast<dim>(last - first), j)}).epsilon(1e-3));
     };
     std::size_t read = 20, first = read - length / 2 + 1;
     demo::reader<block<Features>> at(m, std::string_view(all).substr(0, read));

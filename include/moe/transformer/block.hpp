@@ -99,8 +99,9 @@ class transformer_block {
   }
 
   weights make_weights(arena& mem) const {
-    return carve<weights>(detail::opened(mem, weight_bytes(), "transformer_block::make_weights: the arena", "weight_bytes()"),
-                          make_part_weights);
+    return carve<weights>(
+        detail::opened(mem, weight_bytes(), "transformer_block::make_weights: the arena", "weight_bytes()"),
+        make_part_weights);
   }
   gradients make_gradients(arena& mem) const {
     return carve<gradients>(
@@ -137,7 +138,8 @@ class transformer_block {
   /// The same where no backward follows.
   void forward(const weights& w, const input& in, matrix_view<float> y, arena& mem) const {
     check_call(w, in, y, "transformer_block::forward: y", scratch_bytes(in.x.rows, in.sequences.count()), mem);
-    infer(w, in, y, mem, [&](const input& normed, matrix_view<float> h) { attention_.forward(w.attention, normed, h, mem); });
+    infer(w, in, y, mem,
+          [&](const input& normed, matrix_view<float> h) { attention_.forward(w.attention, normed, h, mem); });
   }
   /// The same for tokens that follow those in a cache, which they join: a prefill, or one token a sequence.
   template <class T>
@@ -253,7 +255,8 @@ class transformer_block {
   }
 
   template <class View>
-  void check_call(const weights& w, const input& in, const View& y, const char* what, std::size_t scratch, arena& mem) const {
+  void check_call(const weights& w, const input& in, const View& y, const char* what, std::size_t scratch,
+                  arena& mem) const {
     expect(in.x, in.x.rows, d(), "transformer_block: x", "T x d");
     expect(matrix_view<const float>(y), in.x.rows, d(), what, "T x d");
     norm_.check(w.attention_norm, d(), "transformer_block: attention_norm");
