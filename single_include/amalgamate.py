@@ -125,7 +125,7 @@ def amalgamate(include):
     first = in_order([FIRST] + [p for p in tree if not p.startswith(ACCELERATED)], tree)
     for path in first:
         foreign = [name for name in tree[path].system if not re.fullmatch(r"<[a-z_]+>", name)]
-        if foreign:
+        if foreign or path == CPU or path.startswith(ACCELERATED[1]):
             raise TreeError(f"{path} is part of {FIRST}, which needs the standard library alone: {foreign}")
     cpu = [p for p in in_order([CPU], tree) if p not in first]
     lost = [p for p in tree if p.startswith(CPU[:-4]) and p not in cpu and p not in first]
