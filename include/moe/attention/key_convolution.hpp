@@ -8,12 +8,12 @@
 
 namespace moe {
 
-/// k'_t = k_t + silu(z_t), z_t = sum over l = 0 .. W-1 of w_l k_{t-l}, each channel on its own. k' takes the place of k in
+/// k'[t] = k[t] + silu(z[t]), z[t] = sum over l = 0 .. W-1 of w[l] k[t-l], each channel on its own. k' takes the place of k in
 /// routing and in attention. Before the first key of a sequence stand zeros; a sequence that goes on (in decoding, or in the
 /// next piece of a long text) reads its last W-1 keys from `tail`.
 ///
 /// weights  w[W, c], c = h_kv*d      saves  nothing, k is read again      adds to  dk, dw
-/// backward u_t = dk'_t silu'(z_t);  dk_t = dk'_t + sum of w_l u_{t+l};  dw_l = sum over t of u_t k_{t-l}
+/// backward u[t] = dk'[t] silu'(z[t]);  dk[t] = dk'[t] + sum of w[l] u[t+l];  dw[l] = sum over t of u[t] k[t-l]
 /// k and k' are floats or halves in memory of their own; arithmetic is in float.
 /// FlashMoBA, Xiao et al. 2025, arXiv:2511.11571 (kconv3, kconv5)
 template <int W>
