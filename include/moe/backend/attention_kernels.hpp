@@ -28,7 +28,7 @@ struct attention_rows_state {
 /// A step over bf16 as a level with products of bf16 reads it: rows, keys and values as they are, blocks for them in its order.
 struct attention_halves {
   matrix_view<const bf16> k, v;
-  std::byte *rows, *gathered, *keys, *values, *weights;  ///< 64 bytes for each 32 of a line of so many lines, see halves_lines
+  std::byte *rows, *gathered, *keys, *values, *weights;  ///< blocks of 16 lines of 64 bytes, see carve_halves
   float scale;                                           ///< of the scores, log2(e) included
 };
 
@@ -47,7 +47,7 @@ struct attention_step {
   dim key = 0;
   float *packed_k = nullptr, *packed_v = nullptr, *p = nullptr;  ///< scratch
   bool packed = false;                       ///< packed_k and packed_v hold the keys and values already
-  upcoming_floats next{};
+  upcoming_floats next{};                    ///< of the step after this one
   const attention_halves* halves = nullptr;  ///< k and v are empty but for their sizes then
 
   dim at(dim i) const noexcept { return row ? row[i] : i; }
@@ -289,7 +289,7 @@ void attend_backward(const attention_backward_step& s) noexcept {
 }
 
 template <class A>
-inline constexpr attention_kernels attention_of{A::blocks::columns, &A::widen, &A::widen, &A::scale, &A::rank, &pack_step<A>, &score<A>, &attend<A>, &attend_backward<A>};
+inline constexpr attention_kernels attention_of{A::blocks::columns, &A::blocks::widen, &A::widen, &A::scale, &A::rank, &pack_step<A>, &score<A>, &attend<A>, &attend_backward<A>};
 
 }  // namespace detail
 

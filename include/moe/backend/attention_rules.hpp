@@ -21,8 +21,7 @@ template <class K>
 struct attention_loops {
   using blocks = K;
 
-  template <class T>
-  static void widen(const T* from, float* to, dim n) noexcept {
+  static void widen(const f16* from, float* to, dim n) noexcept {
     for (dim j = 0; j < n; ++j) to[j] = static_cast<float>(from[j]);
   }
   static void scale(float* x, float w, dim n) noexcept {

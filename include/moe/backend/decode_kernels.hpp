@@ -52,9 +52,6 @@ using moe::detail::decode_heads;
 /// Keys of a tile: their scores, and their values, stay in the nearest cache. Elements that rows are padded to.
 inline constexpr dim decode_tile = 64, decode_pad = moe::detail::kv_cache_pad;
 
-/// 2^x for |x| <= 1/2 is 1 + x (c0 + x (c1 + ...)), off by at most 2^-23 of the value.
-inline constexpr float decode_exp2[] = {0.693146978f, 0.240222420f, 0.0555073375f, 0.00967151667f, 0.00132647387f};
-
 // The plain rung: bytes are widened, so only their own rounding counts.
 template <int Build>
 void prepare_floats(const float* q, dim d, std::byte* to) noexcept {

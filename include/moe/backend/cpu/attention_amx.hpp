@@ -5,7 +5,7 @@
 
 #include "moe/backend/attention_kernels.hpp"
 #include "moe/backend/cpu/attention_avx512.hpp"
-#include "moe/backend/cpu/packed_amx.hpp"
+#include "moe/backend/cpu/mixed_amx.hpp"
 
 #if defined(MOE_X86)
 
@@ -111,7 +111,7 @@ class attention_tiles {
     _mm512_storeu_si512(to + tile_bytes, _mm512_or_si512(high, _mm512_slli_epi32(high_b, 16)));
   }
 
-  /// f(first row, rows above, rows below, what they see) for pairs of blocks of the step's rows.
+  /// f(first row, whether there are two blocks, what they see) for pairs of blocks of the step's rows.
   template <class F>
   void for_each_pair(F f) noexcept {
     tile_heights<Tiles> heights;
@@ -179,7 +179,8 @@ class attention_tiles {
       if (fade != 1) rules::scale(s_.state.o.row(r), fade, s_.state.o.cols);
     }
     for (dim j = 0; j < chunks() * 32; j += 32, to += block_bytes) {
-      const __m512 low = rules::seen_floats(p + j, seen.lo - j, seen.hi - j), high = rules::seen_floats(p + j + 16, seen.lo - j - 16, seen.hi - j - 16);
+      const __m512 low = rules::seen_floats(p + j, seen.lo - j, seen.hi - j);
+      const __m512 high = rules::seen_floats(p + j + 16, seen.lo - j - 16, seen.hi - j - 16);
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), halves_of(low));
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 32), halves_of(high));
     }
@@ -187,10 +188,7 @@ class attention_tiles {
   /// Rounded to nearest even.
   MOE_TARGET(MOE_AVX512)
   static __m256i halves_of(__m512 v) noexcept {
-    const __m512i u = _mm512_castps_si512(v), odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
-    const __m512i near = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
-    const __m512i kept = _mm512_mask_mov_epi32(near, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc00000));
-    return _mm512_maskz_cvtepi32_epi16(0xffff, _mm512_srli_epi32(kept, 16));
+    return _mm512_maskz_cvtepi32_epi16(0xffff, _mm512_srli_epi32(rounded_halves(v), 16));
   }
 
   static constexpr dim most_chunks = attention_keys / 32;

@@ -9,19 +9,26 @@
 
 namespace moe::arch::detail {
 
+/// 2^x by exp2_terms: 0 below exp2_least; NaN stays.
+MOE_TARGET(MOE_AVX512)
+inline __m512 exp2_512(__m512 x) noexcept {
+  constexpr __mmask16 all = 0xffff;  // without a mask GCC 12 warns of undefined registers in its own header
+  x = _mm512_maskz_max_ps(all, _mm512_set1_ps(exp2_least), x);  // NaN stays, as the second operand
+  const __m512 whole = _mm512_maskz_roundscale_ps(all, x, 0), part = _mm512_sub_ps(x, whole);
+  __m512 p = _mm512_set1_ps(exp2_terms[4]);
+  p = _mm512_fmadd_ps(p, part, _mm512_set1_ps(exp2_terms[3]));
+  p = _mm512_fmadd_ps(p, part, _mm512_set1_ps(exp2_terms[2]));
+  p = _mm512_fmadd_ps(p, part, _mm512_set1_ps(exp2_terms[1]));
+  p = _mm512_fmadd_ps(p, part, _mm512_set1_ps(exp2_terms[0]));
+  p = _mm512_fmadd_ps(p, part, _mm512_set1_ps(1.f));
+  return _mm512_maskz_scalef_ps(all, p, whole);
+}
+
 template <int Build>
 struct attention_avx512 {
   using blocks = blocks_avx512<Build>;
   static constexpr dim width = 16;
 
-  MOE_TARGET(MOE_AVX512)
-  static void widen(const bf16* from, float* to, dim n) noexcept {
-    for (dim j = 0; j < n; j += width) {
-      const __mmask16 some = lanes(0, n - j);
-      const __m256i halves = _mm256_maskz_loadu_epi16(some, from + j);
-      _mm512_mask_storeu_ps(to + j, some, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_maskz_cvtepu16_epi32(some, halves), 16)));
-    }
-  }
   MOE_TARGET(MOE_AVX512)
   static void widen(const f16* from, float* to, dim n) noexcept {
     for (dim j = 0; j < n; j += width) {
@@ -66,11 +73,11 @@ struct attention_avx512 {
     __m512 total = _mm512_setzero_ps();
     for (dim j = lo / width * width; j < hi; j += width) {
       const __mmask16 seen = lanes(lo - j, hi - j);
-      const __m512 p = exp2(_mm512_sub_ps(_mm512_loadu_ps(s + j), _mm512_set1_ps(base)));
+      const __m512 p = exp2_512(_mm512_sub_ps(_mm512_loadu_ps(s + j), _mm512_set1_ps(base)));
       _mm512_storeu_ps(s + j, p);
       total = _mm512_mask_add_ps(total, seen, total, p);
     }
-    const float fade = _mm512_cvtss_f32(exp2(_mm512_set1_ps(largest - base)));
+    const float fade = _mm512_cvtss_f32(exp2_512(_mm512_set1_ps(largest - base)));
     largest = found;
     sum = sum * fade + _mm512_reduce_add_ps(total);
     return fade;
@@ -79,7 +86,7 @@ struct attention_avx512 {
   static void slopes(float* s, float* dp, dim lo, dim hi, dim n, float lse, float delta) noexcept {
     for (dim j = 0; j < n; j += width) {
       const __mmask16 seen = lanes(lo - j, hi - j);
-      const __m512 p = _mm512_maskz_mov_ps(seen, exp2(_mm512_sub_ps(_mm512_loadu_ps(s + j), _mm512_set1_ps(lse))));
+      const __m512 p = _mm512_maskz_mov_ps(seen, exp2_512(_mm512_sub_ps(_mm512_loadu_ps(s + j), _mm512_set1_ps(lse))));
       _mm512_storeu_ps(s + j, p);
       _mm512_storeu_ps(dp + j, _mm512_maskz_mul_ps(seen, p, _mm512_sub_ps(_mm512_loadu_ps(dp + j), _mm512_set1_ps(delta))));
     }
@@ -96,19 +103,6 @@ struct attention_avx512 {
     const unsigned below_hi = hi < width ? (hi > 0 ? (1u << hi) - 1 : 0u) : 0xffffu;
     const unsigned below_lo = lo > 0 ? (lo < width ? (1u << lo) - 1 : 0xffffu) : 0u;
     return static_cast<__mmask16>(below_hi & ~below_lo);
-  }
-  MOE_TARGET(MOE_AVX512)
-  static __m512 exp2(__m512 x) noexcept {
-    constexpr __mmask16 all = 0xffff;  // without a mask GCC 12 warns of undefined registers in its own header
-    x = _mm512_maskz_max_ps(all, _mm512_set1_ps(exp2_least), x);  // NaN stays, as the second operand
-    const __m512 whole = _mm512_maskz_roundscale_ps(all, x, 0), part = _mm512_sub_ps(x, whole);
-    __m512 p = _mm512_set1_ps(exp2_terms[4]);
-    p = _mm512_fmadd_ps(p, part, _mm512_set1_ps(exp2_terms[3]));
-    p = _mm512_fmadd_ps(p, part, _mm512_set1_ps(exp2_terms[2]));
-    p = _mm512_fmadd_ps(p, part, _mm512_set1_ps(exp2_terms[1]));
-    p = _mm512_fmadd_ps(p, part, _mm512_set1_ps(exp2_terms[0]));
-    p = _mm512_fmadd_ps(p, part, _mm512_set1_ps(1.f));
-    return _mm512_maskz_scalef_ps(all, p, whole);
   }
 };
 

@@ -5,27 +5,12 @@
 /// Scores and weights of a tile lie key after key, four heads each.
 #pragma once
 
-#include "moe/backend/cpu/ladder.hpp"
+#include "moe/backend/cpu/attention_avx2.hpp"
 #include "moe/backend/decode_kernels.hpp"
 
 #if defined(MOE_X86)
 
 namespace moe::arch::detail {
-
-MOE_TARGET(MOE_AVX2)
-inline __m256 exp2_256(__m256 x) noexcept {
-  const __m256 least = _mm256_set1_ps(-126), seen = _mm256_cmp_ps(x, least, _CMP_NLT_UQ);  // NaN stays
-  x = _mm256_max_ps(least, x);
-  const __m256 n = _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), f = _mm256_sub_ps(x, n);
-  __m256 p = _mm256_set1_ps(decode_exp2[4]);
-  p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(decode_exp2[3]));
-  p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(decode_exp2[2]));
-  p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(decode_exp2[1]));
-  p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(decode_exp2[0]));
-  p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(1));
-  const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
-  return _mm256_and_ps(seen, _mm256_mul_ps(p, _mm256_castsi256_ps(power)));
-}
 
 /// Eight elements as floats.
 MOE_TARGET(MOE_AVX2)

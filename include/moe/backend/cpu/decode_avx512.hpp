@@ -5,25 +5,12 @@
 /// the keys of a tile are read its values are asked for, and while those are read the next keys: memory never waits.
 #pragma once
 
-#include "moe/backend/cpu/ladder.hpp"
+#include "moe/backend/cpu/attention_avx512.hpp"
 #include "moe/backend/decode_kernels.hpp"
 
 #if defined(MOE_X86)
 
 namespace moe::arch::detail {
-
-MOE_TARGET(MOE_AVX512)
-inline __m512 exp2_512(__m512 x) noexcept {
-  x = _mm512_max_ps(_mm512_set1_ps(-200), x);  // NaN stays
-  const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), f = _mm512_sub_ps(x, n);
-  __m512 p = _mm512_set1_ps(decode_exp2[4]);
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(decode_exp2[3]));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(decode_exp2[2]));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(decode_exp2[1]));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(decode_exp2[0]));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1));
-  return _mm512_scalef_ps(p, n);
-}
 
 /// 32 elements as floats: floats and f16 in order, of bf16 the even ones and the odd ones.
 MOE_TARGET(MOE_AVX512)
