@@ -4,6 +4,7 @@
 
 #include "moe/attention/decode.hpp"
 #include "moe/attention/features.hpp"
+#include "moe/attention/layer_tensors.hpp"
 #include "moe/attention/problem.hpp"
 #include "moe/attention/select_blocks.hpp"
 #include "moe/backend/host_attention_backward.hpp"
@@ -42,17 +43,7 @@ class self_attention {
     packed_sequences sequences{};
     table angles{};
   };
-  /// What forward computes on its way; backward reads it again.
-  struct context {
-    dim tokens = 0;
-    bool training = false;
-    matrix_view<float> fused, k_raw, v_raw;                              ///< of the projections
-    matrix_view<float> logits, query_logits, key_logits, value_logits, layer_logits;
-    matrix_view<float> q_gated, k_gated, q, k_normed, k, v;              ///< on the way to attention
-    matrix_view<float> o, gated, lse, y;                                 ///< of attention; before the gate of the layer
-    rms_norm::context q_norm, k_norm;
-    matrix_view<idx> chosen;
-  };
+  using context = attention_context;
 
   template <class... Parts>
   explicit self_attention(dim d, attention_heads heads, const Parts&... given)
@@ -92,7 +83,7 @@ class self_attention {
     return counted([&](arena& mem) {
       (void)carve_context(T, false, mem);
       count_forward(T, sequences, mem);
-      count_backward(T, sequences, mem);
+      count_backward(T, mem);
     });
   }
   std::vector<slot> catalogue() const {
@@ -219,39 +210,7 @@ class self_attention {
   void extend_tokens(const call<B>& on, const input& in, const context& c, cache<T>& past) const noexcept;
 
   context carve_context(dim T, bool training, arena& mem) const noexcept {
-    context c;
-    c.tokens = T;
-    c.training = training;
-    const auto matrix = [&](const char* name, bool wanted, dim cols) {
-      return wanted ? mem.matrix<float>(name, T, cols) : matrix_view<float>{};
-    };
-    const dim q = heads_.query_cols(), k = heads_.key_cols();
-    c.fused = matrix("fused", true, projection::cols(heads_));
-    c.k_raw = matrix("k_raw", true, k);
-    c.v_raw = matrix("v_raw", true, heads_.value_cols());
-    c.logits = matrix("logits", gated && !detail::fuses_logits<C>, heads_.heads * out_gate::head_cols(heads_.dv));
-    c.query_logits = matrix("query_logits", gates_queries, heads_.heads * C::query_gate::head_cols(heads_.d));
-    c.key_logits = matrix("key_logits", gates_keys, heads_.kv_heads * C::key_gate::head_cols(heads_.d));
-    c.value_logits = matrix("value_logits", gates_values, heads_.kv_heads * C::value_gate::head_cols(heads_.dv));
-    c.layer_logits = matrix("layer_logits", gates_layer, C::layer_gate::head_cols(d_));
-    c.q_gated = matrix("q_gated", gates_queries, q);
-    c.k_gated = matrix("k_gated", gates_keys, k);
-    c.q = matrix("q", C::normalises_heads, q);
-    c.k_normed = matrix("k_normed", C::normalises_heads, k);
-    c.k = matrix("k", convolves, k);
-    c.v = matrix("v", gates_values, heads_.value_cols());
-    c.o = matrix("o", training && gated, heads_.output_cols());
-    c.gated = matrix("gated", true, heads_.output_cols());
-    c.lse = matrix("lse", training, heads_.heads);
-    c.y = matrix("y", gates_layer, d_);
-    if (training && C::normalises_heads) {
-      c.q_norm = rms_norm{}.make_context(T, mem, heads_.heads);
-      c.k_norm = rms_norm{}.make_context(T, mem, heads_.kv_heads);
-    }
-    if constexpr (C::selection::blocks)
-      if (training && !selection_.dense)
-        c.chosen = {mem.matrix<std::int32_t>("chosen", T * heads_.heads, selection_.k - 1).data, T * heads_.heads, selection_.k - 1};
-    return c;
+    return detail::carve_attention_context<C>(heads_, d_, T, training, selection_k(), mem);
   }
 
   // What attention reads, and the gradients of it, wherever the features put them.
@@ -294,7 +253,8 @@ class self_attention {
       }
       std::memcpy(c.gated.row(t) + a * heads_.dv, o, bytes);
     };
-    select(on, p, c, k[0].rows, [&](const auto& selection) {
+    const auto blocks = [&] { return carve_blocks(c, p.sequences(), k[0].rows, on.scratch); };
+    select(blocks, [&](const auto& selection) {
       if constexpr (requires { selection.centroids; }) prepare_key_blocks(on, p, k, v, selection);
       attend(on, p, q, k, v, selection, finish);
     });
@@ -310,17 +270,29 @@ class self_attention {
     else
       return matrix_stack<const float>{};
   }
-  /// f(selection), with memory of its own where it needs some.
-  template <class F>
-  void select(const call<B>& on, const attention_problem& p, const context& c, dim keys, F f) const noexcept {
-    if constexpr (C::selection::blocks) {
-      if (!selection_.dense) {
-        key_blocks blocks = carve_key_blocks(on.backend, heads_, p.sequences(), keys, selection_.block, selection_.k, on.scratch);
-        blocks.chosen = c.chosen;
-        return f(blocks);
-      }
-    }
+  /// f(selection) of the blocks, `make()`, or of all keys.
+  template <class Make, class F>
+  void select([[maybe_unused]] Make make, F f) const noexcept {
+    if constexpr (C::selection::blocks)
+      if (!selection_.dense) return f(make());
     f(every_key{});
+  }
+  /// Blocks as forward chose them; backward reads no more of them.
+  key_blocks chosen_blocks(const context& c) const noexcept {
+    key_blocks blocks;
+    if constexpr (C::selection::blocks) {
+      blocks.block = selection_.block;
+      blocks.k = selection_.k;
+    }
+    blocks.chosen = c.chosen;
+    return blocks;
+  }
+  /// The same with memory to choose from so many keys.
+  key_blocks carve_blocks(const context& c, dim sequences, dim keys, arena& mem) const noexcept {
+    const key_blocks wanted = chosen_blocks(c);
+    key_blocks blocks = carve_key_blocks(backend_, heads_, sequences, keys, wanted.block, wanted.k, mem);
+    blocks.chosen = c.chosen;
+    return blocks;
   }
   /// Queries, keys and values, as attention reads them but for the convolution of keys.
   void project(const call<B>& on, const weights& w, const input& in, context& c) const noexcept {
@@ -350,32 +322,9 @@ class self_attention {
     rotary_.forward(on, in.angles, split_heads(rotated_keys(c), h_kv), h_kv, in.sequences);
   }
 
-  /// Gradients of everything that a projection gave.
-  struct slopes {
-    matrix_view<float> dgated, delta, dfused, dk, dk_raw, dv, dlogits, dquery, dkey, dvalue, dlayer, dy;
-  };
-  slopes carve_slopes(dim T, arena& mem) const noexcept {
-    slopes s;
-    const auto matrix = [&](const char* name, bool wanted, dim cols) {
-      return wanted ? mem.matrix<float>(name, T, cols) : matrix_view<float>{};
-    };
-    s.dgated = matrix("dgated", true, heads_.output_cols());
-    s.delta = matrix("delta", true, heads_.heads);
-    s.dfused = matrix("dfused", true, projection::cols(heads_));
-    s.dk = matrix("dk", true, heads_.key_cols());
-    s.dk_raw = matrix("dk_raw", convolves, heads_.key_cols());
-    s.dv = matrix("dv", true, heads_.value_cols());
-    s.dlogits = matrix("dlogits", gated && !detail::fuses_logits<C>, heads_.heads * out_gate::head_cols(heads_.dv));
-    s.dquery = matrix("dquery", gates_queries, heads_.heads * C::query_gate::head_cols(heads_.d));
-    s.dkey = matrix("dkey", gates_keys, heads_.kv_heads * C::key_gate::head_cols(heads_.d));
-    s.dvalue = matrix("dvalue", gates_values, heads_.kv_heads * C::value_gate::head_cols(heads_.dv));
-    s.dlayer = matrix("dlayer", gates_layer, C::layer_gate::head_cols(d_));
-    s.dy = matrix("dy", gates_layer, d_);
-    return s;
-  }
   void run_backward(const call<B>& on, const weights& w, const input& in, const context& c, matrix_view<const float> dy,
                     matrix_view<float> dx, gradients& dw) const noexcept {
-    const slopes s = carve_slopes(c.tokens, on.scratch);
+    const detail::attention_slopes s = detail::carve_attention_slopes<C>(heads_, d_, c.tokens, on.scratch);
     if constexpr (gates_layer) {
       layer_gate_.backward(on, split_heads(c.layer_logits, 1), 1, split_heads(c.y, 1), split_heads(dy, 1), split_heads(s.dy, 1),
                            split_heads(s.dlayer, 1));
@@ -404,7 +353,7 @@ class self_attention {
   }
   /// Through the gate and attention, to the gradients of its queries, keys and values. Where the gate scales, delta comes
   /// from the gated tensors.
-  void attention_backward(const call<B>& on, const input& in, const context& c, const slopes& s) const noexcept {
+  void attention_backward(const call<B>& on, const input& in, const context& c, const detail::attention_slopes& s) const noexcept {
     const dim h = heads_.heads;
     const attention_problem p = problem(in.sequences);
     attention_delta(on, heads_, split_heads(s.dgated, h), split_heads(c.gated, h), s.delta);
@@ -413,14 +362,13 @@ class self_attention {
                      logits(s.dfused, s.dlogits));
       if constexpr (!out_gate::scales) attention_delta(on, heads_, split_heads(s.dgated, h), split_heads(c.o, h), s.delta);
     }
-    scratch_frame frame(on.scratch);
-    select(on, p, c, c.tokens, [&](const auto& selection) {
+    select([&] { return chosen_blocks(c); }, [&](const auto& selection) {
       attend_backward(on, p, queries(c), keys(c), values(c), selection, split_heads(s.dgated, h), c.lse, s.delta,
                       projection::queries(s.dfused, heads_), split_heads(s.dk, heads_.kv_heads), split_heads(s.dv, heads_.kv_heads));
     });
   }
   /// From there to what the projections gave, in place.
-  void projections_backward(const call<B>& on, const weights& w, const input& in, const context& c, const slopes& s,
+  void projections_backward(const call<B>& on, const weights& w, const input& in, const context& c, const detail::attention_slopes& s,
                             gradients& dw) const noexcept {
     const dim h = heads_.heads, h_kv = heads_.kv_heads;
     const auto dq = projection::queries(s.dfused, heads_);
@@ -453,21 +401,20 @@ class self_attention {
     count_means(T, mem);
     count_attend(backend_, problem({}), {T, T}, every_key{}, mem);
     if constexpr (C::selection::blocks) {
-      const key_blocks blocks = carve_key_blocks(backend_, heads_, sequences, T, selection_.block, selection_.k, mem);
+      const key_blocks blocks = carve_blocks({}, sequences, T, mem);
       (void)count_prepare_key_blocks(backend_, heads_, blocks, mem);
       count_attend(backend_, problem({}), {T, T}, blocks, mem);
     }
   }
-  void count_backward(dim T, dim sequences, arena& mem) const noexcept {
-    (void)carve_slopes(T, mem);
+  void count_backward(dim T, arena& mem) const noexcept {
+    (void)detail::carve_attention_slopes<C>(heads_, d_, T, mem);
     {
       scratch_frame frame(mem);
       count_attend_backward(backend_, problem({}), {T, T}, every_key{}, mem);
     }
     if constexpr (C::selection::blocks) {
       scratch_frame frame(mem);
-      const key_blocks blocks = carve_key_blocks(backend_, heads_, sequences, T, selection_.block, selection_.k, mem);
-      count_attend_backward(backend_, problem({}), {T, T}, blocks, mem);
+      count_attend_backward(backend_, problem({}), {T, T}, chosen_blocks({}), mem);
     }
     scratch_frame frame(mem);
     count_means(T, mem);
@@ -494,7 +441,8 @@ class self_attention {
     if (c.gated.cols != heads_.output_cols() || !c.gated.data)
       throw shape_error("self_attention: ctx was made by a layer of another shape or has no memory");
     scratch_frame frame(mem);
-    if (with_scratch) (void)detail::opened(mem, scratch_bytes(c.tokens, in.sequences.count()), "self_attention: the arena", "scratch_bytes(T, S)");
+    if (with_scratch)
+      (void)detail::opened(mem, scratch_bytes(c.tokens, in.sequences.count()), "self_attention: the arena", "scratch_bytes(T, S)");
   }
 
   dim d_;

@@ -40,7 +40,7 @@ std::size_t self_attention<C, B>::scratch_bytes(dim tokens, const cache<T>& past
       if constexpr (kv_cache<T>::scaled) (void)carve_floats(s.capacity, mem);
       count_attend(backend_, problem({}), {tokens, s.capacity}, every_key{}, mem);
       if constexpr (C::selection::blocks) {
-        const key_blocks blocks = carve_key_blocks(backend_, heads_, 1, s.capacity, selection_.block, selection_.k, mem);
+        const key_blocks blocks = carve_blocks({}, 1, s.capacity, mem);
         (void)count_prepare_key_blocks(backend_, heads_, blocks, mem);
         count_attend(backend_, problem({}), {tokens, s.capacity}, blocks, mem);
       }
