@@ -11,6 +11,7 @@
 #include <new>
 
 #include "moe/backend/host_ffn.hpp"
+#include "moe/backend/host_slots.hpp"
 #include "moe/backend/packed_kernels.hpp"
 
 namespace moe {
@@ -58,9 +59,7 @@ struct packed_tokens {
 
 /// Sizes of a product's work, and its memory: a slot for each thread, the activations that few rows share, and the tokens.
 struct packed_scratch {
-  std::byte* slots = nullptr;
-  std::size_t slot_bytes = 0;
-  dim count = 0;
+  slot_memory slots;
   matrix_view<float> a;  ///< [rows, f]
   packed_tokens tokens;
 };
@@ -86,20 +85,11 @@ packed_slot carve_slot(const packed_kernels& k, shape s, dim rows, arena& mem) n
   slot.wide = reinterpret_cast<std::byte*>(mem.vector<std::int8_t>("wide", k.scratch_per_k * (d > f ? d : f)).data());
   return slot;
 }
-template <class T>
-std::size_t slot_bytes(const packed_kernels& k, shape s, dim rows) noexcept {
-  arena count;
-  (void)carve_slot<T>(k, s, rows, count);
-  return padded(count);
-}
 template <class T, HostBackend B>
 packed_scratch make_packed_scratch(const B& backend, shape s, dim rows, arena& mem) noexcept {
   const packed_kernels k = kernels_of(typename B::arch{}, arch::weights_of<T>{});
   packed_scratch p;
-  p.count = backend.executor().concurrency();
-  p.slot_bytes = slot_bytes<T>(k, s, rows);
-  mem.align();
-  p.slots = reinterpret_cast<std::byte*>(mem.matrix<std::int8_t>("slots", p.count, static_cast<dim>(p.slot_bytes)).data);
+  p.slots = make_slots(backend, mem, [&](arena& a) { (void)carve_slot<T>(k, s, rows, a); });
   p.a = mem.matrix<float>("a", rows, s.f);
   if (k.activations == operand::f32 || rows <= s.tokens) return p;
   p.tokens.rows = carve_rows(k, s.tokens, round_up(s.d, packing<T>::depth), mem);
@@ -129,7 +119,7 @@ struct packed_ffn_work {
   dim output_panels() const noexcept { return panels_of(d()); }
 
   packed_slot slot(dim s) const noexcept {
-    arena mem({memory.slots + static_cast<std::size_t>(s) * memory.slot_bytes, memory.slot_bytes});
+    arena mem = memory.slots[s];
     return carve_slot<T>(kernels, on.sizes, memory.a.rows, mem);
   }
   void prepare(const float* row, dim k, const prepared_rows& to, dim r) const noexcept {
@@ -202,7 +192,7 @@ struct packed_ffn_work {
   template <class F>
   void share(dim units, F f) const noexcept {
     std::atomic<dim> next{0};
-    const dim slots = at_most(memory.count, units);
+    const dim slots = at_most(memory.slots.count, units);
     on.executor().for_each(slots, 1, [&](dim first, dim last) {
       for (; first < last; ++first) {
         packed_slot s = slot(first);
@@ -221,7 +211,7 @@ struct packed_ffn_work {
     for (dim e = 0; e < rows.experts(); ++e) chunks += chunks_of(e);
     if (chunks == 0) return;
     const dim per_chunk = (rows.last() - rows.first()) / chunks;
-    if (per_chunk >= kernels.height && chunks >= 4 * memory.count)
+    if (per_chunk >= kernels.height && chunks >= 4 * memory.slots.count)
       whole_chunks(chunks);
     else
       runs_of_panels(chunks);
