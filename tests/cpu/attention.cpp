@@ -8,7 +8,7 @@
 #include "moe/backend/cpu.hpp"
 #include "moe/backend/cpu/attention_levels.hpp"
 #include "moe/backend/executor/thread_pool.hpp"
-#include "support/attention_trial.hpp"
+#include "support/attention_checks.hpp"
 #include "support/executors.hpp"
 #include "support/levels.hpp"
 
@@ -16,34 +16,13 @@ namespace {
 
 using moe::attention_mask, moe::bf16, moe::dim, moe::f16, moe::idx;
 using reference::attention_shape, reference::worst_difference;
-using testing::attention_floats, testing::attention_trial;
+using testing::attention_floats, testing::attention_tolerance, testing::attention_trial, testing::expect_equal,
+    testing::expect_near, testing::rows;
 using serial = moe::cpu<moe::arch::native, moe::serial>;
 using pooled = moe::cpu<moe::arch::native, moe::pool_executor>;
 
 constexpr float not_a_number = std::numeric_limits<float>::quiet_NaN(), infinity = std::numeric_limits<float>::infinity();
 std::size_t at(dim i) { return static_cast<std::size_t>(i); }
-
-/// Elements are widened, which is exact, so the type of storage does not matter: what is left are float32 sums of some
-/// hundred terms of size one, and 1e-5 leaves them a factor of three. Tiles round the weights of values to bf16: off by
-/// 2^-9 of the largest value, which is four here.
-template <class T>
-double tolerance() {
-  return std::same_as<T, bf16> && moe::cpu_level_in_use() == moe::cpu_level::amx ? 1e-2 : 1e-5;
-}
-void expect_near(const attention_floats& got, const reference::attention_numbers<double>& wanted, double off = tolerance<float>()) {
-  CHECK(worst_difference(got.o, wanted.o) < off);
-  CHECK(worst_difference(got.lse, wanted.lse) < tolerance<float>());
-  CHECK(worst_difference(got.dq, wanted.dq) < 3 * off);
-  CHECK(worst_difference(got.dk, wanted.dk) < 3 * off);
-  CHECK(worst_difference(got.dv, wanted.dv) < 3 * off);
-}
-void expect_equal(const attention_floats& a, const attention_floats& b) {
-  CHECK(a.o == b.o);
-  CHECK(a.lse == b.lse);
-  CHECK(a.dq == b.dq);
-  CHECK(a.dk == b.dk);
-  CHECK(a.dv == b.dv);
-}
 
 template <class T>
 void compare(const attention_shape& s, attention_mask mask = {}) {
@@ -54,13 +33,7 @@ void compare(const attention_shape& s, attention_mask mask = {}) {
   const attention_trial<T> t(s, mask);
   const auto wanted = t.by_definition();
   expect_near(t.dense(moe::scalar<moe::serial>{}), wanted);
-  testing::at_every_level([&] { expect_near(t.dense(serial{}), wanted, tolerance<T>()); });
-}
-
-/// Element j of queries i .. i + n, or of keys, under all heads.
-template <class T>
-std::vector<T> rows(const std::vector<T>& v, dim first, dim n, dim cols) {
-  return {v.begin() + first * cols, v.begin() + (first + n) * cols};
+  testing::at_every_level([&] { expect_near(t.dense(serial{}), wanted, attention_tolerance<T>()); });
 }
 
 }  // namespace

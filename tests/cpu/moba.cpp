@@ -9,7 +9,7 @@
 #include "moe/backend/cpu/attention_levels.hpp"
 #include "moe/backend/executor/thread_pool.hpp"
 #include "moe/recipe/moba.hpp"
-#include "support/attention_trial.hpp"
+#include "support/attention_checks.hpp"
 #include "support/executors.hpp"
 #include "support/levels.hpp"
 
@@ -17,38 +17,16 @@ namespace {
 
 using moe::bf16, moe::dim, moe::f16, moe::idx;
 using reference::attention_shape, reference::worst_difference;
-using testing::attention_floats, testing::attention_trial;
+using testing::attention_floats, testing::attention_trial, testing::expect_equal, testing::expect_near, testing::rows;
 using serial = moe::cpu<moe::arch::native, moe::serial>;
 using pooled = moe::cpu<moe::arch::native, moe::pool_executor>;
 
 constexpr float not_a_number = std::numeric_limits<float>::quiet_NaN(), infinity = std::numeric_limits<float>::infinity();
 std::size_t at(dim i) { return static_cast<std::size_t>(i); }
 
-// As in attention.cpp: elements are widened exactly, float32 sums of some hundred terms of size one; tiles round weights.
+// As attention_tolerance<float>().
 constexpr double tolerance = 1e-5;
-template <class T>
-double off() {
-  return std::same_as<T, bf16> && moe::cpu_level_in_use() == moe::cpu_level::amx ? 1e-2 : tolerance;
-}
-void expect_near(const attention_floats& got, const reference::attention_numbers<double>& wanted, double most = tolerance) {
-  CHECK(worst_difference(got.o, wanted.o) < most);
-  CHECK(worst_difference(got.lse, wanted.lse) < tolerance);
-  CHECK(worst_difference(got.dq, wanted.dq) < 3 * most);
-  CHECK(worst_difference(got.dk, wanted.dk) < 3 * most);
-  CHECK(worst_difference(got.dv, wanted.dv) < 3 * most);
-}
-void expect_equal(const attention_floats& a, const attention_floats& b) {
-  CHECK(a.o == b.o);
-  CHECK(a.lse == b.lse);
-  CHECK(a.dq == b.dq);
-  CHECK(a.dk == b.dk);
-  CHECK(a.dv == b.dv);
-}
 std::vector<double> doubles(const std::vector<float>& v) { return {v.begin(), v.end()}; }
-template <class T>
-std::vector<T> rows(const std::vector<T>& v, dim first, dim n, dim cols) {
-  return {v.begin() + first * cols, v.begin() + (first + n) * cols};
-}
 /// The earlier blocks that query t chose under head a.
 std::vector<idx> chosen_by(const std::vector<idx>& chosen, const attention_shape& s, dim k, dim t, dim a) {
   std::vector<idx> r = rows(chosen, t * s.h + a, 1, k - 1);
@@ -72,7 +50,7 @@ void compare(const attention_shape& s, dim block, dim k, std::uint64_t seed = 1)
   expect_near(t.blocks(moe::scalar<moe::serial>{}, block, k), wanted);
   testing::at_every_level([&] {
     std::vector<idx> which;
-    expect_near(t.blocks(serial{}, block, k, &which), wanted, off<T>());
+    expect_near(t.blocks(serial{}, block, k, &which), wanted, testing::attention_tolerance<T>());
     dim taken = 0;  // a query's own block is not among them
     for (const idx c : which) taken += c >= 0;
     for (dim i = std::max<dim>(0, s.m - s.n); i < s.m && s.query_offsets.empty(); ++i) taken += s.h;
