@@ -30,15 +30,26 @@ inline void expect(dim got, dim wanted, const char* what, const char* unit, cons
                     " (" + symbol + ')');
 }
 
+namespace detail {
+
+inline void expect_matrix(const void* data, dim rows, dim cols, dim ld, dim wanted_rows, dim wanted_cols, const char* what,
+                          const char* symbols) {
+  const bool sizes = rows == wanted_rows && cols == wanted_cols;
+  if (sizes && ld >= cols && (data != nullptr || rows * cols == 0)) return;
+  std::string message = what;
+  if (sizes && data == nullptr) message += " has no memory";
+  else message += " is " + std::to_string(rows) + " x " + std::to_string(cols);
+  if (ld < cols) message += " with row stride " + std::to_string(ld);
+  message += ", expected " + std::to_string(wanted_rows) + " x " + std::to_string(wanted_cols);
+  throw shape_error(message + " (" + symbols + ')');
+}
+
+}  // namespace detail
+
 /// Throws unless `m` is a matrix of rows x cols: "ffn_expert: up is 64 x 32, expected 128 x 32 (E*f x d)".
 template <class T>
 void expect(matrix_view<T> m, dim rows, dim cols, const char* what, const char* symbols) {
-  if (m.rows == rows && m.cols == cols && m.ld >= cols && (m.data != nullptr || rows * cols == 0)) return;
-  std::string came = m.data == nullptr && m.rows == rows && m.cols == cols
-                         ? std::string(" has no memory")
-                         : " is " + std::to_string(m.rows) + " x " + std::to_string(m.cols);
-  if (m.ld < m.cols) came += " with row stride " + std::to_string(m.ld);
-  throw shape_error(what + came + ", expected " + std::to_string(rows) + " x " + std::to_string(cols) + " (" + symbols + ')');
+  detail::expect_matrix(m.data, m.rows, m.cols, m.ld, rows, cols, what, symbols);
 }
 
 namespace detail {

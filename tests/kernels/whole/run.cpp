@@ -5,5 +5,4 @@
 
 static_assert(!std::same_as<moe::arch::native, moe::arch::compiled>);
 
-std::vector<float> run_whole_swiglu() { return run_layer<moe::ffn_expert>(); }
-std::vector<float> run_whole_gelu() { return run_layer<moe::basic_ffn_expert<moe::plain<moe::gelu>>>(); }
+std::vector<std::vector<float>> run_whole() { return run_all(); }

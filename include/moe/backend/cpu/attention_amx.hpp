@@ -7,7 +7,7 @@
 #include "moe/backend/cpu/attention_avx512.hpp"
 #include "moe/backend/cpu/mixed_amx.hpp"
 
-#if defined(MOE_X86)
+#if defined(MOE_X86_KERNELS)
 
 namespace moe::arch::detail {
 

@@ -5,7 +5,7 @@
 #include "moe/backend/attention_rules.hpp"
 #include "moe/backend/cpu/blocks_avx2.hpp"
 
-#if defined(MOE_X86)
+#if defined(MOE_X86_KERNELS)
 
 namespace moe::arch::detail {
 

@@ -11,6 +11,10 @@
 
 namespace moe::arch {
 
+attention_kernels attention_kernels_of(compiled) noexcept;
+
+#if !defined(MOE_SEPARATE_KERNELS)
+
 /// Of the level in use, or of the blocks `K` of the build where that level has none of its own.
 template <int Build, class K>
 attention_kernels attention_kernels_in_use() noexcept {
@@ -25,15 +29,14 @@ attention_kernels attention_kernels_in_use() noexcept {
 #endif
 }
 
-#if !defined(MOE_SEPARATE_KERNELS)
 template <class Set>
 attention_kernels attention_kernels_of(simd<Set>) noexcept {
   return attention_kernels_in_use<moe::detail::build_level, typename detail::simd_blocks<Set>::type>();
 }
+
 #endif
-inline attention_kernels attention_kernels_of(compiled) noexcept {
-  constexpr int build = moe::detail::build_level;
-  return attention_kernels_in_use<build, detail::lane_blocks<detail::plain_lanes<build>>>();
-}
+#if defined(MOE_DEFINE_KERNELS)
+attention_kernels attention_kernels_of(compiled) noexcept { return attention_kernels_of(native{}); }
+#endif
 
 }  // namespace moe::arch

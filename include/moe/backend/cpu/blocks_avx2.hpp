@@ -5,7 +5,7 @@
 #include "moe/backend/cpu/ladder.hpp"
 #include "moe/backend/host_blocks.hpp"
 
-#if defined(MOE_X86)
+#if defined(MOE_X86_KERNELS)
 
 namespace moe::arch::detail {
 

@@ -2,9 +2,9 @@
 /// Kernels compiled once, in the library moe::kernels, for programs with many files that use layers.
 ///
 /// Where MOE_SEPARATE_KERNELS is defined, as linking moe::kernels does, `cpu<>` includes no xsimd and its kernels are these
-/// declarations; where MOE_DEFINE_KERNELS is, as in the one source of that library, they are defined by the kernels of the
-/// level that the library is compiled for. Results are those of that level. Activation forms beyond the listed ones run as
-/// plain loops in the user's file.
+/// declarations and those of the tables of kernels that are chosen at run time (cpu/*_levels.hpp); where MOE_DEFINE_KERNELS
+/// is, as in the one source of that library, they are defined by the kernels of the level that the library is compiled for.
+/// Results are those of that level. Activation forms beyond the listed ones run as plain loops in the user's file.
 #pragma once
 
 #include "moe/backend/cpu/gemm_xsimd.hpp"

@@ -8,7 +8,7 @@
 #include "moe/backend/cpu/attention_avx2.hpp"
 #include "moe/backend/decode_kernels.hpp"
 
-#if defined(MOE_X86)
+#if defined(MOE_X86_KERNELS)
 
 namespace moe::arch::detail {
 

@@ -7,7 +7,7 @@
 #include "moe/backend/cpu/decode_avx512.hpp"
 #include "moe/backend/decode_bytes.hpp"
 
-#if defined(MOE_X86)
+#if defined(MOE_X86_KERNELS)
 
 namespace moe::arch::detail {
 

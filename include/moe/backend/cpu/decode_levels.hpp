@@ -10,6 +10,11 @@
 namespace moe::arch {
 
 template <class T>
+decode_kernels kernels_of(compiled, cache_of<T>) noexcept;
+
+#if !defined(MOE_SEPARATE_KERNELS)
+
+template <class T>
 decode_kernels decode_kernels_in_use() noexcept {
 #if defined(MOE_X86)
   const cpu_level level = cpu_level_in_use();
@@ -26,9 +31,19 @@ template <class Set, class T>
 decode_kernels kernels_of(simd<Set>, cache_of<T>) noexcept {
   return decode_kernels_in_use<T>();
 }
+
+#endif
+#if defined(MOE_DEFINE_KERNELS)
+
 template <class T>
 decode_kernels kernels_of(compiled, cache_of<T>) noexcept {
   return decode_kernels_in_use<T>();
 }
+template decode_kernels kernels_of(compiled, cache_of<float>) noexcept;
+template decode_kernels kernels_of(compiled, cache_of<bf16>) noexcept;
+template decode_kernels kernels_of(compiled, cache_of<f16>) noexcept;
+template decode_kernels kernels_of(compiled, cache_of<std::int8_t>) noexcept;
+
+#endif
 
 }  // namespace moe::arch

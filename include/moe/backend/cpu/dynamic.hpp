@@ -34,15 +34,24 @@ template <class K>
 inline constexpr float_kernels kernels_from_blocks{&product_nt<K, float>, &product_nt_packed<K, float>, &product_nn<K, float>,
                                                    &product_tn<K>,        &K::add_scaled,               &K::dot_product};
 
+const float_kernels& compiled_float_kernels() noexcept;
+
 template <int Build>
 const float_kernels& float_kernels_in_use() noexcept {
+#if defined(MOE_SEPARATE_KERNELS)
+  return compiled_float_kernels();
+#else
 #if defined(MOE_X86)
   const cpu_level level = cpu_level_in_use();
   if (includes(level, cpu_level::avx512)) return kernels_from_blocks<blocks_avx512<Build>>;
   if (includes(level, cpu_level::avx2)) return kernels_from_blocks<blocks_avx2<Build>>;
 #endif
   return kernels_from_blocks<lane_blocks<plain_lanes<Build>>>;
+#endif
 }
+#if defined(MOE_DEFINE_KERNELS)
+const float_kernels& compiled_float_kernels() noexcept { return float_kernels_in_use<moe::detail::build_level>(); }
+#endif
 
 }  // namespace detail
 

@@ -7,7 +7,9 @@
 #include "moe/backend/cpu/level.hpp"
 #include "moe/backend/scalar.hpp"
 
-#if defined(MOE_X86)
+/// Where kernels of the levels are compiled: not in files that take them from moe::kernels (cpu/compiled.hpp).
+#if defined(MOE_X86) && !defined(MOE_SEPARATE_KERNELS)
+#define MOE_X86_KERNELS 1
 
 // GCC 12 takes the registers that its AVX-512 intrinsics leave undefined for a mistake of whoever calls them.
 #if defined(__GNUC__) && !defined(__clang__)

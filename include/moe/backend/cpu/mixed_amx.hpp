@@ -11,7 +11,7 @@
 #include "moe/backend/cpu/blocks_avx512.hpp"
 #include "moe/backend/cpu/packed_amx.hpp"
 
-#if defined(MOE_X86)
+#if defined(MOE_X86_KERNELS)
 
 namespace moe::arch::detail {
 

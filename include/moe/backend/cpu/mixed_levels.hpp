@@ -5,10 +5,22 @@
 
 #include "moe/backend/cpu/blocks_avx2.hpp"
 #include "moe/backend/cpu/blocks_avx512.hpp"
+#include "moe/backend/cpu/compiled.hpp"
 #include "moe/backend/cpu/level.hpp"
 #include "moe/backend/cpu/mixed_amx.hpp"
 
 namespace moe::arch {
+
+mixed_kernels mixed_kernels_of(compiled) noexcept;
+
+#if defined(MOE_SEPARATE_KERNELS)
+
+template <moe::detail::CheckedArch Arch>
+mixed_kernels mixed_kernels_of(Arch) noexcept {
+  return mixed_kernels_of(compiled{});
+}
+
+#else
 
 #if defined(MOE_X86)
 template <int Build>
@@ -36,5 +48,10 @@ template <moe::detail::CheckedArch Arch>
 mixed_kernels mixed_kernels_of(Arch) noexcept {
   return mixed_kernels_in_use<moe::detail::build_level>();
 }
+
+#endif
+#if defined(MOE_DEFINE_KERNELS)
+mixed_kernels mixed_kernels_of(compiled) noexcept { return mixed_kernels_of(native{}); }
+#endif
 
 }  // namespace moe::arch

@@ -8,7 +8,7 @@
 
 #include "moe/backend/cpu/packed_int4_avx512.hpp"
 
-#if defined(MOE_X86)
+#if defined(MOE_X86_KERNELS)
 
 namespace moe::arch::detail {
 

@@ -6,7 +6,7 @@
 
 #include "moe/backend/cpu/packed_avx512.hpp"
 
-#if defined(MOE_X86)
+#if defined(MOE_X86_KERNELS)
 
 namespace moe::arch::detail {
 

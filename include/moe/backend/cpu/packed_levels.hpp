@@ -11,6 +11,11 @@
 namespace moe::arch {
 
 template <class T>
+packed_kernels kernels_of(compiled, weights_of<T>) noexcept;
+
+#if !defined(MOE_SEPARATE_KERNELS)
+
+template <class T>
 packed_kernels kernels_in_use() noexcept {
 #if defined(MOE_X86)
   switch (cpu_level_in_use()) {
@@ -37,9 +42,23 @@ template <class Set, class T>
 packed_kernels kernels_of(simd<Set>, weights_of<T>) noexcept {
   return kernels_in_use<T>();
 }
+
+#endif
+#if defined(MOE_DEFINE_KERNELS)
+
 template <class T>
 packed_kernels kernels_of(compiled, weights_of<T>) noexcept {
   return kernels_in_use<T>();
 }
+template packed_kernels kernels_of(compiled, weights_of<float>) noexcept;
+template packed_kernels kernels_of(compiled, weights_of<bf16>) noexcept;
+template packed_kernels kernels_of(compiled, weights_of<f16>) noexcept;
+template packed_kernels kernels_of(compiled, weights_of<std::int8_t>) noexcept;
+template packed_kernels kernels_of(compiled, weights_of<int4_groups<32, f16>>) noexcept;
+template packed_kernels kernels_of(compiled, weights_of<int4_groups<32, bf16>>) noexcept;
+template packed_kernels kernels_of(compiled, weights_of<int4_groups<128, f16>>) noexcept;
+template packed_kernels kernels_of(compiled, weights_of<int4_groups<128, bf16>>) noexcept;
+
+#endif
 
 }  // namespace moe::arch

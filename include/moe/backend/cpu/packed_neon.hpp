@@ -6,7 +6,7 @@
 #include "moe/backend/cpu/ladder.hpp"
 #include "moe/backend/packed_kernels.hpp"
 
-#if defined(__aarch64__)
+#if defined(__aarch64__) && !defined(MOE_SEPARATE_KERNELS)
 
 #include <arm_neon.h>
 
