@@ -33,28 +33,49 @@ struct block_work {
   dim ld;
 };
 
-/// f(work) for every block of rows and panel. A block alone asks for weights four kilobytes ahead; several share the asking
-/// for the next panel.
+/// How far ahead of a product its weights are asked for: from memory into the second cache, from there into the first. A block
+/// that waits has few instructions in flight, and a line from the second cache comes late while many come from memory.
+inline constexpr dim from_memory = 8 * tile_bytes, from_second = 2 * tile_bytes;
+
+/// f(height, work) for every block of rows and panel. A block alone asks for its own weights; several share the asking for
+/// `bytes` at `next`, by default the next panel.
 template <class Multiply>
-void for_each_panel_block(const prepared_rows& a, const panel_product& p, Multiply multiply) noexcept {
+void for_each_panel_block(const prepared_rows& a, const panel_product& p, Multiply multiply, const std::byte* next = nullptr,
+                          dim bytes = 0) noexcept {
   const dim blocks = a.blocks();
   for (dim j = 0; j < p.panels; ++j)
     for (dim b = 0; b < blocks; ++b) {
-      const std::byte* w = p.weights + j * p.panel_bytes;
-      const dim share = moe::detail::round_up(p.panel_bytes / blocks, line_bytes);
-      multiply(a.height_of(b),
-               block_work{a.block(b), a.height_of(b) * line_bytes, a.lines, w,
-                          blocks == 1 ? w + 4 * tile_bytes : w + p.panel_bytes + b * share,
-                          blocks == 1 ? 2 * line_bytes : (2 * line_bytes + blocks - 1) / blocks, a.factor(b * a.height),
-                          a.factor_count, p.scale ? p.scale + j * panel_rows : nullptr,
-                          p.c.row(b * a.height) + j * panel_rows, p.c.ld});
+      const std::byte *w = p.weights + j * p.panel_bytes, *ahead = w + from_memory;
+      dim pace = 2 * line_bytes;
+      if (blocks > 1 || next) {
+        const dim size = next ? bytes : p.panel_bytes;
+        pace = (pace * size / p.panel_bytes + blocks - 1) / blocks;
+        ahead = (next ? next : w + p.panel_bytes) + b * moe::detail::round_up(size / blocks, line_bytes);
+      }
+      multiply(a.height_of(b), block_work{a.block(b), a.height_of(b) * line_bytes, a.lines, w, ahead, pace,
+                                          a.factor(b * a.height), a.factor_count,
+                                          p.scale ? p.scale + j * panel_rows : nullptr,
+                                          p.c.row(b * a.height) + j * panel_rows, p.c.ld});
     }
 }
 
+/// Asks for weights from memory, and for the lines of both halves of a panel that come soon after the one at q.
 MOE_TARGET(MOE_AVX512)
-inline void ask_ahead(const std::byte* ahead, dim pace) noexcept {
+inline void ask_ahead(const std::byte* ahead, dim pace, const std::byte* q) noexcept {
   _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T1);
   if (pace > line_bytes) _mm_prefetch(reinterpret_cast<const char*>(ahead + line_bytes), _MM_HINT_T1);
+  _mm_prefetch(reinterpret_cast<const char*>(q + from_second), _MM_HINT_T0);
+  _mm_prefetch(reinterpret_cast<const char*>(q + from_second + tile_bytes), _MM_HINT_T0);
+}
+
+/// p, but the compiler does not know: numbers that are read through both are read twice, each as an operand in memory of a
+/// multiply-add. Fewer instructions let more of them wait for weights.
+template <class T>
+MOE_INLINE const T* again(const T* p) noexcept {
+#if defined(__GNUC__)
+  __asm__("" : "+r"(p));
+#endif
+  return p;
 }
 
 /// The even and the odd halves of a line as floats.
@@ -87,9 +108,10 @@ MOE_NO_INLINE void multiply_block(const block_work& w) noexcept {
   const dim pace = w.pace;
   for (dim l = 0; l < w.lines; ++l, a += w.a_step) {
     const float* x = reinterpret_cast<const float*>(a);
+    [[maybe_unused]] const float* y = again(x);
     MOE_NO_UNROLL
     for (int i = 0; i < per_line; ++i, q += line_bytes, ahead += pace) {
-      ask_ahead(ahead, pace);
+      ask_ahead(ahead, pace, q);
       if constexpr (slot == 1) {
         const __m512 u = _mm512_loadu_ps(q), v = _mm512_loadu_ps(q + tile_bytes);
         MOE_UNROLL
@@ -103,16 +125,14 @@ MOE_NO_INLINE void multiply_block(const block_work& w) noexcept {
         const __m512 u0 = even_halves<T>(u), v0 = even_halves<T>(v);
         MOE_UNROLL
         for (int m = 0; m < M; ++m) {
-          const __m512 b = _mm512_set1_ps(x[16 * m + 2 * i]);
-          left[m] = _mm512_fmadd_ps(b, u0, left[m]);
-          right[m] = _mm512_fmadd_ps(b, v0, right[m]);
+          left[m] = _mm512_fmadd_ps(_mm512_set1_ps(x[16 * m + 2 * i]), u0, left[m]);
+          right[m] = _mm512_fmadd_ps(_mm512_set1_ps(y[16 * m + 2 * i]), v0, right[m]);
         }
         const __m512 u1 = odd_halves<T>(u), v1 = odd_halves<T>(v);
         MOE_UNROLL
         for (int m = 0; m < M; ++m) {
-          const __m512 b = _mm512_set1_ps(x[16 * m + 2 * i + 1]);
-          left[m] = _mm512_fmadd_ps(b, u1, left[m]);
-          right[m] = _mm512_fmadd_ps(b, v1, right[m]);
+          left[m] = _mm512_fmadd_ps(_mm512_set1_ps(x[16 * m + 2 * i + 1]), u1, left[m]);
+          right[m] = _mm512_fmadd_ps(_mm512_set1_ps(y[16 * m + 2 * i + 1]), v1, right[m]);
         }
       }
     }
@@ -137,7 +157,7 @@ MOE_NO_INLINE void multiply_block_bytes(const block_work& w) noexcept {
   for (dim l = 0; l < w.lines; ++l, a += w.a_step, q += tile_bytes) {
     MOE_NO_UNROLL
     for (int i = 0; i < 16; ++i, q += line_bytes, ahead += pace) {
-      ask_ahead(ahead, pace);
+      ask_ahead(ahead, pace, q);
       const __m512i u = _mm512_loadu_si512(q), v = _mm512_loadu_si512(q + tile_bytes);
       MOE_UNROLL
       for (int m = 0; m < M; ++m) {
@@ -161,16 +181,19 @@ MOE_NO_INLINE void multiply_block_bytes(const block_work& w) noexcept {
   }
 }
 
+/// The block of the height that is wanted.
+template <int Build, class T>
+void multiply_rows_512(dim height, const block_work& w) noexcept {
+  with_constant<rows_512>(height, [&](auto m) {
+    if constexpr (std::same_as<T, std::int8_t>)
+      multiply_block_bytes<Build, m>(w);
+    else
+      multiply_block<Build, T, m>(w);
+  });
+}
 template <int Build, class T>
 void multiply_512(const prepared_rows& a, const panel_product& p) noexcept {
-  for_each_panel_block(a, p, [](dim height, const block_work& w) {
-    with_constant<rows_512>(height, [&](auto m) {
-      if constexpr (std::same_as<T, std::int8_t>)
-        multiply_block_bytes<Build, m>(w);
-      else
-        multiply_block<Build, T, m>(w);
-    });
-  });
+  for_each_panel_block(a, p, multiply_rows_512<Build, T>);
 }
 
 /// The same as prepare_i8, 16 numbers at a time.

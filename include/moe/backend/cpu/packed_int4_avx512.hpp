@@ -33,12 +33,16 @@ MOE_INLINE __m512i load_halves(const std::byte* q) noexcept {
   const __m512i v = _mm512_loadu_si512(q);
   return _mm512_and_si512(Upper ? _mm512_srli_epi16(v, 4) : v, _mm512_set1_epi8(15));
 }
-/// left[m] and right[m] += weights times x over 32 k: 8 lines of either half of a panel.
-template <bool Upper, int M>
+/// left[m] and right[m] += weights times x over 32 k: 8 lines of either half of a panel. Asks for as many lines from the
+/// second cache, `Step` bytes on, and for 8 paces of weights from memory.
+template <bool Upper, dim Step, int M>
 MOE_TARGET(MOE_AVX512_VNNI)
-MOE_INLINE void add_lines(const std::byte* q, const std::byte* x, int_lanes* left, int_lanes* right) noexcept {
+MOE_INLINE void add_lines(const std::byte* q, const std::byte* x, const std::byte*& ahead, dim pace, int_lanes* left,
+                          int_lanes* right) noexcept {
   MOE_UNROLL
-  for (int i = 0; i < 8; ++i) {
+  for (int i = 0; i < 8; ++i, ahead += pace) {
+    _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T1);
+    _mm_prefetch(reinterpret_cast<const char*>(q + Step + (8 * Upper + i) * line_bytes), _MM_HINT_T0);
     const __m512i u = load_halves<Upper>(q + i * line_bytes), v = load_halves<Upper>(q + (8 + i) * line_bytes);
     MOE_UNROLL
     for (int m = 0; m < M; ++m) {
@@ -62,10 +66,9 @@ MOE_NO_INLINE void multiply_block_groups(const block_work& w) noexcept {
   MOE_UNROLL
   for (int m = 0; m < M; ++m) left_total[m] = right_total[m] = _mm512_setzero_ps();
   const std::byte *x = w.a, *q = w.weights, *scales = q + 2048, *ahead = w.ahead;
-  const dim share = w.pace == 2 * line_bytes ? rule::step_bytes : moe::detail::round_up(8 * w.pace, line_bytes);
+  const dim pace = (w.pace + 1) / 2;  // for each line read here
   const float* start = w.factors + 2;
   for (dim l = 0; l < w.lines; ++l, x += w.a_step, q += tile_bytes) {
-    for (dim s = 0; l % 2 == 0 && s < share; s += line_bytes, ahead += line_bytes) moe::detail::prefetch(ahead);
     MOE_UNROLL
     for (int part = 0; part < 2; ++part) {  // 32 k each
       if (fine || (part == 0 && l % 2 == 0)) {
@@ -77,8 +80,8 @@ MOE_NO_INLINE void multiply_block_groups(const block_work& w) noexcept {
         }
         ++start;
       }
-      if (part == 0) add_lines<false, M>(q, x, left, right);
-      else add_lines<true, M>(q, x + 32, left, right);
+      if (part == 0) add_lines<false, rule::step_bytes, M>(q, x, ahead, pace, left, right);
+      else add_lines<true, rule::step_bytes, M>(q, x + 32, ahead, pace, left, right);
       if (fine || (part == 1 && l % 2 == 1)) {
         const __m512 s = load_scales<typename T::scale>(scales), t = load_scales<typename T::scale>(scales + panel_rows);
         MOE_UNROLL
@@ -90,6 +93,10 @@ MOE_NO_INLINE void multiply_block_groups(const block_work& w) noexcept {
       }
     }
     if (l % 2 == 0) continue;
+    for (dim s = 0; s < rule::scale_bytes; s += line_bytes, ahead += pace) {
+      _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T1);
+      _mm_prefetch(reinterpret_cast<const char*>(scales + rule::step_bytes - rule::scale_bytes + s), _MM_HINT_T0);
+    }
     scales += rule::step_bytes - rule::scale_bytes;
     q += rule::scale_bytes;
   }
@@ -147,9 +154,10 @@ void multiply_int4_512(const prepared_rows& a, const panel_product& p) noexcept 
   const dim k = a.lines * 64;
   for (dim j = 0; j < p.panels; ++j) {
     const float* scale = p.scale + j * panel_rows;
-    widen_panel<Build, T>(p.weights + j * p.panel_bytes, k, scale, p.scratch);
-    multiply_512<Build, std::int8_t>(
-        a, {p.scratch, panel_rows * k, 1, scale, nullptr, p.c.columns(j * panel_rows, panel_rows)});
+    const std::byte* panel = p.weights + j * p.panel_bytes;
+    widen_panel<Build, T>(panel, k, scale, p.scratch);
+    for_each_panel_block(a, {p.scratch, panel_rows * k, 1, scale, nullptr, p.c.columns(j * panel_rows, panel_rows)},
+                         multiply_rows_512<Build, std::int8_t>, panel + p.panel_bytes, p.panel_bytes);
   }
 }
 
