@@ -79,7 +79,7 @@ class scratch {
 template <class T>
 struct all_keys {
   moe::every_key selection;
-  void make(scratch&, const tensors<T>&) {}
+  void make(const tensors<T>&) {}
   void prepare(const moe::call<backend>&, const tensors<T>&) const {}
 };
 template <class T, class Blocks>
@@ -87,9 +87,9 @@ struct some_blocks {
   Blocks selection;
   moe::buffer memory;
 
-  void make(scratch& s, const tensors<T>& x) {
+  void make(const tensors<T>& x) {
     const auto carve = [&](moe::arena& mem) {
-      return carve_key_blocks(s.on(), x.problem.heads, 1, x.of.shape.n, x.of.form.block, x.of.form.k, mem);
+      return carve_key_blocks(x.problem.heads, 1, x.of.shape.n, x.of.form.block, x.of.form.k, mem);
     };
     moe::arena count;
     (void)carve(count);
@@ -98,7 +98,7 @@ struct some_blocks {
     static_cast<moe::key_blocks&>(selection) = carve(mem);
   }
   void prepare(const moe::call<backend>& on, const tensors<T>& x) const {
-    if constexpr (std::same_as<Blocks, moe::key_blocks>) prepare_key_blocks(on, x.problem, x.k(), x.v(), selection);
+    if constexpr (std::same_as<Blocks, moe::key_blocks>) prepare_key_blocks(on, x.problem, x.k(), selection);
   }
 };
 
@@ -113,11 +113,11 @@ class forward final : public attention_contestant {
     for (dim i = 0; i < m * columns; ++i) logits_.push_back(T(random.normal(static_cast<std::uint64_t>(i))));
   }
   void prepare(int) override {
-    selected_.make(scratch_, *x_);
+    selected_.make(*x_);
     scratch_.make([&](moe::arena& mem) {
       count_attend(scratch_.on(), x_->problem, x_->sizes(), selected_.selection, mem);
       if constexpr (requires { selected_.selection.block; })
-        (void)count_prepare_key_blocks(scratch_.on(), x_->problem.heads, selected_.selection, mem);
+        (void)count_prepare_key_blocks(scratch_.on(), x_->problem.heads, mem);
     });
     if constexpr (std::same_as<Selected, some_blocks<T, known_blocks>>) choose();
   }
@@ -144,7 +144,7 @@ class forward final : public attention_contestant {
     selected_.selection.chosen = {chosen_.data(), queries, earlier};
     const auto on = scratch_.call();
     const moe::key_blocks& blocks = selected_.selection;
-    prepare_key_blocks(on, x_->problem, x_->k(), x_->v(), blocks);
+    prepare_key_blocks(on, x_->problem, x_->k(), blocks);
     attend(on, x_->problem, x_->q(), x_->k(), x_->v(), blocks, [](dim, dim, float*, float) noexcept {});
   }
 
@@ -170,7 +170,7 @@ class backward final : public attention_contestant {
     sized(dq_, s.m * s.h * s.d);
     sized(dk_, s.n * s.h_kv * s.d);
     sized(dv_, s.n * s.h_kv * s.d);
-    selected_.make(scratch_, *x_);
+    selected_.make(*x_);
     if constexpr (requires { selected_.selection.block; }) {
       const dim earlier = x_->of.form.k - 1;
       chosen_.resize(tensors<T>::size(s.m * s.h * earlier));

@@ -59,13 +59,13 @@ void expect_no_allocation(const B& backend) {
   const moe::attention_problem p{{h, h_kv, d, d}};
   expect_no_allocation(backend, p, moe::every_key{}, [](const auto&, const auto&, const auto&) {});
   moe::arena count;
-  (void)carve_key_blocks(backend, p.heads, 1, T, 32, 3, count);
+  (void)carve_key_blocks(p.heads, 1, T, 32, 3, count);
   const moe::buffer memory(moe::padded(count));
   moe::arena mem(memory.bytes());
-  moe::key_blocks blocks = carve_key_blocks(backend, p.heads, 1, T, 32, 3, mem);
+  moe::key_blocks blocks = carve_key_blocks(p.heads, 1, T, 32, 3, mem);
   std::vector<moe::idx> chosen(static_cast<std::size_t>(T * h * 2));
   blocks.chosen = {chosen.data(), T * h, 2};
-  expect_no_allocation(backend, p, blocks, [&](const auto& on, const auto& k, const auto& v) { prepare_key_blocks(on, p, k, v, blocks); });
+  expect_no_allocation(backend, p, blocks, [&](const auto& on, const auto& k, const auto&) { prepare_key_blocks(on, p, k, blocks); });
 }
 
 }  // namespace

@@ -2,8 +2,9 @@
 #include <doctest/doctest.h>
 
 #include "moe/backend/cpu.hpp"
-#include "support/attention_trial.hpp"
+#include "support/attention_checks.hpp"
 #include "support/emulated_tiles.hpp"
+#include "support/executors.hpp"
 
 #if defined(MOE_X86)
 
@@ -20,16 +21,18 @@ inline attention_kernels attention_kernels_of(tiles_by_hand) noexcept {
 namespace {
 
 using moe::dim;
+using testing::expect_equal;
 using on_tiles = moe::cpu<moe::arch::tiles_by_hand, moe::serial>;
 
 bool has_512() { return moe::includes(moe::report_cpu_level().machine, moe::cpu_level::avx512); }
 
-/// Weights of values are rounded to halves: off by 2^-9 of each, so a result by at most 2^-9 of the largest value.
-double bound(const std::vector<double>& v) {
+double largest_of(const std::vector<double>& v) {
   double largest = 0;
   for (const double x : v) largest = std::max(largest, std::fabs(x));
-  return largest / 512 + 1e-5;
+  return largest;
 }
+/// Weights of values are rounded to halves: off by 2^-9 of each, so a result by at most 2^-9 of the largest value.
+double bound(const std::vector<double>& v) { return largest_of(v) / 512 + 1e-5; }
 template <class Numbers>
 void check(const testing::attention_floats& got, const Numbers& wanted, const std::vector<moe::bf16>& v) {
   std::vector<double> values(v.size());
@@ -40,6 +43,28 @@ void check(const testing::attention_floats& got, const Numbers& wanted, const st
     if (std::isinf(wanted.lse[i])) CHECK(got.lse[i] == wanted.lse[i]);
     else CHECK(std::fabs(double{got.lse[i]} - wanted.lse[i]) < 1e-5 * (1 + std::fabs(wanted.lse[i])));
   }
+}
+/// Two factors of the terms of a gradient are rounded to halves, the gradient of the output and the weight or slope: off by
+/// 2^-9 each at most, and neither always up nor always down, so that over the whole of it what is off is below 2^-8 of its
+/// size, and no element is off by more than four times as much of the largest. Where a query sees one key the terms cancel,
+/// all but the rounding of <dout, v>: hence the floor, 2^-9 of the largest such product here.
+template <class Numbers>
+void check_gradients(const testing::attention_floats& got, const Numbers& wanted) {
+  const auto compare = [](std::string what, const std::vector<float>& gradient, const auto& numbers) {
+    CAPTURE(what);
+    constexpr double floor = 5e-3;
+    const std::vector<double> exact(numbers.begin(), numbers.end());
+    double off = 0, size = 0;
+    for (std::size_t i = 0; i < exact.size(); ++i) {
+      off += (gradient[i] - exact[i]) * (gradient[i] - exact[i]);
+      size += exact[i] * exact[i];
+    }
+    CHECK(std::sqrt(off) < std::sqrt(size) / 256 + floor);
+    CHECK(reference::worst_difference(gradient, exact) < largest_of(exact) / 64 + floor);
+  };
+  compare("dq", got.dq, wanted.dq);
+  compare("dk", got.dk, wanted.dk);
+  compare("dv", got.dv, wanted.dv);
 }
 reference::attention_shape sizes(dim m, dim n, dim h, dim h_kv, dim d, dim dv) {
   reference::attention_shape s;
@@ -66,10 +91,40 @@ TEST_SUITE("cpu/attention_amx") {
       CAPTURE(s.m);
       for (const moe::attention_mask mask : {moe::attention_mask{}, {true, 33}, {false, 0}}) {
         const testing::attention_trial<moe::bf16> trial(s, mask);
-        check(trial.dense(on_tiles{}), trial.by_definition(), trial.v);
+        const auto got = trial.dense(on_tiles{});
+        const auto wanted = trial.by_definition();
+        check(got, wanted, trial.v);
+        check_gradients(got, wanted);
       }
     }
     CHECK(testing::emulated_tiles::faults == 0);
+  }
+  TEST_CASE("packed sequences on tiles do not see one another, nor does what follows depend on what was there before") {
+    if (!has_512()) {
+      MESSAGE("skipped: this machine lacks AVX-512, which prepares tiles");
+      return;
+    }
+    auto s = sizes(170, 330, 4, 2, 32, 40);
+    s.query_offsets = {0, 3, 3, 140, 150, 170};
+    s.key_offsets = {0, 200, 205, 310, 310, 330};
+    const testing::attention_trial<moe::bf16> trial(s, {true, 70});
+    const auto got = trial.dense(on_tiles{});
+    check(got, trial.by_definition(), trial.v);
+    check_gradients(got, trial.by_definition());
+    expect_equal(trial.dense(on_tiles{}), got);
+  }
+  TEST_CASE("bits on tiles do not depend on who takes which part of the work") {
+    if (!has_512()) {
+      MESSAGE("skipped: this machine lacks AVX-512, which prepares tiles");
+      return;
+    }
+    using shuffled = moe::cpu<moe::arch::tiles_by_hand, testing::shuffling>;
+    const testing::attention_trial<moe::bf16> trial(sizes(1040, 1040, 2, 2, 32, 32));
+    const auto dense = trial.dense(on_tiles{}), chosen = trial.blocks(on_tiles{}, 64, 3);
+    for (const std::uint64_t seed : {1u, 2u}) {
+      expect_equal(trial.dense(shuffled(testing::shuffling{seed})), dense);
+      expect_equal(trial.blocks(shuffled(testing::shuffling{seed}), 64, 3), chosen);
+    }
   }
   TEST_CASE("blocks of keys on tiles are those of floats, within the same rounding") {
     if (!has_512()) {
@@ -85,6 +140,7 @@ TEST_SUITE("cpu/attention_amx") {
     for (std::size_t i = 0; i < got.o.size(); ++i) worst = std::max(worst, std::fabs(double{got.o[i]} - double{floats.o[i]}));
     for (const moe::bf16 v : trial.v) largest = std::max(largest, std::fabs(double{static_cast<float>(v)}));
     CHECK(worst < largest / 512);
+    check_gradients(got, floats);
     CHECK(testing::emulated_tiles::faults == 0);
   }
   TEST_CASE("a prompt in pieces gives the bits of the whole, wherever a piece ends") {
@@ -100,10 +156,13 @@ TEST_SUITE("cpu/attention_amx") {
       piece.q.assign(all.q.begin() + first * 80, all.q.begin() + last * 80);
       piece.k.assign(all.k.begin(), all.k.begin() + last * 40);
       piece.v.assign(all.v.begin(), all.v.begin() + last * 32);
+      piece.dout.assign(all.dout.begin() + first * 64, all.dout.begin() + last * 64);
       CAPTURE(last);
-      const std::vector<float> got = piece.dense(on_tiles{}).o, some = piece.blocks(on_tiles{}, 24, 3).o;
-      CHECK(std::equal(got.begin(), got.end(), whole.o.begin() + first * 64));
-      CHECK(std::equal(some.begin(), some.end(), chosen.o.begin() + first * 64));
+      const auto got = piece.dense(on_tiles{}), some = piece.blocks(on_tiles{}, 24, 3);
+      CHECK(std::equal(got.o.begin(), got.o.end(), whole.o.begin() + first * 64));
+      CHECK(std::equal(some.o.begin(), some.o.end(), chosen.o.begin() + first * 64));
+      CHECK(std::equal(got.dq.begin(), got.dq.end(), whole.dq.begin() + first * 80));
+      CHECK(std::equal(some.dq.begin(), some.dq.end(), chosen.dq.begin() + first * 80));
     }
   }
   TEST_CASE("a value that is not finite reaches the queries that see it, and no other") {
@@ -120,7 +179,11 @@ TEST_SUITE("cpu/attention_amx") {
         (key ? later.k : later.v)[60 * 32 + 5] = moe::bf16(strange);
         const auto after = later.dense(on_tiles{});
         CAPTURE(strange);
-        for (std::size_t i = 0; i < 60 * 32; ++i) CHECK(after.o[i] == before.o[i]);
+        for (std::size_t i = 0; i < 60 * 32; ++i) {
+          CHECK(after.o[i] == before.o[i]);
+          CHECK(after.dq[i] == before.dq[i]);
+        }
+        if (strange != 7) CHECK(std::isnan(after.dq[100 * 32 + 5]));
         if (key) continue;
         for (std::size_t t = 60; t < 150; ++t)
           for (std::size_t j = 0; j < 32; ++j) {
@@ -128,6 +191,29 @@ TEST_SUITE("cpu/attention_amx") {
             else CHECK(std::isfinite(after.o[t * 32 + j]) == (strange == 7));
           }
       }
+  }
+  TEST_CASE("a query or gradient that is not finite reaches the keys that it sees, and no other") {
+    if (!has_512()) {
+      MESSAGE("skipped: this machine lacks AVX-512, which prepares tiles");
+      return;
+    }
+    const testing::attention_trial<moe::bf16> trial(sizes(150, 150, 1, 1, 32, 32));
+    const auto before = trial.dense(on_tiles{});
+    for (const bool query : {false, true}) {
+      testing::attention_trial<moe::bf16> other = trial;
+      constexpr float strange = std::numeric_limits<float>::quiet_NaN();
+      if (query) other.q[60 * 32 + 5] = moe::bf16(strange);
+      else other.dout[60 * 32 + 5] = strange;
+      const auto after = other.dense(on_tiles{});
+      for (std::size_t i = 0; i < 150 * 32; ++i) {
+        const bool sees = i < 61 * 32;
+        CAPTURE(i);
+        if (!sees) CHECK(after.dk[i] == before.dk[i]);
+        else CHECK(std::isnan(after.dk[i]));
+        if (!sees || (!query && i % 32 != 5)) CHECK(after.dv[i] == before.dv[i]);
+        else CHECK(std::isnan(after.dv[i]));
+      }
+    }
   }
 }
 

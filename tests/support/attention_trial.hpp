@@ -54,15 +54,15 @@ struct attention_trial {
   template <class B>
   attention_floats blocks(const B& backend, dim block, dim k_blocks, std::vector<idx>* chosen = nullptr) const {
     moe::arena count;
-    (void)carve_key_blocks(backend, problem().heads, problem().sequences(), shape.n, block, k_blocks, count);
+    (void)carve_key_blocks(problem().heads, problem().sequences(), shape.n, block, k_blocks, count);
     const moe::buffer memory(moe::padded(count));
     moe::arena mem(memory.bytes());
-    moe::key_blocks selection = carve_key_blocks(backend, problem().heads, problem().sequences(), shape.n, block, k_blocks, mem);
+    moe::key_blocks selection = carve_key_blocks(problem().heads, problem().sequences(), shape.n, block, k_blocks, mem);
     std::vector<idx> own(static_cast<std::size_t>(shape.m * shape.h * (k_blocks - 1)) + 1, 77);
     selection.chosen = {own.data(), shape.m * shape.h, k_blocks - 1};
     const attention_floats r = run(
-        backend, selection, [&](moe::arena& a) { (void)count_prepare_key_blocks(backend, problem().heads, selection, a); },
-        [&](const auto& on) { prepare_key_blocks(on, problem(), keys(), values(), selection); });
+        backend, selection, [&](moe::arena& a) { (void)count_prepare_key_blocks(backend, problem().heads, a); },
+        [&](const auto& on) { prepare_key_blocks(on, problem(), keys(), selection); });
     own.pop_back();
     if (chosen) *chosen = own;
     return r;

@@ -255,7 +255,7 @@ class self_attention {
     };
     const auto blocks = [&] { return carve_blocks(c, p.sequences(), k[0].rows, on.scratch); };
     select(blocks, [&](const auto& selection) {
-      if constexpr (requires { selection.centroids; }) prepare_key_blocks(on, p, k, v, selection);
+      if constexpr (requires { selection.centroids; }) prepare_key_blocks(on, p, k, selection);
       attend(on, p, q, k, v, selection, finish);
     });
   }
@@ -290,7 +290,7 @@ class self_attention {
   /// The same with memory to choose from so many keys.
   key_blocks carve_blocks(const context& c, dim sequences, dim keys, arena& mem) const noexcept {
     const key_blocks wanted = chosen_blocks(c);
-    key_blocks blocks = carve_key_blocks(backend_, heads_, sequences, keys, wanted.block, wanted.k, mem);
+    key_blocks blocks = carve_key_blocks(heads_, sequences, keys, wanted.block, wanted.k, mem);
     blocks.chosen = c.chosen;
     return blocks;
   }
@@ -402,7 +402,7 @@ class self_attention {
     count_attend(backend_, problem({}), {T, T}, every_key{}, mem);
     if constexpr (C::selection::blocks) {
       const key_blocks blocks = carve_blocks({}, sequences, T, mem);
-      (void)count_prepare_key_blocks(backend_, heads_, blocks, mem);
+      (void)count_prepare_key_blocks(backend_, heads_, mem);
       count_attend(backend_, problem({}), {T, T}, blocks, mem);
     }
   }

@@ -41,7 +41,7 @@ std::size_t self_attention<C, B>::scratch_bytes(dim tokens, const cache<T>& past
       count_attend(backend_, problem({}), {tokens, s.capacity}, every_key{}, mem);
       if constexpr (C::selection::blocks) {
         const key_blocks blocks = carve_blocks({}, 1, s.capacity, mem);
-        (void)count_prepare_key_blocks(backend_, heads_, blocks, mem);
+        (void)count_prepare_key_blocks(backend_, heads_, mem);
         count_attend(backend_, problem({}), {tokens, s.capacity}, blocks, mem);
       }
     });

@@ -25,17 +25,21 @@ struct attention_rows_state {
   const dim *first = nullptr, *end = nullptr;  ///< [R] the keys that a row sees
 };
 
-/// A step over bf16 as a level with products of bf16 reads it: rows, keys and values as they are, blocks for them in its order.
+/// A step over bf16 as a level with products of bf16 reads it: keys and values as they are, blocks of 16 lines of 64 bytes
+/// for them, the tile's rows and what lies between the products in its order (carve_halves).
 struct attention_halves {
   matrix_view<const bf16> k, v;
-  std::byte *rows, *gathered, *keys, *values, *weights;  ///< blocks of 16 lines of 64 bytes, see carve_halves
-  float scale;                                           ///< of the scores, log2(e) included
+  std::byte *rows, *gathered, *keys, *values, *weights;
+  float scale;  ///< of the scores, log2(e) included
+  /// Of backward alone: the gradients of outputs as `rows`; what is reduced over, in pairs; weights by key.
+  std::byte *gradients, *key_rows, *row_pairs, *gradient_pairs, *turned;
+  bool paired, finite;  ///< row_pairs and gradient_pairs hold the tile already; every number in them
 };
 
-/// Memory that the next step reads, asked for while this one computes: two stretches of floats, one after the other.
-struct upcoming_floats {
-  const float *first = nullptr, *second = nullptr;
-  dim first_count = 0, second_count = 0;
+/// Rows that the next step reads, asked for while this one computes.
+struct upcoming_rows {
+  const std::byte* at = nullptr;
+  dim rows = 0, bytes = 0, stride = 0;  ///< of a row, and from one to the next
 };
 
 /// The chosen rows against keys `key` .. `key` + k.rows of their sequence.
@@ -46,9 +50,8 @@ struct attention_step {
   matrix_view<const float> k, v;
   dim key = 0;
   float *packed_k = nullptr, *packed_v = nullptr, *p = nullptr;  ///< scratch
-  bool packed = false;                       ///< packed_k and packed_v hold the keys and values already
-  upcoming_floats next{};                    ///< of the step after this one
-  const attention_halves* halves = nullptr;  ///< k and v are empty but for their sizes then
+  upcoming_rows next_k{}, next_v{};    ///< of the step after this one
+  attention_halves* halves = nullptr;  ///< k and v are empty but for their sizes then
 
   dim at(dim i) const noexcept { return row ? row[i] : i; }
   gathered<float> queries() const noexcept { return {state.q, row}; }
@@ -71,13 +74,15 @@ struct attention_kernels {
   void (*widen_f16)(const f16* from, float* to, dim n) noexcept;
   void (*scale)(float* x, float w, dim n) noexcept;
   void (*rank)(float* s, dim n, idx first, float* best, idx* which, dim room) noexcept;
-  void (*pack)(const attention_step&) noexcept;   ///< keys and values, no more
   void (*score)(const attention_step&) noexcept;  ///< p = q k^T, no more
   void (*attend)(const attention_step&) noexcept;
   void (*backward)(const attention_backward_step&) noexcept;
-  /// Where the level has products of bf16, else null: row r of a tile into the blocks; and attend.
+  /// Where the level has products of bf16, else null: row r of a tile into the blocks, as it is or rounded; and the steps,
+  /// of the q that is not scaled: backward's dk is multiplied by the scale of scores, as dq is.
   void (*take_halves)(const bf16* row, dim d, dim r, std::byte* blocks) noexcept = nullptr;
+  void (*round_halves)(const float* row, dim d, dim r, std::byte* blocks) noexcept = nullptr;
   void (*attend_halves)(const attention_step&) noexcept = nullptr;
+  void (*backward_halves)(const attention_backward_step&) noexcept = nullptr;
 };
 
 namespace arch {
@@ -127,22 +132,26 @@ void pack_panels_transposed(matrix_view<const float> m, float* packed) noexcept 
     pack_transposed<K>(m.slice(j, at_most(m.rows - j, outer_columns)), 0, m.cols, packed + j * m.cols);
 }
 
-/// Walks over what the next step reads.
+/// Walks over what the next step reads, a piece of a row at a time.
 class upcoming_walk {
  public:
-  explicit upcoming_walk(const upcoming_floats& f) noexcept : left_(f) {}
-  void fill(prefetch_list& list, dim room) noexcept {
-    for (; room > 0 && left_.first_count > 0; --room) {
-      list.add(left_.first);
-      left_.first += piece;
-      left_.first_count -= piece;
-      if (left_.first_count <= 0) left_ = {left_.second, nullptr, left_.second_count, 0};
+  explicit upcoming_walk(const attention_step& s) noexcept : left_(s.next_k), after_(s.next_v) {}
+  /// What as many steps of a product may ask for.
+  prefetch_list list(const void* near, dim steps) noexcept {
+    prefetch_list ahead(near, left_.rows > 0 ? left_.bytes : prefetch_list::reach);
+    for (dim room = ahead.pieces(steps); room > 0 && left_.rows > 0; --room) {
+      ahead.add(left_.at + done_);
+      if ((done_ += ahead.bytes()) < left_.bytes) continue;
+      done_ = 0;
+      left_.at += left_.stride;
+      if (--left_.rows == 0) left_ = after_, after_ = {};
     }
+    return ahead;
   }
 
  private:
-  static constexpr dim piece = prefetch_list::reach / static_cast<dim>(sizeof(float));
-  upcoming_floats left_;
+  upcoming_rows left_, after_;
+  dim done_ = 0;  ///< bytes of the row
 };
 
 /// c(i .. i + m, a panel of columns) += a[., lo .. hi) times rows lo .. hi of a packed panel.
@@ -151,8 +160,7 @@ void add_panel(gathered<float> a, dim i, dim m, key_range depth, const float* pa
                upcoming_walk& next) noexcept {
   for (dim lo = depth.lo; lo < depth.hi; lo += outer_depth) {
     const dim n = at_most(depth.hi - lo, outer_depth);
-    prefetch_list ahead(panel);
-    next.fill(ahead, n / prefetch_list::steps);
+    const prefetch_list ahead = next.list(panel, n);
     with_constant<outer_rows>(m, [&](auto rows) {
       K::template outer_block<rows>(a, i, lo, panel + lo * K::columns, n, ahead, c, ld);
     });
@@ -210,14 +218,9 @@ void weigh_rows(const Step& s, const float* weights, const float* packed, dim ke
 }
 
 template <class A>
-void pack_step(const attention_step& s) noexcept {
-  pack_panels_transposed<typename A::blocks>(s.k, s.packed_k);
-  pack_panels<typename A::blocks>(s.v, s.packed_v);
-}
-template <class A>
 void score(const attention_step& s) noexcept {
   using K = typename A::blocks;
-  upcoming_walk next(s.next);
+  upcoming_walk next(s);
   pack_panels_transposed<K>(s.k, s.packed_k);
   score_rows<K>(s, s.queries(), s.packed_k, s.p, next);
 }
@@ -226,8 +229,9 @@ void score(const attention_step& s) noexcept {
 template <class A>
 void attend(const attention_step& s) noexcept {
   using K = typename A::blocks;
-  upcoming_walk next(s.next);
-  if (!s.packed) pack_step<A>(s);
+  upcoming_walk next(s);
+  pack_panels_transposed<K>(s.k, s.packed_k);
+  pack_panels<K>(s.v, s.packed_v);
   score_rows<K>(s, s.queries(), s.packed_k, s.p, next);
   for (dim i = 0; i < s.rows; ++i) {
     const key_range seen = seen_by(s, i);
@@ -275,7 +279,7 @@ void attend_backward(const attention_backward_step& s) noexcept {
   pack_panels_transposed<K>(s.k, s.packed_k);
   pack_panels_transposed<K>(s.v, s.packed_v);
   pack_panels<K>(s.k, s.keys);
-  upcoming_walk next(s.next);
+  upcoming_walk next(s);
   score_rows<K>(s, s.queries(), s.packed_k, s.p, next);
   score_rows<K>(s, s.gradients(), s.packed_v, s.ds, next);
   for (dim i = 0; i < s.rows; ++i) {
@@ -289,7 +293,8 @@ void attend_backward(const attention_backward_step& s) noexcept {
 }
 
 template <class A>
-inline constexpr attention_kernels attention_of{A::blocks::columns, &A::blocks::widen, &A::widen, &A::scale, &A::rank, &pack_step<A>, &score<A>, &attend<A>, &attend_backward<A>};
+inline constexpr attention_kernels attention_of{A::blocks::columns, &A::blocks::widen, &A::widen,  &A::scale,
+                                                &A::rank,           &score<A>,         &attend<A>, &attend_backward<A>};
 
 }  // namespace detail
 

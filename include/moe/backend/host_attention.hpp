@@ -126,34 +126,42 @@ struct step_range {
   const idx* row = nullptr;
   dim rows = 0;
 };
+/// The rows that a step reads of one head.
+template <HeadViews X>
+upcoming_rows rows_of(const attention_tile& t, const X& heads, const step_range& r) noexcept {
+  if (r.rows == 0) return {};
+  const auto m = heads[t.head].slice(t.in.key + r.key, r.keys);
+  constexpr dim element = sizeof(*m.data);
+  return {reinterpret_cast<const std::byte*>(m.data), m.rows, m.cols * element, m.ld * element};
+}
+/// A step, and what the one after it reads.
 template <HeadViews K, HeadViews V>
 attention_step step_of(const attention_kernels& k, const attention_tile& t, const K& keys, const V& values,
-                       const step_range& r, const attention_slot& s) noexcept {
+                       const step_range& r, const step_range& next, const attention_slot& s) noexcept {
   return {s.state, r.row, r.rows, as_floats(k, keys[t.head].slice(t.in.key + r.key, r.keys), s.k),
-          as_floats(k, values[t.head].slice(t.in.key + r.key, r.keys), s.v), r.key, s.packed_k, s.packed_v, s.p};
-}
-/// The same where a selection has packed its keys before.
-inline attention_step step_of(const step_range& r, dim d, dim dv, float* packed_k, float* packed_v,
-                              const attention_slot& s) noexcept {
-  return {s.state, r.row, r.rows, {nullptr, r.keys, d}, {nullptr, r.keys, dv}, r.key, packed_k, packed_v, s.p, true};
+          as_floats(k, values[t.head].slice(t.in.key + r.key, r.keys), s.v), r.key, s.packed_k, s.packed_v, s.p,
+          rows_of(t, keys, next), rows_of(t, values, next)};
 }
 
 /// Heads of bf16 alone.
 template <class... X>
 inline constexpr bool all_halves = (std::same_as<std::remove_const_t<typename std::remove_cvref_t<decltype(std::declval<const X&>()[0])>::value_type>, bf16> && ...);
-/// Blocks of 16 rows by 32 halves for a tile of `rows` rows and a step, where the level has products of them.
+/// n rows of `width` halves in blocks of 16 by 32.
+inline std::byte* carve_blocks_of_halves(const char* name, dim n, dim width, arena& mem) noexcept {
+  constexpr dim high = 16, wide = 32, bytes = 2;
+  return reinterpret_cast<std::byte*>(mem.matrix<std::int8_t>(name, round_up(n, high), bytes * round_up(width, wide)).data);
+}
+/// For a tile of `rows` rows and a step, where the level has products of halves.
 inline attention_halves carve_halves(const attention_kernels& k, const attention_heads& h, dim rows, arena& mem) noexcept {
   if (!k.attend_halves) return {};
-  constexpr dim high = 16, wide = 32, bytes = 2;
-  const auto block = [&](const char* name, dim n, dim width) {
-    return reinterpret_cast<std::byte*>(mem.matrix<std::int8_t>(name, round_up(n, high), bytes * round_up(width, wide)).data);
-  };
+  constexpr dim pair = 32;
+  const auto block = [&](const char* name, dim n, dim width) { return carve_blocks_of_halves(name, n, width, mem); };
   attention_halves b{};
   b.rows = block("rows", rows, h.d);
-  b.gathered = block("gathered", 2 * high, h.d);
+  b.gathered = block("gathered", pair, h.d > h.dv ? h.d : h.dv);
   b.keys = block("keys", attention_keys, h.d);
   b.values = block("values", attention_keys, h.dv);
-  b.weights = block("weights", round_up(rows, 2 * high), attention_keys);
+  b.weights = block("weights", round_up(rows, pair), attention_keys);
   return b;
 }
 /// Queries of a tile, unscaled.
@@ -167,13 +175,13 @@ void take_halves(const attention_kernels& k, const attention_problem& p, const a
 }
 /// A step on halves.
 template <HeadViews K, HeadViews V>
-void attend_halves(const attention_kernels& k, const attention_tile& t, const K& keys, const V& values, const step_range& r,
-                   const attention_slot& s, attention_halves& b) noexcept {
+attention_step step_of_halves(const attention_tile& t, const K& keys, const V& values, const step_range& r,
+                              const attention_slot& s, attention_halves& b) noexcept {
   b.k = keys[t.head].slice(t.in.key + r.key, r.keys);
   b.v = values[t.head].slice(t.in.key + r.key, r.keys);
   attention_step step{s.state, r.row, r.rows, {nullptr, r.keys, b.k.cols}, {nullptr, r.keys, b.v.cols}, r.key, nullptr, nullptr, s.p};
   step.halves = &b;
-  k.attend_halves(step);
+  return step;
 }
 
 /// f(key, n) for the steps that cover keys first .. end of a sequence; equal steps for all tiles.
@@ -205,6 +213,17 @@ struct every_key {
 };
 
 namespace detail {
+/// f(range, the next one, or an empty one) for every step.
+template <class Selection, class F>
+void for_each_step_and_next(const Selection& selection, const attention_problem& p, const attention_tile& t,
+                            const attention_slot& s, const typename Selection::slot& chosen, F f) noexcept {
+  step_range now{};
+  selection.for_each_step(p, t, s, chosen, [&](const step_range& next) {
+    if (now.rows > 0) f(now, next);
+    now = next;
+  });
+  if (now.rows > 0) f(now, step_range{});
+}
 template <HostBackend B, class Selection>
 slot_memory make_attention_slots(const B& backend, const attention_problem& p, attention_sizes n, const Selection& selection,
                                  dim rows, arena& mem) noexcept {
@@ -246,20 +265,12 @@ void attend(const call<B>& on, const attention_problem& p, const Q& q, const K& 
       selection.choose(kernels, p, t, s, chosen);
       if constexpr (detail::all_halves<Q, K, V>)
         if (kernels.attend_halves) detail::take_halves(kernels, p, t, q, halves);
-      const auto run = [&](const detail::step_range& r, [[maybe_unused]] const detail::step_range& next) {
+      const auto run = [&](const detail::step_range& r, const detail::step_range& next) {
         if constexpr (detail::all_halves<Q, K, V>)
-          if (kernels.attend_halves) return detail::attend_halves(kernels, t, k, v, r, s, halves);
-        if constexpr (requires { selection.packed(kernels, p, t, r, next, s); })
-          kernels.attend(selection.packed(kernels, p, t, r, next, s));
-        else
-          kernels.attend(detail::step_of(kernels, t, k, v, r, s));
+          if (kernels.attend_halves) return kernels.attend_halves(detail::step_of_halves(t, k, v, r, s, halves));
+        kernels.attend(detail::step_of(kernels, t, k, v, r, next, s));
       };
-      detail::step_range now{};
-      selection.for_each_step(p, t, s, chosen, [&](const detail::step_range& next) {
-        if (now.rows > 0) run(now, next);
-        now = next;
-      });
-      if (now.rows > 0) run(now, {});
+      detail::for_each_step_and_next(selection, p, t, s, chosen, run);
       for (dim r = 0; r < s.state.q.rows; ++r) {
         const float lse = detail::finish_row(kernels, s, r);
         finish(t.in.query + t.first + r / group, t.head * group + r % group, s.state.o.row(r), lse);

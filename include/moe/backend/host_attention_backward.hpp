@@ -71,6 +71,20 @@ inline attention_backward_slot carve_attention_backward_slot(const attention_ker
   return s;
 }
 
+/// What a step on halves takes in backward, where the level has them.
+inline attention_halves carve_backward_halves(const attention_kernels& k, const attention_heads& h, dim rows, arena& mem) noexcept {
+  attention_halves b = carve_halves(k, h, rows, mem);
+  if (!k.backward_halves) return b;
+  constexpr dim pair = 32;
+  const auto block = [&](const char* name, dim n, dim width) { return carve_blocks_of_halves(name, n, width, mem); };
+  b.gradients = block("gradients", rows, h.dv);
+  b.key_rows = block("key_rows", attention_keys, h.d);
+  b.row_pairs = block("row_pairs", round_up(rows, pair), h.d);
+  b.gradient_pairs = block("gradient_pairs", round_up(rows, pair), h.dv);
+  b.turned = block("turned", attention_keys, rows);
+  return b;
+}
+
 /// What backward reads of a tile's rows: the gradient of the output, the log2-sum and delta; dq is cleared.
 template <HeadViews DO>
 void start_gradients(const attention_kernels& k, const attention_tile& t, dim group, const DO& dout,
@@ -84,25 +98,35 @@ void start_gradients(const attention_kernels& k, const attention_tile& t, dim gr
   s.dq.rows = s.state.q.rows;
   std::memset(s.dq.data, 0, static_cast<std::size_t>(s.dq.rows * s.dq.ld) * sizeof(float));
 }
+/// The same as halves: queries, unscaled, and the gradients that start_gradients loaded.
+template <HeadViews Q>
+void take_gradient_halves(const attention_kernels& k, const attention_problem& p, const attention_tile& t, const Q& q,
+                          const attention_backward_slot& s, attention_halves& b) noexcept {
+  take_halves(k, p, t, q, b);
+  for (dim r = 0; r < s.state.o.rows; ++r) k.round_halves(s.state.o.row(r), p.heads.dv, r, b.gradients);
+  b.paired = false;
+}
 template <HostBackend B, class Selection>
 slot_memory make_attention_backward_slots(const B& backend, const attention_problem& p, attention_sizes n,
                                           const Selection& selection, dim rows, arena& mem) noexcept {
   return make_slots(backend, mem, [&](arena& a) {
-    (void)carve_attention_backward_slot(attention_kernels_of(typename B::arch{}), p.heads, rows, a);
+    const attention_kernels k = attention_kernels_of(typename B::arch{});
+    (void)carve_attention_backward_slot(k, p.heads, rows, a);
     (void)selection.carve(p, n, rows, a);
+    (void)carve_backward_halves(k, p.heads, rows, a);
   });
 }
-/// dk and dv from the sums of all parts, in order.
+/// dk, scaled, and dv from the sums of all parts, in order.
 template <HostBackend B>
-void add_parts(const call<B>& on, const attention_parts& parts, const attention_sums& sums, matrix_stack<float> dk,
-               matrix_stack<float> dv) noexcept {
+void add_parts(const call<B>& on, const attention_parts& parts, const attention_sums& sums, float scale,
+               matrix_stack<float> dk, matrix_stack<float> dv) noexcept {
   const dim keys = dk.first.rows;
   for_each_token(on, keys, [&](dim key) {
     for (dim g = 0; g < parts.heads; ++g) {
       float *to_k = dk[g].row(key), *to_v = dv[g].row(key);
       for (dim part = 0; part < parts.count; ++part) {
         const dim row = (part * parts.heads + g) * keys + key;
-        for (dim j = 0; j < dk.first.cols; ++j) to_k[j] = (part > 0 ? to_k[j] : 0.f) + ln_2 * sums.dk(row, j);
+        for (dim j = 0; j < dk.first.cols; ++j) to_k[j] = (part > 0 ? to_k[j] : 0.f) + scale * sums.dk(row, j);
         for (dim j = 0; j < dv.first.cols; ++j) to_v[j] = (part > 0 ? to_v[j] : 0.f) + sums.dv(row, j);
       }
     }
@@ -149,9 +173,11 @@ void attend_backward(const call<B>& on, const attention_problem& p, const Q& q, 
   const detail::attention_sums sums = detail::carve_attention_sums(kernels, p, parts.count, n.keys, on.scratch);
   const detail::slot_memory slots =
       detail::make_attention_backward_slots(on.backend, p, n, selection, grid.rows(), on.scratch);
+  const bool on_halves = detail::all_halves<Q, K, V> && kernels.backward_halves;
   detail::share_units(on, slots, parts.units(), [&](arena mem, auto take) {
     detail::attention_backward_slot s = detail::carve_attention_backward_slot(kernels, p.heads, grid.rows(), mem);
     typename Selection::slot chosen = selection.carve(p, n, grid.rows(), mem);
+    [[maybe_unused]] attention_halves halves = detail::carve_backward_halves(kernels, p.heads, grid.rows(), mem);
     for (dim unit; take(unit);) {
       const dim g = unit % parts.heads, part = parts.count - 1 - unit / parts.heads % parts.count, group = p.heads.group();
       const detail::attention_part of = parts.part(p.sequence(unit / (parts.heads * parts.count), n), part);
@@ -162,10 +188,17 @@ void attend_backward(const call<B>& on, const attention_problem& p, const Q& q, 
         detail::start_rows(kernels, p, t, q, s);
         detail::start_gradients(kernels, t, group, dout, lse, delta, s);
         selection.recall(p, t, s, chosen);
-        selection.for_each_step(p, t, s, chosen, [&](const detail::step_range& r) {
-          kernels.backward({detail::step_of(kernels, t, k, v, r, s), s.dq, own.dk.slice(r.key, r.keys),
-                            own.dv.slice(r.key, r.keys), s.keys, s.ds, s.packed_rows, s.turned});
-        });
+        if constexpr (detail::all_halves<Q, K, V>)
+          if (on_halves) detail::take_gradient_halves(kernels, p, t, q, s, halves);
+        const auto run = [&](const detail::step_range& r, const detail::step_range& next) {
+          const auto with = [&](const attention_step& step) -> attention_backward_step {
+            return {step, s.dq, own.dk.slice(r.key, r.keys), own.dv.slice(r.key, r.keys), s.keys, s.ds, s.packed_rows, s.turned};
+          };
+          if constexpr (detail::all_halves<Q, K, V>)
+            if (on_halves) return kernels.backward_halves(with(detail::step_of_halves(t, k, v, r, s, halves)));
+          kernels.backward(with(detail::step_of(kernels, t, k, v, r, next, s)));
+        };
+        detail::for_each_step_and_next(selection, p, t, s, chosen, run);
         for (dim r = 0; r < s.dq.rows; ++r) {
           float* row = dq[g * group + r % group].row(of.in.query + first + r / group);
           for (dim j = 0; j < p.heads.d; ++j) row[j] = p.score_scale() * s.dq(r, j);
@@ -173,7 +206,7 @@ void attend_backward(const call<B>& on, const attention_problem& p, const Q& q, 
       }
     }
   });
-  detail::add_parts(on, parts, sums, dk, dv);
+  detail::add_parts(on, parts, sums, on_halves ? p.score_scale() : detail::ln_2, dk, dv);
 }
 
 }  // namespace moe

@@ -25,21 +25,27 @@ struct prefetch_walk {
   dim pace;
 };
 
-/// Memory that is needed soon, in pieces of `reach` bytes: a block of outer products asks for one in as many steps as the
-/// piece has lines.
+/// Memory that is needed soon, in pieces of `reach` bytes, or of fewer where it lies in shorter rows: a block of outer
+/// products asks for one in as many steps as the piece has lines.
 struct prefetch_list {
-  static constexpr dim reach = 512, line = 64, steps = reach / line, room = outer_depth / steps;
-  const char* piece[room];
-  dim count = 0;
+  static constexpr dim reach = 512, line = 64, most = outer_depth / 2;
+  const char* piece[most];
+  dim count = 0, shift = 3;  ///< log2 of a piece's lines
 
   /// Starts with memory that is near already.
-  explicit prefetch_list(const void* near) noexcept {
-    for (const char*& p : piece) p = static_cast<const char*>(near);
+  explicit prefetch_list(const void* near, dim piece_bytes = reach) noexcept {
+    while (shift > 1 && bytes() > piece_bytes) --shift;
+    for (dim i = 0; i < pieces(outer_depth); ++i) piece[i] = static_cast<const char*>(near);
   }
+  dim bytes() const noexcept { return line << shift; }
+  /// That so many steps ask for.
+  dim pieces(dim n) const noexcept { return n >> shift; }
   void add(const void* p) noexcept {
-    if (count < room) piece[count++] = static_cast<const char*>(p);
+    if (count < most) piece[count++] = static_cast<const char*>(p);
   }
-  void ask(dim step) const noexcept { moe::detail::prefetch_second(piece[step / steps] + step % steps * line); }
+  void ask(dim step) const noexcept {
+    moe::detail::prefetch_second(piece[step >> shift] + (step & ((dim{1} << shift) - 1)) * line);
+  }
 };
 
 /// The blocks of a level, from its lanes.

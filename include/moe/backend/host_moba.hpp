@@ -24,33 +24,10 @@ struct key_blocks {
   dim k = 8;        ///< blocks of a query, its own among them
   matrix_view<float> centroids{};  ///< [centroid_rows, h_kv*d]
   matrix_view<idx> chosen{};             ///< [T*h, k-1]: earlier blocks, -1: none; kept for backward, or empty
-  float *packed_k = nullptr, *packed_v = nullptr;  ///< keys and values as forward's steps read them, by prepare_key_blocks
 
   /// Blocks of all sequences, and the first of one of them.
   dim centroid_rows(dim sequences, dim keys) const noexcept { return keys / block + sequences; }
   dim first_centroid(const attention_sequence& in) const noexcept { return in.key / block + in.number; }
-
-  /// Steps of a block, most keys of one, and floats of its packed keys and values.
-  dim steps() const noexcept { return detail::blocks(block, attention_keys); }
-  dim step_keys() const noexcept { return detail::at_most(block, attention_keys); }
-  dim key_floats(const attention_kernels& a, const attention_heads& h) const noexcept {
-    return detail::round_up(step_keys(), a.columns) * h.d;
-  }
-  dim value_floats(const attention_kernels& a, const attention_heads& h) const noexcept {
-    return step_keys() * detail::round_up(h.dv, a.columns);
-  }
-  dim step_number(const attention_problem& p, const attention_sequence& in, dim head, dim key) const noexcept {
-    return ((first_centroid(in) + key / block) * steps() + key % block / attention_keys) * p.heads.kv_heads + head;
-  }
-  /// A step on what was packed, and the one after it.
-  attention_step packed(const attention_kernels& a, const attention_problem& p, const detail::attention_tile& t,
-                        const detail::step_range& r, const detail::step_range& next, const detail::attention_slot& s) const noexcept {
-    const dim k_floats = key_floats(a, p.heads), v_floats = value_floats(a, p.heads);
-    const auto number = [&](const detail::step_range& of) { return step_number(p, t.in, t.head, of.key); };
-    attention_step step = detail::step_of(r, p.heads.d, p.heads.dv, packed_k + number(r) * k_floats, packed_v + number(r) * v_floats, s);
-    if (next.rows > 0) step.next = {packed_k + number(next) * k_floats, packed_v + number(next) * v_floats, k_floats, v_floats};
-    return step;
-  }
 
   /// Memory of one thread: what it ranks, and the rows of each block.
   struct slot {
@@ -59,9 +36,6 @@ struct key_blocks {
     idx* which;                 ///< [R,k-1]
     idx *offsets, *list, *all;  ///< rows by block; all rows
   };
-  float* carve_near(const attention_heads& h, arena& mem) const noexcept {
-    return mem.matrix<float>("near", step_keys(), h.d + h.dv).data;
-  }
   slot carve(const attention_problem& p, attention_sizes n, dim tile_rows, arena& mem) const noexcept;
   void choose(const attention_kernels& kernels, const attention_problem& p, const detail::attention_tile& t,
               detail::attention_slot& s, slot& b) const noexcept;
@@ -166,51 +140,37 @@ void key_blocks::for_each_step(const attention_problem&, const detail::attention
   }
 }
 
-/// Memory that prepare_key_blocks fills for so many sequences, of floats: h_kv d for each block, and d + dv, padded, for each
-/// key and key head.
-template <HostBackend B>
-key_blocks carve_key_blocks(const B&, const attention_heads& h, dim sequences, dim keys, dim block, dim k, arena& mem) noexcept {
-  const attention_kernels a = attention_kernels_of(typename B::arch{});
+/// Memory that prepare_key_blocks fills for so many sequences: h_kv d floats for each block.
+inline key_blocks carve_key_blocks(const attention_heads& h, dim sequences, dim keys, dim block, dim k, arena& mem) noexcept {
   key_blocks b{block, k};
-  const dim rows = b.centroid_rows(sequences, keys), steps = rows * b.steps() * h.kv_heads;
-  b.centroids = mem.matrix<float>("centroids", rows, h.key_cols());
-  b.packed_k = mem.matrix<float>("packed_k", steps, b.key_floats(a, h)).data;
-  b.packed_v = mem.matrix<float>("packed_v", steps, b.value_floats(a, h)).data;
+  b.centroids = mem.matrix<float>("centroids", b.centroid_rows(sequences, keys), h.key_cols());
   return b;
 }
 /// What prepare_key_blocks takes from its scratch.
 template <HostBackend B>
-detail::slot_memory count_prepare_key_blocks(const B& backend, const attention_heads& h, const key_blocks& b, arena& mem) noexcept {
-  return detail::make_slots(backend, mem, [&](arena& a) { (void)b.carve_near(h, a); });
+detail::slot_memory count_prepare_key_blocks(const B& backend, const attention_heads& h, arena& mem) noexcept {
+  return detail::make_slots(backend, mem, [&](arena& a) { (void)a.matrix<float>("key", 1, h.d); });
 }
 /// centroids[c, g*d ..] = the mean of the keys of block c under key head g, added up in the order of the keys; the last block
-/// of a sequence may be short. And all keys and values, packed for forward.
-template <HostBackend B, HeadViews K, HeadViews V>
-void prepare_key_blocks(const call<B>& on, const attention_problem& p, const K& k, const V& v, const key_blocks& b) noexcept {
+/// of a sequence may be short.
+template <HostBackend B, HeadViews K>
+void prepare_key_blocks(const call<B>& on, const attention_problem& p, const K& k, const key_blocks& b) noexcept {
   const attention_kernels kernels = attention_kernels_of(typename B::arch{});
   const dim d = p.heads.d;
   scratch_frame frame(on.scratch);
-  const detail::slot_memory slots = count_prepare_key_blocks(on.backend, p.heads, b, on.scratch);
+  const detail::slot_memory slots = count_prepare_key_blocks(on.backend, p.heads, on.scratch);
   for (dim number = 0; number < p.sequences(); ++number) {
     const attention_sequence in = p.sequence(number, attention_sizes{0, k[0].rows});
-    detail::share_units(on, slots, detail::blocks(in.keys, b.block) * p.heads.kv_heads, [&](arena mem, auto take) {
-      float* near = b.carve_near(p.heads, mem);
-      for (dim unit; take(unit);) {
-        const dim c = unit / p.heads.kv_heads, g = unit % p.heads.kv_heads;
-        const dim first = c * b.block, n = detail::at_most(in.keys - first, b.block);
-        float* mean = b.centroids.row(b.first_centroid(in) + c) + g * d;
-        std::memset(mean, 0, static_cast<std::size_t>(d) * sizeof(float));
-        detail::for_each_key_step(first, first + n, [&](dim key, dim some) {
-          attention_step step;
-          step.k = detail::as_floats(kernels, k[g].slice(in.key + key, some), near);
-          step.v = detail::as_floats(kernels, v[g].slice(in.key + key, some), near + b.step_keys() * d);
-          const dim number_of_step = b.step_number(p, in, g, key);
-          step.packed_k = b.packed_k + number_of_step * b.key_floats(kernels, p.heads);
-          step.packed_v = b.packed_v + number_of_step * b.value_floats(kernels, p.heads);
-          kernels.pack(step);
-          for (dim i = 0; i < some; ++i) axpy(typename B::arch{}, 1.f, step.k.row(i), mean, d);
-        });
-        for (dim j = 0; j < d; ++j) mean[j] /= static_cast<float>(n);
+    detail::share_units(on, slots, detail::blocks(in.keys, b.block), [&](arena mem, auto take) {
+      float* key = mem.matrix<float>("key", 1, d).data;
+      for (dim c; take(c);) {
+        const dim first = in.key + c * b.block, n = detail::at_most(in.keys - c * b.block, b.block);
+        float* means = b.centroids.row(b.first_centroid(in) + c);
+        std::memset(means, 0, static_cast<std::size_t>(p.heads.key_cols()) * sizeof(float));
+        for (dim i = first; i < first + n; ++i)  // all heads of a key, which lie together
+          for (dim g = 0; g < p.heads.kv_heads; ++g)
+            axpy(typename B::arch{}, 1.f, detail::as_floats(kernels, k[g].slice(i, 1), key).data, means + g * d, d);
+        for (dim j = 0; j < p.heads.key_cols(); ++j) means[j] /= static_cast<float>(n);
       }
     });
   }

@@ -1,0 +1,204 @@
+// SPDX-License-Identifier: Apache-2.0
+/// Steps of attention over bf16 on the tile unit of Intel processors: operands in its blocks, and the products that forward
+/// and backward share. `Tiles` as in packed_amx.hpp.
+#pragma once
+
+#include "moe/backend/attention_kernels.hpp"
+#include "moe/backend/cpu/attention_avx512.hpp"
+#include "moe/backend/cpu/mixed_amx.hpp"
+
+#if defined(MOE_X86_KERNELS)
+
+namespace moe::arch::detail {
+
+/// Left operands lie in blocks of 16 rows by 32 columns, right ones in pairs of tiles: 32 of the reduced dimension down, two
+/// side by side, by 32 columns.
+template <int Build, class Tiles, class Step>
+class attention_tile_step {
+ protected:
+  using rules = attention_avx512<Build>;
+  static constexpr dim pair = 2 * tile_rows, block_bytes = tile_rows * line_bytes, key_steps = attention_keys / 32;
+
+ public:
+  explicit attention_tile_step(const Step& s) noexcept : s_(s), h_(*s.halves) {}
+
+  /// Row r of a left operand: the floats lo .. hi of the first n, a multiple of 32, rounded to nearest even; zeros beside.
+  MOE_TARGET(MOE_AVX512)
+  static void round_row(const float* from, dim lo, dim hi, dim n, dim steps, dim r, std::byte* blocks) noexcept {
+    std::byte* to = blocks + place(r, steps);
+    for (dim j = 0; j < n; j += 32, to += block_bytes) {
+      const __m512 low = rules::seen_floats(from + j, lo - j, hi - j);
+      const __m512 high = rules::seen_floats(from + j + 16, lo - j - 16, hi - j - 16);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), halves_of(low));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 32), halves_of(high));
+    }
+  }
+  /// The same of d halves.
+  MOE_TARGET(MOE_AVX512)
+  static void take_row(const bf16* from, dim d, dim r, std::byte* blocks) noexcept {
+    std::byte* to = blocks + place(r, moe::detail::blocks(d, 32));
+    for (dim j = 0; j < d; j += 32, to += block_bytes) _mm512_storeu_si512(to, first_halves(from + j, d - j));
+  }
+  static void take_floats(const float* from, dim d, dim r, std::byte* blocks) noexcept {
+    round_row(from, 0, d, moe::detail::round_up(d, 32), moe::detail::blocks(d, 32), r, blocks);
+  }
+
+ protected:
+  /// Where row r of a left operand begins that is `steps` blocks wide.
+  static dim place(dim r, dim steps) noexcept { return (r / tile_rows * steps * tile_rows + r % tile_rows) * line_bytes; }
+  static dim steps_of(dim columns) noexcept { return moe::detail::blocks(columns, 32); }
+  dim key_chunks() const noexcept { return steps_of(h_.k.rows); }
+
+  MOE_TARGET(MOE_AVX512)
+  static __m512i first_halves(const bf16* p, dim n) noexcept {
+    return _mm512_maskz_loadu_epi16(n < 32 ? (1u << n) - 1 : 0xffffffffu, p);
+  }
+  /// Zero where they are not finite, which `strange` is told.
+  MOE_TARGET(MOE_AVX512)
+  static __m512i finite_halves(const bf16* p, dim n, __mmask32& strange) noexcept {
+    const __m512i halves = first_halves(p, n), exponent = _mm512_set1_epi16(0x7f80);
+    const __mmask32 other = _mm512_cmpeq_epi16_mask(_mm512_and_si512(halves, exponent), exponent);
+    strange |= other;
+    return _mm512_maskz_mov_epi16(~other, halves);
+  }
+  /// Rounded to nearest even.
+  MOE_TARGET(MOE_AVX512)
+  static __m256i halves_of(__m512 v) noexcept {
+    return _mm512_maskz_cvtepi32_epi16(0xffff, _mm512_srli_epi32(rounded_halves(v), 16));
+  }
+
+  /// The rows of m as the columns of a right operand, which reduces over their elements.
+  MOE_TARGET(MOE_AVX512)
+  static void pack_columns(matrix_view<const bf16> m, std::byte* to) noexcept {
+    alignas(64) std::byte near[tile_rows * line_bytes];
+    const float* row[tile_rows];
+    for (dim r = 0; r < tile_rows; ++r) row[r] = reinterpret_cast<const float*>(near + r * line_bytes);
+    for (dim first = 0; first < m.rows; first += pair)
+      for (dim j = 0; j < m.cols; j += 32)
+        for (dim half = 0; half < 2; ++half, to += tile_bytes) {
+          for (dim r = 0; r < tile_rows; ++r) {
+            const dim at = first + half * tile_rows + r;
+            const __m512i line = at < m.rows ? first_halves(m.row(at) + j, m.cols - j) : _mm512_setzero_si512();
+            _mm512_store_si512(near + r * line_bytes, line);
+          }
+          blocks_avx512<Build>::template transpose<tile_rows>(row, 0, reinterpret_cast<float*>(to));
+        }
+  }
+  /// The same of a right operand's rows, over which it reduces: columns at(i, j) .. of row i, of `cols` that there are. What
+  /// is not finite would reach columns and rows that do not see it and is left out; whether there was nothing such.
+  template <class At>
+  MOE_TARGET(MOE_AVX512)
+  static bool pack_rows(dim rows, dim cols, At at, std::byte* to) noexcept {
+    const dim chunks = steps_of(rows);
+    __mmask32 strange = 0;
+    for (dim j = 0; j < cols; j += 32)
+      for (dim i = 0; i < chunks * 32; i += 2) {
+        const bf16 *upper = i < rows ? at(i, j) : nullptr, *lower = i + 1 < rows ? at(i + 1, j) : nullptr;
+        const __m512i a = upper ? finite_halves(upper, cols - j, strange) : _mm512_setzero_si512();
+        const __m512i b = lower ? finite_halves(lower, cols - j, strange) : _mm512_setzero_si512();
+        store_pairs(a, b, to + ((j / 32 * chunks + i / 32) * 2 * tile_rows + i % 32 / 2) * line_bytes);
+      }
+    return strange == 0;
+  }
+  static bool pack_rows(matrix_view<const bf16> m, std::byte* to) noexcept {
+    return pack_rows(m.rows, m.cols, [&](dim i, dim j) noexcept { return m.row(i) + j; }, to);
+  }
+  /// f(i, j, value) for what pack_rows left out.
+  template <class At, class F>
+  static void for_each_strange(dim rows, dim cols, At at, F f) noexcept {
+    for (dim i = 0; i < rows; ++i)
+      for (dim j = 0; j < cols; ++j)
+        if (const float value = static_cast<float>(*at(i, j)); value - value != 0) f(i, j, value);
+  }
+  /// to(row, .) += weights(row, key) times what pack_rows left out of row `key` of m, for the rows that see it.
+  void add_strange_keys(const float* weights, matrix_view<const bf16> m, matrix_view<float> to) const noexcept {
+    const auto at = [&](dim i, dim j) noexcept { return m.row(i) + j; };
+    for_each_strange(m.rows, m.cols, at, [&](dim key, dim j, float value) noexcept {
+      for (dim i = 0; i < s_.rows; ++i)
+        if (sees(i, key)) to(s_.at(i), j) += weights[i * attention_pitch + key] * value;
+    });
+  }
+  bool sees(dim i, dim key) const noexcept {
+    const key_range seen = seen_by(s_, i);
+    return key >= seen.lo && key < seen.hi;
+  }
+
+  /// f(first row, rows, what they see) for pairs of blocks of the step's rows.
+  template <class F>
+  void for_each_pair(F f) noexcept {
+    tile_heights<Tiles> heights;
+    for (dim i = 0; i < s_.rows; i += pair) {
+      const dim n = moe::detail::at_most(s_.rows - i, pair);
+      const key_range seen = seen_by_any(s_, i, n);
+      if (seen.empty()) continue;
+      set_heights(heights, n);
+      f(i, n, seen);
+    }
+    Tiles::release();
+  }
+  /// Of two blocks that n rows fill.
+  static void set_heights(tile_heights<Tiles>& heights, dim n) noexcept {
+    heights.set(moe::detail::at_most(n, tile_rows), n > tile_rows ? n - tile_rows : tile_rows);
+  }
+  /// scores(i, key) = row i of a left operand, the tile's, with `width` columns, times the columns that pack_columns made.
+  void score(const std::byte* rows, dim width, const std::byte* packed, float* scores) noexcept {
+    const dim steps = steps_of(width);
+    for_each_pair([&](dim i, dim n, key_range seen) noexcept {
+      const std::byte* upper = rows_at(rows, steps, i);
+      const std::byte* lower = n > tile_rows ? rows_at(rows, steps, i + tile_rows) : nullptr;
+      for (dim key = seen.lo / pair * pair; key < seen.hi; key += pair)
+        multiply_tiles<Build, Tiles, false>({upper, lower, block_bytes, block_bytes, packed + key / pair * steps * 2 * tile_bytes,
+                                             steps, upper, 0, scores + i * attention_pitch + key,
+                                             attention_pitch * dim{sizeof(float)}, false});
+    });
+  }
+  /// to(row, .) += the step's weights times the rows that pack_rows made of `width` columns.
+  void weigh(const std::byte* packed, dim width, matrix_view<float> to) noexcept {
+    for_each_pair([&](dim i, dim rows, key_range seen) noexcept {
+      const dim first = seen.lo / 32, n = moe::detail::blocks(seen.hi, 32) - first;
+      const std::byte* upper = h_.weights + (i / tile_rows * key_steps + first) * block_bytes;
+      const std::byte* lower = rows > tile_rows ? upper + key_steps * block_bytes : nullptr;
+      const bool together = s_.at(i + rows - 1) - s_.at(i) == rows - 1;
+      for (dim j = 0; j < width; j += pair) {
+        float near[pair * pair];
+        constexpr std::size_t bytes = pair * sizeof(float);
+        for (dim r = 0; !together && r < rows; ++r) std::memcpy(near + r * pair, to.row(s_.at(i + r)) + j, bytes);
+        multiply_tiles<Build, Tiles, false>({upper, lower, block_bytes, block_bytes,
+                                             packed + (j / pair * key_chunks() + first) * 2 * tile_bytes, n, upper, 0,
+                                             together ? to.row(s_.at(i)) + j : near,
+                                             (together ? to.ld : pair) * dim{sizeof(float)}, true});
+        for (dim r = 0; !together && r < rows; ++r) std::memcpy(to.row(s_.at(i + r)) + j, near + r * pair, bytes);
+      }
+    });
+  }
+
+  const Step& s_;
+  attention_halves& h_;
+
+ private:
+  /// Halves of a and b side by side: columns 0 .. 16 to one tile, 16 .. 32 to the next.
+  MOE_TARGET(MOE_AVX512)
+  static void store_pairs(__m512i a, __m512i b, std::byte* to) noexcept {
+    constexpr __mmask16 all = 0xffff;
+    const __m512i low = _mm512_maskz_cvtepu16_epi32(all, _mm512_castsi512_si256(a));
+    const __m512i high = _mm512_maskz_cvtepu16_epi32(all, _mm512_maskz_extracti64x4_epi64(0xff, a, 1));
+    const __m512i low_b = _mm512_maskz_cvtepu16_epi32(all, _mm512_castsi512_si256(b));
+    const __m512i high_b = _mm512_maskz_cvtepu16_epi32(all, _mm512_maskz_extracti64x4_epi64(0xff, b, 1));
+    _mm512_storeu_si512(to, _mm512_or_si512(low, _mm512_slli_epi32(low_b, 16)));
+    _mm512_storeu_si512(to + tile_bytes, _mm512_or_si512(high, _mm512_slli_epi32(high_b, 16)));
+  }
+  /// Where block i / 16 of the step's rows lies: of the tile, or gathered.
+  const std::byte* rows_at(const std::byte* rows, dim steps, dim i) noexcept {
+    if (s_.row == nullptr) return rows + i / tile_rows * steps * block_bytes;
+    const dim n = moe::detail::at_most(s_.rows - i, tile_rows);
+    std::byte* block = h_.gathered + i % pair / tile_rows * steps * block_bytes;
+    for (dim r = 0; r < n; ++r)
+      for (dim j = 0; j < steps; ++j)
+        std::memcpy(block + (j * tile_rows + r) * line_bytes, rows + place(s_.at(i + r), steps) + j * block_bytes, line_bytes);
+    return block;
+  }
+};
+
+}  // namespace moe::arch::detail
+
+#endif
