@@ -2,15 +2,12 @@
 // Whole layers on the CPU backend: against the double-precision reference, against the scalar backend, on every executor.
 #include <doctest/doctest.h>
 
-#if defined(__linux__)
-#include <pthread.h>
-#endif
-
 #include "moe/backend/cpu.hpp"
 #include "moe/moe.hpp"
 #include "support/allocations.hpp"
 #include "support/layer_runs.hpp"
 #include "support/reference.hpp"
+#include "support/small_stack.hpp"
 #include "support/testing.hpp"
 
 namespace {
@@ -65,25 +62,13 @@ TEST_SUITE("backend/cpu") {
           [&]<class B>(const B& backend) { return testing::run(testing::ffn_layer<2, B>(s, backend), s.tokens, 1); });
     }
   }
-#if defined(__linux__) && !defined(MOE_TEST_SANITIZED)
-  TEST_CASE("forward runs on the small stack that some C libraries give a thread") {
-    using layer = testing::ffn_layer<2, cpu<>>;
-    testing::model<layer> m(layer({.d = 64, .f = 128, .experts = 2}), 600, 64, 1);
-    m.forward();
-    const std::vector<float> wanted = m.y;
-    pthread_attr_t small;
-    pthread_attr_init(&small);
-    CHECK(pthread_attr_setstacksize(&small, 128 << 10) == 0);
-    pthread_t thread{};
-    const auto work = [](void* model) -> void* {
-      static_cast<testing::model<layer>*>(model)->forward();
-      return nullptr;
-    };
-    std::fill(m.y.begin(), m.y.end(), 0.f);
-    CHECK(pthread_create(&thread, &small, work, &m) == 0);
-    pthread_join(thread, nullptr);
-    pthread_attr_destroy(&small);
-    CHECK(m.y == wanted);
+#if defined(MOE_TEST_SMALL_STACK)
+  TEST_CASE("forward and backward run on the small stack that some C libraries give a thread") {
+    const testing::ffn_layer<2, cpu<>> net({.d = 320, .f = 700, .experts = 2});
+    const testing::results wanted = testing::run(net, 600, 1);
+    testing::results small;
+    testing::on_a_small_stack([&] { small = testing::run(net, 600, 1); });
+    CHECK(small == wanted);
   }
 #endif
   TEST_CASE("gradients match finite differences") {

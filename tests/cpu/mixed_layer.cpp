@@ -9,6 +9,7 @@
 #include "support/layer_runs.hpp"
 #include "support/levels.hpp"
 #include "support/mixed.hpp"
+#include "support/small_stack.hpp"
 
 namespace {
 
@@ -66,6 +67,18 @@ testing::results train(const L& net, dim T, std::uint64_t seed) {
 }  // namespace
 
 TEST_SUITE("expert/ffn") {
+#if defined(MOE_TEST_SMALL_STACK)
+  TEST_CASE("with bf16 weights forward and backward run on the small stack that some C libraries give a thread") {
+    const testing::bf16_layer<2, cpu<>> net({.d = 320, .f = 700, .experts = 2});
+    testing::at_every_level([&] {
+      if (moe::cpu_level_in_use() == moe::cpu_level::amx) return;  // tiles are packed for operands that it does not hold
+      const testing::results wanted = train(net, 600, 1);
+      testing::results small;
+      testing::on_a_small_stack([&] { small = train(net, 600, 1); });
+      CHECK(small == wanted);
+    });
+  }
+#endif
   TEST_CASE("with bf16 weights a layer agrees with the reference at the rounded weights, at every level") {
     static_assert(moe::TrainableExpert<moe::bf16_ffn_expert, cpu<>>);
     check_errors<moe::scalar<moe::serial>>(1e-5, 1e-4);

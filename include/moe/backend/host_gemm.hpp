@@ -23,7 +23,7 @@ inline matrix_view<float> part_of(matrix_view<float> m, const tile& t) noexcept 
 /// The products of one tile with weights of type W, and how large tiles are.
 template <class Arch, class W>
 struct tile_products {
-  static constexpr dim columns = panel;
+  static constexpr dim columns = panel, gradient_rows = arch::detail::gradient_rows;
   static void nt(gathered<float> a, matrix_view<const W> b, matrix_view<float> c) noexcept { gemm_nt(Arch{}, a, b, c); }
   static void nt_packed(gathered<float> a, matrix_view<const W> b, matrix_view<float> c) noexcept {
     gemm_nt_packed(Arch{}, a, b, c);
@@ -36,7 +36,7 @@ struct tile_products {
 template <class Arch>
 struct tile_products<Arch, bf16> {
   arch::mixed_kernels kernels = mixed_kernels_of(Arch{});
-  dim columns = kernels.columns;
+  dim columns = kernels.columns, gradient_rows = kernels.gradient_rows;
   void nt(gathered<float> a, matrix_view<const bf16> b, matrix_view<float> c) const noexcept { kernels.gemm_nt(a, b, c); }
   void nt_packed(gathered<float> a, matrix_view<const bf16> b, matrix_view<float> c) const noexcept {
     kernels.gemm_nt_packed(a, b, c);
@@ -71,11 +71,11 @@ void start(Arch arch, matrix_view<float> c, const tile& t, matrix_stack<const fl
   }
 }
 
-/// Rows and columns of a tile of the gradients of E matrices. Large ones read their operands the fewest times; they are halved
-/// where there are few.
-inline std::pair<dim, dim> gradient_tile(dim experts, dim rows, dim cols) noexcept {
-  constexpr dim enough = 64;
-  dim height = arch::detail::gradient_rows, breadth = 512;
+/// Rows, at most `height`, and columns of a tile of the gradients of E matrices. Large ones read their operands the fewest
+/// times; they are halved where there are few.
+inline std::pair<dim, dim> gradient_tile(dim experts, dim rows, dim cols, dim height) noexcept {
+  constexpr dim enough = 64, area = 1 << 17;
+  dim breadth = area / height;
   const auto few = [&] { return experts * blocks(rows, height) * blocks(cols, breadth) < enough; };
   while (breadth > panel && few()) {
     breadth /= 2;
@@ -149,7 +149,7 @@ template <class W, HostBackend B>
 void grouped_wgrad(const call<B>& on, const bank_rows& rows, gathered<float> a, gathered<float> b,
                    matrix_stack<float> c) noexcept {
   const detail::tile_products<typename B::arch, W> products;
-  const auto [h, w] = detail::gradient_tile(rows.experts(), c.first.rows, c.first.cols);
+  const auto [h, w] = detail::gradient_tile(rows.experts(), c.first.rows, c.first.cols, products.gradient_rows);
   const dim height = h, breadth = w, panels = detail::blocks(c.first.rows, h), bands = detail::blocks(c.first.cols, w);
   on.executor().for_each(rows.experts() * panels * bands, 1, [&](dim unit, dim last) {
     for (; unit < last; ++unit) {

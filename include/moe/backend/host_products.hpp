@@ -87,28 +87,34 @@ void pack(Row row, dim depth, dim n, float* packed) noexcept {
     }
   }
 }
-/// Columns of n <= outer_columns rows: element p of a row j goes to row p.
+/// K::width columns of that, from n of as many rows: element first + p of row l goes to to[p * K::columns + l].
 template <class K>
-void pack_transposed(matrix_view<const float> b, dim first, dim depth, float* packed) noexcept {
+void pack_strip(const float* const* row, dim n, dim first, dim depth, float* to) noexcept {
   constexpr dim W = K::width;
-  const float* row[outer_columns];
-  for (dim j = 0; j < b.rows; ++j) row[j] = b.row(j);
-  const dim whole = b.rows / W * W, padded = round_up(b.rows, K::columns);
-  for (dim j = 0; j < whole; j += W) {
-    dim p = 0;
-    for (; p + W <= depth; p += W) K::transpose(row + j, first + p, packed_place<K>(packed, depth, p, j));
-    for (; p < depth; ++p)
-      for (dim l = j; l < j + W; ++l) *packed_place<K>(packed, depth, p, l) = row[l][first + p];
-  }
-  for (dim j = whole; j < padded; ++j)
-    for (dim p = 0; p < depth; ++p) *packed_place<K>(packed, depth, p, j) = j < b.rows ? row[j][first + p] : 0.f;
+  dim p = 0;
+  for (; n == W && p + W <= depth; p += W) K::transpose(row, first + p, to + p * K::columns);
+  for (; p < depth; ++p)
+    for (dim l = 0; l < W; ++l) to[p * K::columns + l] = l < n ? row[l][first + p] : 0.f;
 }
-
-template <class K>
-void pack_transposed(matrix_view<const bf16> b, dim first, dim depth, float* packed) noexcept {
-  alignas(64) float wide[outer_columns * outer_depth];
-  for (dim j = 0; j < b.rows; ++j) K::widen(b.row(j) + first, wide + j * depth, depth);
-  pack_transposed<K>(matrix_view<const float>(wide, b.rows, depth), 0, depth, packed);
+/// Columns of at most outer_columns rows of b: element p of a row j goes to row p.
+template <class K, class T>
+void pack_transposed(matrix_view<const T> b, dim first, dim depth, float* packed) noexcept {
+  constexpr dim W = K::width;
+  for (dim j = 0; j < round_up(b.rows, K::columns); j += W) {
+    const dim n = b.rows - j < W ? (b.rows > j ? b.rows - j : 0) : W;
+    const float* row[W];
+    if constexpr (std::same_as<T, float>) {
+      for (dim l = 0; l < n; ++l) row[l] = b.row(j + l);
+      pack_strip<K>(row, n, first, depth, packed_place<K>(packed, depth, 0, j));
+    } else {
+      alignas(64) float wide[W * outer_depth];
+      for (dim l = 0; l < n; ++l) {
+        K::widen(b.row(j + l) + first, wide + l * outer_depth, depth);
+        row[l] = wide + l * outer_depth;
+      }
+      pack_strip<K>(row, n, 0, depth, packed_place<K>(packed, depth, 0, j));
+    }
+  }
 }
 
 /// c += the sum over p of a[i][first + p] times row p of what was packed, which is as wide as c. While a block works,
@@ -123,14 +129,15 @@ void outer_tile(gathered<float> a, dim first, const float* packed, dim depth, ma
   const dim turns = blocks(c.cols, columns) * blocks(c.rows, M), share = blocks(pieces, turns);
   float padded[M * columns];
   for (dim j = 0, piece = 0; j < c.cols; j += columns, packed += depth * columns)
-    for (dim i = 0; i < c.rows; i += M) {
+    for (dim i = 0, m; i < c.rows; i += m) {
+      const dim rest = c.rows - i, n = at_most(c.cols - j, columns);
+      m = rest > M * (M - 1) ? M : blocks(rest, blocks(rest, M));  // the last blocks are of nearly equal height
       prefetch_list ahead(packed);
       for (dim s = 0; s < share && piece < pieces; ++s, ++piece) ahead.add(next(piece));
-      for (dim r = i + M; r < at_most(i + 2 * M, c.rows); ++r) {
+      for (dim r = i + m; r < at_most(i + m + M, c.rows); ++r) {
         ahead.add(a.row(r) + first);
         if (c.ld > outer_columns) ahead.add(c.row(r) + j);
       }
-      const dim m = at_most(c.rows - i, M), n = at_most(c.cols - j, columns);
       const matrix_view<float> to = c.slice(i, m).columns(j, n);
       const bool whole = n == columns;
       for (dim r = 0; !whole && r < m; ++r)
@@ -151,7 +158,7 @@ void product_nt_packed(gathered<float> a, matrix_view<const W> b, matrix_view<fl
   for (dim j = 0; j < c.cols; j += outer_columns)
     for (dim first = 0; first < b.cols; first += outer_depth) {
       const dim depth = at_most(b.cols - first, outer_depth), n = at_most(c.cols - j, outer_columns), after = first + depth;
-      pack_transposed<K>(b.slice(j, n), first, depth, packed);
+      pack_transposed<K, W>(b.slice(j, n), first, depth, packed);
       outer_tile<K>(a, first, packed, depth, c.columns(j, n), after < b.cols ? n : 0,
                     [&](dim l) { return b.row(j + l) + after; });
     }
@@ -170,8 +177,9 @@ void product_nn(gathered<float> a, matrix_view<const W> b, matrix_view<float> c)
     }
 }
 
-/// Columns of a in a tile of product_tn: they are transposed for all columns of b, which are packed for all of them.
-inline constexpr dim gradient_rows = 256;
+/// Columns of a in a tile of product_tn: they are transposed for all columns of b, which are packed for all of them. More
+/// would not fit the stack of every thread.
+inline constexpr dim gradient_rows = 128;
 
 /// Row i of the result, outer_depth floats long = column i of n columns of a, from row `first` on.
 template <class K>
@@ -225,14 +233,16 @@ struct mixed_kernels {
   void (*gemm_nt_packed)(gathered<float>, matrix_view<const bf16>, matrix_view<float>) noexcept;
   void (*gemm_nn)(gathered<float>, matrix_view<const bf16>, matrix_view<float>) noexcept;
   void (*gemm_tn)(gathered<float>, gathered<float>, dim, matrix_view<float>) noexcept;
-  dim columns;  ///< most columns of a tile of a product
+  dim columns;        ///< most columns of a tile of a product
+  dim gradient_rows;  ///< most rows of a tile of gemm_tn's result
 };
 
 namespace detail {
 
 template <class K>
 inline constexpr mixed_kernels mixed_from_blocks{
-    &product_nt<K, bf16>, &product_nt_packed<K, bf16>, &product_nn<K, bf16>, &product_tn<K>, outer_columns};
+    &product_nt<K, bf16>, &product_nt_packed<K, bf16>, &product_nn<K, bf16>, &product_tn<K>, outer_columns,
+    gradient_rows};
 
 }  // namespace detail
 }  // namespace moe::arch

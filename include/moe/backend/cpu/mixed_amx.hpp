@@ -40,7 +40,7 @@ inline __m512i paired_halves(__m512 upper, __m512 lower) noexcept {
 template <int Build, class Tiles>
 class tile_product {
  public:
-  static constexpr dim most_rows = gradient_rows, cut = 256, columns = 2 * panel_rows;  // of a layer, no tile has more rows
+  static constexpr dim most_rows = 256, cut = 256, columns = 2 * panel_rows;  // of a layer, no tile has more rows
 
   /// Row r of `left` = rows[r], from its element `first`.
   MOE_TARGET(MOE_AVX512)
@@ -257,7 +257,8 @@ mixed_kernels mixed_kernels_of(basic_amx<Build>, Tiles = {}) noexcept {
           &detail::product_nt_amx<Build, Tiles>,
           &detail::product_nn_amx<Build, Tiles>,
           &detail::product_tn_amx<Build, Tiles>,
-          512};
+          512,
+          detail::tile_product<Build, Tiles>::most_rows};
 }
 
 }  // namespace moe::arch
