@@ -4,6 +4,7 @@
 
 #include <limits>
 
+#include "moe/attention/decode.hpp"
 #include "moe/attention/select_blocks.hpp"
 #include "moe/backend/cpu.hpp"
 #include "support/executors.hpp"
@@ -128,8 +129,8 @@ TEST_SUITE("attention/decode") {
   }
   TEST_CASE_TEMPLATE("a window shows the last keys only", T, bf16, std::int8_t) {
     testing::at_every_level([&] {
-      for (const dim window : {1, 63, 500, 9999}) {
-        trial<T> t({4, 2, 64, 32}, {1100, 40});
+      for (const dim window : {1, 15, 63, 501, 9999}) {
+        trial<T> t({4, 2, 64, 32}, {1103, 40});
         t.run(on(), {.window = window});
         const auto [o, lse] = t.errors([&](dim s, dim, dim key) { return key >= t.cache.length(s) - window; });
         CHECK(o < bound<T>);
@@ -139,23 +140,24 @@ TEST_SUITE("attention/decode") {
   }
   TEST_CASE_TEMPLATE("selected blocks are all that a head sees, and every block is everything", T, float, std::int8_t) {
     testing::at_every_level([&] {
-      for (const dim k : {1, 3, 40}) {
-        trial<T> t({6, 2, 64, 32}, {300, 17, 0}, 16);
-        std::vector<idx> chosen(at(3 * 6 * k));
-        const matrix_view<idx> blocks{chosen.data(), 18, k};
-        moe::select_blocks(on(), t.cache, matrix(t.q, 3), blocks);
-        t.run(on(), {.blocks = blocks});
-        const auto [o, lse] = t.errors([&](dim s, dim a, dim key) {
-          const idx* row = blocks.row(s * 6 + a);
-          return std::find(row, row + k, static_cast<idx>(key / 16)) != row + k;
-        });
-        CHECK(o < bound<T>);
-        CHECK(lse < bound<T>);
-        if (k < 40) continue;
-        const auto [all, all_lse] = t.errors(everything);
-        CHECK(all < bound<T>);
-        CHECK(all_lse < bound<T>);
-      }
+      for (const dim block : {16, 7, 100})
+        for (const dim k : {1, 3, 50}) {
+          trial<T> t({6, 2, 64, 32}, {300, 17, 0}, block);
+          std::vector<idx> chosen(at(3 * 6 * k));
+          const matrix_view<idx> blocks{chosen.data(), 18, k};
+          moe::select_blocks(on(), t.cache, matrix(t.q, 3), blocks);
+          t.run(on(), {.blocks = blocks});
+          const auto [o, lse] = t.errors([&](dim s, dim a, dim key) {
+            const idx* row = blocks.row(s * 6 + a);
+            return std::find(row, row + k, static_cast<idx>(key / block)) != row + k;
+          });
+          CHECK(o < bound<T>);
+          CHECK(lse < bound<T>);
+          if (k < 50) continue;
+          const auto [all, all_lse] = t.errors(everything);
+          CHECK(all < bound<T>);
+          CHECK(all_lse < bound<T>);
+        }
     });
   }
   TEST_CASE_TEMPLATE("bits do not depend on who runs the units", T, float, bf16, f16, std::int8_t) {
@@ -193,7 +195,7 @@ TEST_SUITE("attention/decode") {
   }
   TEST_CASE_TEMPLATE("what is not finite stays in the heads that see it", T, float, bf16, f16, std::int8_t) {
     testing::at_every_level([&] {
-      trial<T> t({4, 2, 64, 64}, {70, 70});
+      trial<T> t({4, 2, 64, 64}, {70, 73});
       std::vector<float> k(128), v(128, 1.f);
       k[64] = std::numeric_limits<float>::quiet_NaN();  // key head 1 of the first sequence
       t.cache.append_to(on(), 0, matrix(k, 1), matrix(v, 1));
@@ -207,6 +209,16 @@ TEST_SUITE("attention/decode") {
       CHECK(std::isnan(t.o[0]));
       CHECK(!std::isnan(t.o[2 * 64]));
       CHECK(!std::isnan(t.lse[0]));
+      for (dim more = 0; more < 3; ++more) {  // a window that begins right behind it, in the same block of keys
+        std::vector<float> one(128, 1.f);
+        t.cache.append_to(on(), 0, matrix(one, 1), matrix(one, 1));
+        t.run(on(), {.window = more + 1});
+        CHECK(!std::isnan(t.o[0]));
+      }
+      v[0] = 1;
+      t.cache.truncate(0, 70);  // what was forgotten may lie in the block of the last key
+      t.run(on());
+      for (std::size_t i = 0; i < 4 * 64; ++i) CHECK(!std::isnan(t.o[i]));
     });
   }
   TEST_CASE("sizes, blocks and scratch that do not fit are refused before anything is written") {

@@ -3,42 +3,11 @@
 #pragma once
 
 #include "moe/attention/kv_cache.hpp"
+#include "moe/backend/decode_units.hpp"
 
 namespace moe {
 
 namespace detail {
-
-/// Keys of a unit of work. Heads that are computed side by side.
-inline constexpr dim decode_chunk = 512, decode_heads = 4;
-
-/// Units of a step, with the partial results of the heads that take part in each.
-struct decode_units {
-  std::span<idx> sequence_offsets;  ///< [S*h_kv + 1] units of a key head of a sequence
-  matrix_view<idx> keys;            ///< [units, 2] first key and one beyond the last
-  matrix_view<idx> pick;            ///< [units, G] the heads of the group that take part, and then -1
-  matrix_view<float> o;             ///< [units * G, dv], G and dv padded
-  matrix_view<float> largest, sum;  ///< [units, G]
-  matrix_view<std::int8_t> q;       ///< [S*h, 4 d] prepared
-  matrix_view<float> row;           ///< [S*h, d] padded: queries as floats
-};
-
-/// Most units of any step: chunks of whole sequences, or k blocks for each head.
-inline dim most_units(const kv_cache_shape& s, dim k) noexcept {
-  return k > 0 ? s.sequences * s.heads.heads * k : s.sequences * s.heads.kv_heads * (blocks(s.capacity, decode_chunk) + 1);
-}
-inline decode_units carve_units(const kv_cache_shape& s, dim k, arena& mem) noexcept {
-  const dim heads = round_up(s.heads.group(), decode_heads), units = most_units(s, k), queries = s.sequences * s.heads.heads;
-  decode_units u;
-  u.sequence_offsets = mem.vector<idx>("unit_offsets", s.sequences * s.heads.kv_heads + 1);
-  u.keys = mem.matrix<idx>("unit_keys", units, 2);
-  u.pick = mem.matrix<idx>("unit_heads", units, s.heads.group());
-  u.o = mem.matrix<float>("unit_o", units * heads, round_up(s.heads.dv, kv_cache_pad));
-  u.largest = mem.matrix<float>("unit_largest", units, heads);
-  u.sum = mem.matrix<float>("unit_sum", units, heads);
-  u.q = mem.matrix<std::int8_t>("queries", queries, 4 * round_up(s.heads.d, kv_cache_pad));
-  u.row = mem.matrix<float>("query_rows", queries, round_up(s.heads.d, kv_cache_pad));
-  return u;
-}
 
 template <class T>
 void check_blocks(const kv_cache<T>& cache, matrix_view<const idx> blocks) {
@@ -56,16 +25,9 @@ void check_blocks(const kv_cache<T>& cache, matrix_view<const idx> blocks) {
 
 }  // namespace detail
 
-/// What a query sees of its cache, and the factor of scores. Its own key is the last one: append it first.
-struct decode_options {
-  dim window = 0;                   ///< the last keys that are seen; 0: all
-  float scale = 0;                  ///< 0: 1 / sqrt(d)
-  matrix_view<const idx> blocks{};  ///< [S*h, k] blocks that a head sees, -1 for none; or empty: all. See select_blocks.
-};
-
 /// What decode takes from on.scratch; k: columns of `blocks`, or 0.
 inline void make_decode_scratch(const kv_cache_shape& s, dim k, arena& mem) noexcept {
-  (void)detail::carve_units(s, k, mem);
+  (void)detail::carve_units(s.read_sizes(), k, mem);
 }
 
 /// o = softmax(scale q k^T) v of one query a sequence, with the log-sum-exp of its scaled scores:
@@ -73,7 +35,8 @@ inline void make_decode_scratch(const kv_cache_shape& s, dim k, arena& mem) noex
 /// cache is read once. A sequence without keys: o = 0, lse = -inf.
 ///
 /// Work is cut by the cache's lengths and merged in the order of the keys, so bits do not depend on the threads. With bytes,
-/// the level avx512_vnni rounds queries and weights to 16 bits (2^-16 of the largest), beside the rounding of the cache.
+/// the level avx512_vnni rounds queries and weights to 16 bits (2^-16 of the largest of a query and of a tile of keys),
+/// beside the rounding of the cache.
 /// errors   shape_error for sizes that do not fit, too little scratch, a block beyond the keys
 template <class B, class T, class In, class Out>
 void decode(const call<B>& on, const kv_cache<T>& cache, matrix_view<In> q, matrix_view<Out> o, matrix_view<float> lse = {},
@@ -92,7 +55,7 @@ void decode(const call<B>& on, const kv_cache<T>& cache, matrix_view<In> q, matr
   make_decode_scratch(cache.sizes, options.blocks.cols, count);
   expect_bytes(on.scratch.left(), count.peak() - on.scratch.mark(), "decode: scratch", "make_decode_scratch(sizes, k)");
   if (options.scale == 0) options.scale = 1 / std::sqrt(static_cast<float>(h.d));
-  attend_cache(on, cache, q, options, o, lse);
+  attend_cache(on, cache.read(), q, options, o, lse);
 }
 
 }  // namespace moe

@@ -3,25 +3,22 @@
 #pragma once
 
 #include "moe/attention/heads.hpp"
+#include "moe/backend/decode_units.hpp"
 #include "moe/backend/packed.hpp"
 #include "moe/concepts.hpp"
 
 namespace moe {
 
-namespace detail {
-
-/// Elements that rows are padded to.
-inline constexpr dim kv_cache_pad = 32;
-
-}  // namespace detail
-
-/// Sizes of a cache. Rows are padded to a multiple of 32 elements, with zeros.
+/// Sizes of a cache. Widths are padded to a multiple of 32 elements, with zeros, and tokens to one of 16.
 struct kv_cache_shape {
   attention_heads heads;
   dim sequences = 0;  ///< S
   dim capacity = 0;   ///< N, tokens of a sequence
   dim block = 0;      ///< keys of a block, where blocks are to be selected (MoBA); 0: no centroids are kept
 
+  constexpr cached_sizes read_sizes() const noexcept {
+    return {sequences, capacity, heads.heads, heads.kv_heads, heads.d, heads.dv, block};
+  }
   constexpr dim blocks() const noexcept { return block > 0 ? detail::blocks(capacity, block) : 0; }
   void check() const {
     heads.check("kv_cache");
@@ -40,6 +37,8 @@ struct kv_cache_shape {
 /// bf16, f16, or bytes with a scale for each token and head: x ~ scale q, scale = max|x| / 127, off by at most half of the
 /// scale. A row that is not finite has a scale of NaN, and whoever sees it a result of NaN.
 ///
+/// They lie as kernels read them, keys in blocks of 16 (backend/decode_layout.hpp): read_keys and read_values give rows.
+///
 /// memory   S h_kv N (d + dv) elements; bytes: 8 S h_kv N more; with blocks: 4 S h_kv d ceil(N / block) more
 /// Functions that take sequences throw shape_error before anything is written. One call at a time.
 template <class T>
@@ -47,18 +46,18 @@ struct kv_cache {
   static constexpr bool scaled = std::same_as<T, std::int8_t>;
 
   kv_cache_shape sizes;
-  matrix_view<T> k, v;                  ///< [S*h_kv*N, d] and dv, padded
-  matrix_view<float> k_scale, v_scale;  ///< [S*h_kv, N], bytes only
+  matrix_view<T> k, v;                  ///< [S*h_kv, N d] and N dv, padded: see decode_layout
+  matrix_view<float> k_scale, v_scale;  ///< [S*h_kv, N], padded, bytes only
   /// [S*h_kv*blocks, d]: the mean of a block's keys as they came; of the block that is still open, their sum.
   matrix_view<float> centroids;
   std::span<idx> lengths;  ///< [S] tokens so far
 
   static kv_cache make(const kv_cache_shape& s, arena& mem) noexcept {
-    const dim heads = s.sequences * s.heads.kv_heads, n = s.capacity;
+    const dim heads = s.sequences * s.heads.kv_heads, n = detail::round_up(s.capacity, detail::kv_block);
     kv_cache c;
     c.sizes = s;
-    c.k = mem.matrix<T>("k", heads * n, padded(s.heads.d), initial::zeros);
-    c.v = mem.matrix<T>("v", heads * n, padded(s.heads.dv), initial::zeros);
+    c.k = mem.matrix<T>("k", heads, n * padded(s.heads.d), initial::zeros);
+    c.v = mem.matrix<T>("v", heads, n * padded(s.heads.dv), initial::zeros);
     if constexpr (scaled) {
       c.k_scale = mem.matrix<float>("k_scale", heads, n, initial::zeros);
       c.v_scale = mem.matrix<float>("v_scale", heads, n, initial::zeros);
@@ -70,10 +69,9 @@ struct kv_cache {
   }
 
   dim length(dim s) const noexcept { return lengths[static_cast<std::size_t>(s)]; }
-  /// The keys and values of sequence s: [a] is key head a, a row a token.
-  matrix_stack<const T> keys(dim s) const noexcept { return heads_of(k, s, sizes.heads.d); }
-  matrix_stack<const T> values(dim s) const noexcept { return heads_of(v, s, sizes.heads.dv); }
-  /// Their scales, one a token.
+  /// What decoding reads.
+  cached_keys<T> read() const noexcept { return {sizes.read_sizes(), k, v, k_scale, v_scale, lengths}; }
+  /// Scales of key head a of sequence s, one a token.
   std::span<const float> key_scales(dim s, dim a) const noexcept { return scales_of(k_scale, s, a); }
   std::span<const float> value_scales(dim s, dim a) const noexcept { return scales_of(v_scale, s, a); }
   /// Of key head a of sequence s, a row a block.
@@ -127,12 +125,14 @@ struct kv_cache {
   }
   void reset(dim s) { truncate(s, 0); }
 
-  /// Tokens first .. first + to.rows of a key head in float, for who reads rows and not the cache.
-  void read_keys(dim s, dim a, dim first, matrix_view<float> to) const noexcept {
-    read(keys(s)[a].slice(first, to.rows), key_scales(s, a), first, to);
+  /// Tokens first .. first + to.rows of a key head as rows.
+  template <class Out = float>
+  void read_keys(dim s, dim a, dim first, matrix_view<Out> to) const noexcept {
+    read_rows(k, k_scale, s, a, first, to, detail::key_place<T>);
   }
-  void read_values(dim s, dim a, dim first, matrix_view<float> to) const noexcept {
-    read(values(s)[a].slice(first, to.rows), value_scales(s, a), first, to);
+  template <class Out = float>
+  void read_values(dim s, dim a, dim first, matrix_view<Out> to) const noexcept {
+    read_rows(v, v_scale, s, a, first, to, detail::value_place<T>);
   }
 
  private:
@@ -140,14 +140,28 @@ struct kv_cache {
     dim first, count;
   };
 
-  static constexpr dim padded(dim width) noexcept { return detail::round_up(width, detail::kv_cache_pad); }
-  matrix_stack<const T> heads_of(matrix_view<const T> m, dim s, dim width) const noexcept {
-    const matrix_view<const T> own = m.slice(s * sizes.heads.kv_heads * sizes.capacity, length(s));
-    return {own.columns(0, width), sizes.capacity * m.ld};
+  static constexpr dim padded(dim width) noexcept { return detail::round_up(width, detail::kv_pad); }
+  dim head_of(dim s, dim a) const noexcept { return s * sizes.heads.kv_heads + a; }
+  float scale_of(matrix_view<const float> m, dim s, dim a, dim t) const noexcept {
+    return scaled ? m(head_of(s, a), t) : 1.f;
+  }
+  template <class Out, class Place>
+  void read_rows(matrix_view<const T> from, matrix_view<const float> scales, dim s, dim a, dim first, matrix_view<Out> to,
+                 Place place) const noexcept {
+    const dim width = from.cols / detail::round_up(sizes.capacity, detail::kv_block);
+    const T* own = from.row(head_of(s, a));
+    for (dim t = 0; t < to.rows; ++t) {
+      const float scale = scale_of(scales, s, a, first + t);
+      for (dim j = 0; j < to.cols; ++j) {
+        const T x = own[place(first + t, j, width)];
+        if constexpr (std::same_as<Out, T>) to(t, j) = x;
+        else to(t, j) = Out(static_cast<float>(x) * scale);
+      }
+    }
   }
   std::span<const float> scales_of(matrix_view<const float> m, dim s, dim a) const noexcept {
     if constexpr (!scaled) return {};
-    return {m.row(s * sizes.heads.kv_heads + a), static_cast<std::size_t>(length(s))};
+    return {m.row(head_of(s, a)), static_cast<std::size_t>(length(s))};
   }
 
   void check_sequence(dim s, const char* function) const {
@@ -174,37 +188,44 @@ struct kv_cache {
       for (; unit < last; ++unit) {
         const dim s = first + unit / heads, a = unit % heads;
         const piece p = of(s);
-        write(k, k_scale, s, a, new_k.slice(p.first, p.count).columns(a * d, d));
-        write(v, v_scale, s, a, new_v.slice(p.first, p.count).columns(a * dv, dv));
+        write(k, k_scale, s, a, new_k.slice(p.first, p.count).columns(a * d, d), detail::key_place<T>);
+        write(v, v_scale, s, a, new_v.slice(p.first, p.count).columns(a * dv, dv), detail::value_place<T>);
         if (sizes.block > 0) add_to_centroids(s, a, new_k.slice(p.first, p.count).columns(a * d, d));
       }
     });
     for (dim s = first; s < first + count; ++s) lengths[static_cast<std::size_t>(s)] += static_cast<idx>(of(s).count);
   }
-  template <class In>
-  void write(matrix_view<T> to, matrix_view<float> scale, dim s, dim a, matrix_view<In> from) noexcept {
-    const dim head = s * sizes.heads.kv_heads + a;
-    for (dim t = 0; t < from.rows; ++t) {
-      T* row = to.row(head * sizes.capacity + length(s) + t);
-      if constexpr (scaled)
-        scale(head, length(s) + t) = write_bytes(from.row(t), row, from.cols);
-      else
-        for (dim j = 0; j < from.cols; ++j) row[j] = T(static_cast<float>(from(t, j)));
-      for (dim j = from.cols; j < to.cols; ++j) row[j] = T(0);
+  /// A block that begins is filled with zeros first.
+  template <class In, class Place>
+  void write(matrix_view<T> to, matrix_view<float> scale, dim s, dim a, matrix_view<In> from, Place place) noexcept {
+    const dim width = padded(from.cols);
+    T* own = to.row(head_of(s, a));
+    for (dim i = 0; i < from.rows; ++i) {
+      const dim t = length(s) + i;
+      if (t % detail::kv_block == 0)
+        for (dim j = 0; j < detail::kv_block * width; ++j) own[t * width + j] = T(0);
+      const In* row = from.row(i);
+      if constexpr (scaled) {
+        const float per = to_bytes(row, from.cols, scale(head_of(s, a), t));
+        for (dim j = 0; per != 0 && j < from.cols; ++j)
+          own[place(t, j, width)] = static_cast<std::int8_t>(std::nearbyint(static_cast<float>(row[j]) * per));
+        for (dim j = 0; per == 0 && j < from.cols; ++j) own[place(t, j, width)] = 0;
+      } else {
+        for (dim j = 0; j < from.cols; ++j) own[place(t, j, width)] = T(static_cast<float>(row[j]));
+      }
     }
   }
+  /// What makes bytes of n numbers, 0 for none, and the scale of these bytes.
   template <class In>
-  static float write_bytes(const In* from, std::int8_t* to, dim n) noexcept {
+  static float to_bytes(const In* from, dim n, float& scale) noexcept {
     float largest = 0, rest = 0;
     for (dim j = 0; j < n; ++j) {
       const float v = static_cast<float>(from[j]);
       largest = std::fabs(v) > largest ? std::fabs(v) : largest;
       rest += v - v;  // NaN where v is not finite
     }
-    const float per = detail::to_bytes(largest);
-    for (dim j = 0; j < n; ++j)
-      to[j] = rest == 0 && per != 0 ? static_cast<std::int8_t>(std::nearbyint(static_cast<float>(from[j]) * per)) : T(0);
-    return rest == 0 ? largest / 127 : NAN;
+    scale = rest == 0 ? largest / 127 : NAN;
+    return rest == 0 ? detail::to_bytes(largest) : 0.f;
   }
   template <class In>
   void add_to_centroids(dim s, dim a, matrix_view<In> from) noexcept {
@@ -219,17 +240,12 @@ struct kv_cache {
   }
   void sum_open_block(dim s, dim a) noexcept {
     const dim b = length(s) / sizes.block;
-    const matrix_view<const T> rows = keys(s)[a];
     float* sum = centroids_of(s, a).row(b);
-    for (dim j = 0; j < rows.cols; ++j) sum[j] = 0;
+    for (dim j = 0; j < sizes.heads.d; ++j) sum[j] = 0;
+    const T* own = k.row(head_of(s, a));
     for (dim t = b * sizes.block; t < length(s); ++t)
-      for (dim j = 0; j < rows.cols; ++j)
-        sum[j] += static_cast<float>(rows(t, j)) * (scaled ? key_scales(s, a)[static_cast<std::size_t>(t)] : 1.f);
-  }
-  static void read(matrix_view<const T> from, std::span<const float> scale, dim first, matrix_view<float> to) noexcept {
-    for (dim t = 0; t < to.rows; ++t)
-      for (dim j = 0; j < to.cols; ++j)
-        to(t, j) = static_cast<float>(from(t, j)) * (scaled ? scale[static_cast<std::size_t>(first + t)] : 1.f);
+      for (dim j = 0; j < sizes.heads.d; ++j)
+        sum[j] += static_cast<float>(own[detail::key_place<T>(t, j, padded(sizes.heads.d))]) * scale_of(k_scale, s, a, t);
   }
 };
 

@@ -198,9 +198,11 @@ class self_attention {
       if (!selection_.dense) return selection_.k;
     return 0;
   }
-  std::pair<matrix_view<float>, matrix_view<float>> carve_floats(dim tokens, arena& mem) const noexcept {
-    const auto k = mem.matrix<float>("k", tokens, heads_.key_cols());
-    return {k, mem.matrix<float>("v", tokens, heads_.value_cols())};
+  /// For the keys and values of a cache of T as rows; bytes become floats.
+  template <class T, class Row = std::conditional_t<kv_cache<T>::scaled, float, T>>
+  std::pair<matrix_view<Row>, matrix_view<Row>> carve_rows(dim tokens, arena& mem) const noexcept {
+    const auto k = mem.matrix<Row>("k", tokens, heads_.key_cols());
+    return {k, mem.matrix<Row>("v", tokens, heads_.value_cols())};
   }
   matrix_view<float> key_rows(const context& c) const noexcept { return convolves ? c.k : rotated_keys(c); }
   matrix_view<float> value_rows(const context& c) const noexcept { return gates_values ? c.v : c.v_raw; }

@@ -37,7 +37,7 @@ std::size_t self_attention<C, B>::scratch_bytes(dim tokens, const cache<T>& past
       make_decode_scratch(s, selection_k(), mem);
     });
     apart([&] {
-      if constexpr (kv_cache<T>::scaled) (void)carve_floats(s.capacity, mem);
+      (void)carve_rows<T>(s.capacity, mem);
       count_attend(backend_, problem({}), {tokens, s.capacity}, every_key{}, mem);
       if constexpr (C::selection::blocks) {
         const key_blocks blocks = carve_blocks({}, 1, s.capacity, mem);
@@ -116,16 +116,15 @@ void self_attention<C, B>::extend_tokens(const call<B>& on, const input& in, con
     if (n == 0) continue;
     scratch_frame frame(on.scratch);
     const detail::head_rows<decltype(queries(c))> q{queries(c), first, n};
-    if constexpr (kv_cache<T>::scaled) {
-      const auto [k, v] = carve_floats(past.tokens.length(s), on.scratch);
-      for (dim a = 0; a < heads_.kv_heads; ++a) {
-        past.tokens.read_keys(s, a, 0, k.columns(a * heads_.d, heads_.d));
-        past.tokens.read_values(s, a, 0, v.columns(a * heads_.dv, heads_.dv));
+    const auto rows = carve_rows<T>(past.tokens.length(s), on.scratch);
+    on.executor().for_each(heads_.kv_heads, 1, [&](dim a, dim last) {
+      for (; a < last; ++a) {
+        past.tokens.read_keys(s, a, 0, rows.first.columns(a * heads_.d, heads_.d));
+        past.tokens.read_values(s, a, 0, rows.second.columns(a * heads_.dv, heads_.dv));
       }
-      attend_tokens(on, problem({}), c, gates, first, q, split_heads(k, heads_.kv_heads), split_heads(v, heads_.kv_heads));
-    } else {
-      attend_tokens(on, problem({}), c, gates, first, q, past.tokens.keys(s), past.tokens.values(s));
-    }
+    });
+    attend_tokens(on, problem({}), c, gates, first, q, split_heads(rows.first, heads_.kv_heads),
+                  split_heads(rows.second, heads_.kv_heads));
   }
 }
 

@@ -1,43 +1,47 @@
 // SPDX-License-Identifier: Apache-2.0
-/// Queries as whole numbers of 16 bits, and columns in the order in which pairs of rows of bytes are read: what the levels
-/// that multiply bytes share.
+/// Queries as whole numbers of 16 bits, cut in two bytes: what the levels that multiply bytes read.
 #pragma once
 
 #include "moe/backend/decode_kernels.hpp"
 
 namespace moe::arch::detail {
 
-/// A query of d numbers: its unit, then, from byte 64 on, words q with x ~ unit q. They are small enough for sums of d
-/// products with bytes to fit 32 bits, and have 16 bits up to d = 512.
-static_assert(decode_pad >= 32, "64 + 2 d bytes are at most 4 d");
-inline float unit_of(const std::byte* q) noexcept {
+/// A query of d numbers x ~ unit q with q = 256 high + low, both signed bytes: unit and `start`, -128 times the sum of q, in
+/// its first 64 bytes, then all of `high`, then all of `low`. They are small enough for sums of d products with bytes to fit 32 bits, and have
+/// 16 bits up to d = 512.
+struct byte_query {
   float unit;
-  std::memcpy(&unit, q, sizeof unit);
-  return unit;
-}
-inline const std::byte* words_of(const std::byte* q) noexcept { return q + 64; }
+  std::int32_t start;
+  const std::byte *high, *low;
+
+  byte_query(const std::byte* q, dim d) noexcept : high(q + 64), low(q + 64 + d) {
+    std::memcpy(&unit, q, sizeof unit);
+    std::memcpy(&start, q + sizeof unit, sizeof start);
+  }
+};
+static_assert(kv_pad >= 32, "64 + 2 d bytes are at most 4 d");
 
 template <int Build>
-void prepare_words(const float* q, dim d, std::byte* to) noexcept {
+void prepare_bytes(const float* q, dim d, std::byte* to) noexcept {
   float largest = 0, rest = 0;
   for (dim j = 0; j < d; ++j) {
     largest = std::fabs(q[j]) > largest ? std::fabs(q[j]) : largest;
     rest += q[j] - q[j];  // NaN where q is not finite
   }
-  const float range = static_cast<float>(moe::detail::at_most(32767, 0x7fffffff / (127 * d)));
+  // 32639 = 127 * 256 + 127, the largest that two signed bytes hold
+  const float range = static_cast<float>(moe::detail::at_most(32639, 0x7fffffff / (127 * d)));
   const float per = rest == 0 && largest > 0x1p-100f ? range / largest : 0, unit = rest == 0 ? largest / range : NAN;
-  std::memcpy(to, &unit, sizeof unit);
+  std::uint32_t start = 0;  // whole numbers wrap around, and the last sum fits
   for (dim j = 0; j < d; ++j) {
-    const auto word = static_cast<std::int16_t>(per != 0 ? std::nearbyint(q[j] * per) : 0);
-    std::memcpy(to + 64 + 2 * j, &word, sizeof word);
+    const float scaled = per != 0 ? q[j] * per : 0;
+    const auto whole = static_cast<std::int32_t>(scaled + (scaled < 0 ? -0.5f : 0.5f));
+    const std::int32_t high = (whole + 128) >> 8;
+    to[64 + j] = static_cast<std::byte>(high);
+    to[64 + d + j] = static_cast<std::byte>(whole - 256 * high);
+    start -= 128 * static_cast<std::uint32_t>(whole);
   }
-}
-
-/// Where column l of 32 belongs that was read as the lower or the upper half of two interleaved rows, `Lanes` of each.
-template <int Lanes>
-constexpr dim place_of_pairs(dim l) noexcept {
-  const dim run = l / (2 * Lanes), at = l % Lanes;
-  return run * 2 * Lanes + at / 4 * 8 + l % (2 * Lanes) / Lanes * 4 + at % 4;
+  std::memcpy(to, &unit, sizeof unit);
+  std::memcpy(to + sizeof unit, &start, sizeof start);
 }
 
 }  // namespace moe::arch::detail

@@ -7,18 +7,25 @@
 #include <cmath>
 #include <cstring>
 
-#include "moe/attention/decode.hpp"
+#include "moe/backend/decode_layout.hpp"
 #include "moe/backend/scalar.hpp"
-#include "moe/core/dtype.hpp"
 
 namespace moe {
 
-/// Keys first .. first + rows of one key head, and the queries that read them. Queries are scaled by log2(e) / sqrt(d) or
-/// what stands for it, so exponentials are to base 2.
+namespace detail {
+
+/// Heads that are computed side by side.
+inline constexpr dim decode_heads = 4;
+
+}  // namespace detail
+
+/// Keys first .. last of one key head, and the queries that read them. Queries are scaled by log2(e) / sqrt(d) or what
+/// stands for it, so exponentials are to base 2.
 struct decode_unit {
-  const void *k = nullptr, *v = nullptr;  ///< rows of `d` and `dv` elements, the padding included
-  dim rows = 0, d = 0, dv = 0;
-  const float *k_scale = nullptr, *v_scale = nullptr;  ///< of each row, where elements are bytes
+  const void *k = nullptr, *v = nullptr;  ///< of the head, see decode_layout; d and dv with their padding
+  dim first = 0, last = 0, d = 0, dv = 0;
+  const float *k_scale = nullptr, *v_scale = nullptr;  ///< of the head's tokens, where elements are bytes
+  const void* next = nullptr;                          ///< keys that this thread reads next, or null
   const std::byte* q = nullptr;                        ///< prepared, 4 d bytes each
   const idx* pick = nullptr;                           ///< the queries that take part, or null: all
   dim heads = 0;                                       ///< how many
@@ -47,10 +54,24 @@ struct cache_of {};
 
 namespace detail {
 
-using moe::detail::decode_heads;
+using moe::detail::decode_heads, moe::detail::kv_block, moe::detail::kv_pad;
 
-/// Keys of a tile: their scores, and their values, stay in the nearest cache. Elements that rows are padded to.
-inline constexpr dim decode_tile = 64, decode_pad = moe::detail::kv_cache_pad;
+/// Keys of a tile, whole blocks: their scores stay in the nearest cache, and their values in the second.
+inline constexpr dim decode_tile = 128;
+
+/// Keys lo .. hi of the tile that begins at key `base`.
+struct tile_span {
+  dim base, lo, hi;
+
+  dim first_block() const noexcept { return lo / kv_block * kv_block; }
+  dim last_block() const noexcept { return moe::detail::round_up(hi, kv_block); }
+};
+/// f(span) for the tiles of a unit.
+template <class F>
+void for_each_tile(const decode_unit& u, F f) noexcept {
+  for (dim base = u.first / decode_tile * decode_tile; base < u.last; base += decode_tile)
+    f(tile_span{base, u.first > base ? u.first - base : 0, moe::detail::at_most(u.last - base, decode_tile)});
+}
 
 // The plain rung: bytes are widened, so only their own rounding counts.
 template <int Build>
@@ -70,41 +91,30 @@ float soften(float* s, dim n, float& largest, float& sum) noexcept {
   sum = sum * fade + total;
   return fade;
 }
-/// s[n] = the scores of n keys.
+/// s[16] = the scores of a block of keys.
 template <int Build, class T>
-void score_plain(const T* k, dim d, const float* scale, dim n, const float* q, float* s) noexcept {
-  for (dim r = 0; r < n; ++r, k += d) {
-    float dots[8] = {};
-    for (dim j = 0; j < d; j += 8) {
-      MOE_UNROLL
-      for (int l = 0; l < 8; ++l) dots[l] += q[j + l] * static_cast<float>(k[j + l]);
-    }
-    s[r] = ((dots[0] + dots[4]) + (dots[1] + dots[5])) + ((dots[2] + dots[6]) + (dots[3] + dots[7]));
-    if (scale) s[r] *= scale[r];
-  }
+void score_plain(const T* k, dim d, const float* q, float* s) noexcept {
+  constexpr dim n = moe::detail::keys_together<T>;
+  float dots[kv_block] = {};
+  for (dim j = 0; j < d; j += n, k += n * kv_block)
+    for (dim l = 0; l < kv_block; ++l)
+      for (dim i = 0; i < n; ++i) dots[l] += q[j + i] * static_cast<float>(k[l * n + i]);
+  std::memcpy(s, dots, sizeof dots);
 }
-/// o = fade o + sum of w[r] v_r
+/// o = fade o + sum of w[r] v_r for tokens lo .. hi; w is 0 for those that share their values' group.
 template <int Build, class T>
-void weigh_plain(const T* v, dim dv, const float* scale, dim n, const float* w, float fade, float* o) noexcept {
+void weigh_plain(const T* v, dim dv, dim lo, dim hi, const float* w, float fade, float* o) noexcept {
+  constexpr dim n = moe::detail::values_together<T>;
   for (dim j = 0; j < dv; j += 8) {
     float sum[8];
     MOE_UNROLL
     for (int l = 0; l < 8; ++l) sum[l] = fade * o[j + l];
-    for (dim r = 0; r < n; ++r) {
-      const float own = scale ? w[r] * scale[r] : w[r];
-      MOE_UNROLL
-      for (int l = 0; l < 8; ++l) sum[l] += own * static_cast<float>(v[r * dv + j + l]);
-    }
+    for (dim r = lo / n * n; r < hi; r += n)
+      for (dim i = 0; i < n; ++i) {
+        MOE_UNROLL
+        for (int l = 0; l < 8; ++l) sum[l] += w[r + i] * static_cast<float>(v[r * dv + (j + l) * n + i]);
+      }
     std::memcpy(o + j, sum, sizeof sum);
-  }
-}
-/// Columns that were read in another order, 32 at a time: the l-th of them belongs at place(l).
-template <class Place>
-void restore_order(float* o, dim n, Place place) noexcept {
-  for (dim j = 0; j < n; j += decode_pad) {
-    float read[decode_pad];
-    std::memcpy(read, o + j, sizeof read);
-    for (dim l = 0; l < decode_pad; ++l) o[j + place(l)] = read[l];
   }
 }
 /// No keys so far.
@@ -119,16 +129,18 @@ inline void start_heads(const decode_unit& u) noexcept {
 template <int Build, class T>
 void attend_plain(const decode_unit& u) noexcept {
   start_heads(u);
-  for (dim first = 0; first < u.rows; first += decode_tile) {
-    const dim n = moe::detail::at_most(u.rows - first, decode_tile);
-    const T *k = static_cast<const T*>(u.k) + first * u.d, *v = static_cast<const T*>(u.v) + first * u.dv;
+  for_each_tile(u, [&](tile_span t) {
+    const T *k = static_cast<const T*>(u.k) + t.base * u.d, *v = static_cast<const T*>(u.v) + t.base * u.dv;
     for (dim i = 0; i < u.heads; ++i) {
-      float s[decode_tile];
-      score_plain<Build>(k, u.d, u.k_scale ? u.k_scale + first : nullptr, n, reinterpret_cast<const float*>(u.query(i)), s);
-      const float fade = soften<Build>(s, n, u.largest[i], u.sum[i]);
-      weigh_plain<Build>(v, u.dv, u.v_scale ? u.v_scale + first : nullptr, n, s, fade, u.o + i * u.dv);
+      float s[decode_tile], w[decode_tile] = {};
+      for (dim r = t.first_block(); r < t.hi; r += kv_block)
+        score_plain<Build>(k + r * u.d, u.d, reinterpret_cast<const float*>(u.query(i)), s + r);
+      for (dim r = t.lo; u.k_scale && r < t.hi; ++r) s[r] *= u.k_scale[t.base + r];
+      const float fade = soften<Build>(s + t.lo, t.hi - t.lo, u.largest[i], u.sum[i]);
+      for (dim r = t.lo; r < t.hi; ++r) w[r] = u.v_scale ? s[r] * u.v_scale[t.base + r] : s[r];
+      weigh_plain<Build>(v, u.dv, t.lo, t.hi, w, fade, u.o + i * u.dv);
     }
-  }
+  });
 }
 
 }  // namespace detail

@@ -6,8 +6,8 @@
 /// head are merged in the order of their keys: results are equal bit for bit for any executor.
 #pragma once
 
-#include "moe/attention/decode.hpp"
-#include "moe/backend/decode_kernels.hpp"
+#include "moe/backend/decode_units.hpp"
+#include "moe/concepts.hpp"
 
 namespace moe {
 
@@ -46,34 +46,37 @@ inline dim cut_blocks(const decode_units& u, matrix_view<const idx> chosen, dim 
   }
 }
 template <class T>
-void cut_units(const kv_cache<T>& cache, const decode_options& options, const decode_units& u) noexcept {
-  const attention_heads& h = cache.sizes.heads;
+void cut_units(const cached_keys<T>& cache, const decode_options& options, const decode_units& u) noexcept {
+  const cached_sizes& h = cache.sizes;
   dim n = 0;
-  for (dim s = 0; s < cache.sizes.sequences; ++s)
+  for (dim s = 0; s < h.sequences; ++s)
     for (dim a = 0; a < h.kv_heads; ++a) {
       const dim length = cache.length(s),
                 first = options.window > 0 && options.window < length ? length - options.window : 0;
       u.sequence_offsets[static_cast<std::size_t>(s * h.kv_heads + a)] = static_cast<idx>(n);
       n = options.blocks
-              ? cut_blocks(u, options.blocks.slice(s * h.heads + a * h.group(), h.group()), cache.sizes.block, length, n)
+              ? cut_blocks(u, options.blocks.slice(s * h.heads + a * h.group(), h.group()), h.block, length, n)
               : cut_chunks(u, first, length, h.group(), n);
     }
   u.sequence_offsets.back() = static_cast<idx>(n);
 }
 
-/// Runs unit n of key head `head` (of all sequences).
+/// Runs unit n of key head `head` (of all sequences); `next`: keys that this thread reads after it, or null.
 template <class T>
-void run_unit(const kv_cache<T>& cache, const decode_kernels& kernels, const decode_units& u, dim n, dim head) noexcept {
-  const dim group = cache.sizes.heads.group(), first = u.keys(n, 0), row = head * cache.sizes.capacity + first;
+void run_unit(const cached_keys<T>& cache, const decode_kernels& kernels, const decode_units& u, dim n, dim head,
+              const T* next) noexcept {
+  const dim group = cache.sizes.group();
   decode_unit unit;
-  unit.k = cache.k.row(row);
-  unit.v = cache.v.row(row);
-  unit.rows = u.keys(n, 1) - first;
-  unit.d = cache.k.cols;
-  unit.dv = cache.v.cols;
-  if constexpr (kv_cache<T>::scaled) {
-    unit.k_scale = cache.k_scale.row(head) + first;
-    unit.v_scale = cache.v_scale.row(head) + first;
+  unit.k = cache.k.row(head);
+  unit.v = cache.v.row(head);
+  unit.first = u.keys(n, 0);
+  unit.last = u.keys(n, 1);
+  unit.d = round_up(cache.sizes.d, kv_pad);
+  unit.dv = round_up(cache.sizes.dv, kv_pad);
+  unit.next = next;
+  if (cache.k_scale) {
+    unit.k_scale = cache.k_scale.row(head);
+    unit.v_scale = cache.v_scale.row(head);
   }
   unit.q = reinterpret_cast<const std::byte*>(u.q.row(head * group));
   unit.pick = u.pick.row(n);
@@ -82,6 +85,22 @@ void run_unit(const kv_cache<T>& cache, const decode_kernels& kernels, const dec
   unit.largest = u.largest.row(n);
   unit.sum = u.sum.row(n);
   kernels.attend(unit);
+}
+/// Runs units n .. last, each asking for the first keys of the one after it.
+template <class T>
+void run_units(const cached_keys<T>& cache, const decode_kernels& kernels, const decode_units& u, dim n, dim last) noexcept {
+  const auto head_of = [&u](dim unit, dim head) {
+    while (u.sequence_offsets[static_cast<std::size_t>(head) + 1] <= unit) ++head;
+    return head;
+  };
+  for (dim head = head_of(n, 0); n < last; ++n) {
+    const dim after = n + 1 < last ? head_of(n + 1, head) : head;
+    const T* next = n + 1 < last
+                        ? cache.k.row(after) + u.keys(n + 1, 0) / kv_block * kv_block * round_up(cache.sizes.d, kv_pad)
+                        : nullptr;
+    run_unit(cache, kernels, u, n, head, next);
+    head = after;
+  }
 }
 
 /// o and lse of query head g of a key head, from its units.
@@ -117,9 +136,9 @@ void merge_units(const decode_units& u, dim head, idx g, Out* o, dim dv, float* 
 
 /// o[S, h*dv] and lse[S, h] (or empty) of one query a sequence, q[S, h*d]. Two joins.
 template <HostBackend B, class T, class In, class Out>
-void attend_cache(const call<B>& on, const kv_cache<T>& cache, matrix_view<In> q, const decode_options& options,
+void attend_cache(const call<B>& on, const cached_keys<T>& cache, matrix_view<In> q, const decode_options& options,
                   matrix_view<Out> o, matrix_view<float> lse) noexcept {
-  const attention_heads& h = cache.sizes.heads;
+  const cached_sizes& h = cache.sizes;
   const decode_kernels kernels = kernels_of(typename B::arch{}, arch::cache_of<T>{});
   scratch_frame frame(on.scratch);
   const detail::decode_units u = detail::carve_units(cache.sizes, options.blocks.cols, on.scratch);
@@ -131,17 +150,13 @@ void attend_cache(const call<B>& on, const kv_cache<T>& cache, matrix_view<In> q
         row[j] = j < h.d ? static_cast<float>(q(s, a * h.d + j)) * options.scale * 1.44269504f : 0.f;
       kernels.prepare(row, u.row.cols, reinterpret_cast<std::byte*>(u.q.row(s * h.heads + a)));
     }
-  on.executor().for_each(u.sequence_offsets.back(), 1, [&](dim n, dim last) {
-    dim head = 0;
-    for (; n < last; ++n) {
-      while (u.sequence_offsets[static_cast<std::size_t>(head) + 1] <= n) ++head;
-      detail::run_unit(cache, kernels, u, n, head);
-    }
-  });
+  const dim count = u.sequence_offsets.back(), ranges = 8 * on.executor().concurrency();
+  on.executor().for_each(count, detail::blocks(count, ranges) + (count == 0),
+                         [&](dim n, dim last) { detail::run_units(cache, kernels, u, n, last); });
   on.executor().for_each(q.rows * h.heads, 1, [&](dim i, dim last) {
     for (; i < last; ++i) {
       const dim s = i / h.heads, a = i % h.heads;
-      detail::merge_units(u, s * h.kv_heads + h.key_head(a), static_cast<idx>(a % h.group()), o.row(s) + a * h.dv, h.dv,
+      detail::merge_units(u, s * h.kv_heads + a / h.group(), static_cast<idx>(a % h.group()), o.row(s) + a * h.dv, h.dv,
                           lse ? &lse(s, a) : nullptr);
     }
   });

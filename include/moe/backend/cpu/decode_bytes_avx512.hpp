@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-/// Decoding from a cache of bytes on 512-bit vectors. Queries and weights become whole numbers of 16 bits, so that products
-/// of pairs add up exactly: a query is off by at most 2^-16 of its largest element, a weight by 2^-16 of the largest of its
-/// step.
+/// Decoding from a cache of bytes on 512-bit vectors. Queries and weights become whole numbers of 16 bits, cut in two bytes,
+/// whose products with bytes add up exactly: a query is off by at most 2^-16 of its largest element, a weight by 2^-17 of
+/// the largest of its step.
 #pragma once
 
 #include "moe/backend/cpu/decode_avx512.hpp"
@@ -17,154 +17,188 @@ typedef int decode_ints __attribute__((vector_size(64)));  // GCC 12 keeps an ar
 using decode_ints = __m512i;
 #endif
 
-/// As of floats.
-MOE_TARGET(MOE_AVX512)
-inline __m512i fold_heads(__m512i a, __m512i b, __m512i c, __m512i d) noexcept {
-  const __m512i ab = _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x44), _mm512_shuffle_i32x4(a, b, 0xee));
-  const __m512i cd = _mm512_add_epi32(_mm512_shuffle_i32x4(c, d, 0x44), _mm512_shuffle_i32x4(c, d, 0xee));
-  return _mm512_add_epi32(_mm512_shuffle_i32x4(ab, cd, 0x88), _mm512_shuffle_i32x4(ab, cd, 0xdd));
-}
-MOE_TARGET(MOE_AVX512)
-inline __m512i fold_keys(__m512i a, __m512i b, __m512i c, __m512i d) noexcept {
-  const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
-  const __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
-  return _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
-}
-MOE_TARGET(MOE_AVX512)
-inline __m512i load_words_512(const std::int8_t* p) noexcept {
-  return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-}
-
-/// Scores in the units of the queries.
-template <int Build>
+/// sum + the products of 4 bytes in each lane, the first of them without sign.
 MOE_TARGET(MOE_AVX512_VNNI)
-MOE_NO_INLINE void score_quad_bytes_512(const key_quad<std::int8_t>& w, const float (&k_scale)[4], float* s) noexcept {
-  decode_ints sum[4][4];
-  MOE_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    MOE_UNROLL
-    for (int g = 0; g < 4; ++g) sum[i][g] = decode_ints{};
-  }
-  const std::int8_t *k0 = w.k[0], *k1 = w.k[1], *k2 = w.k[2], *k3 = w.k[3];
-  const std::byte *q0 = words_of(w.q[0]), *q1 = words_of(w.q[1]), *q2 = words_of(w.q[2]), *q3 = words_of(w.q[3]);
-  const char* ahead = w.ahead;
-  MOE_NO_UNROLL
-  for (dim j = 0; j < w.d; j += decode_pad, ahead += 128) {
-    ask_512<2>(ahead);
-    const std::int8_t* k[4] = {k0 + j, k1 + j, k2 + j, k3 + j};
-    const decode_ints q[4] = {(decode_ints)_mm512_loadu_si512(q0 + 2 * j), (decode_ints)_mm512_loadu_si512(q1 + 2 * j),
-                              (decode_ints)_mm512_loadu_si512(q2 + 2 * j), (decode_ints)_mm512_loadu_si512(q3 + 2 * j)};
-    MOE_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      const __m512i x = load_words_512(k[i]);
-      MOE_UNROLL
-      for (int g = 0; g < 4; ++g) sum[i][g] = (decode_ints)_mm512_dpwssd_epi32((__m512i)sum[i][g], x, (__m512i)q[g]);
-    }
-  }
-  decode_ints folded[4];
-  MOE_UNROLL
-  for (int i = 0; i < 4; ++i)
-    folded[i] = (decode_ints)fold_heads((__m512i)sum[i][0], (__m512i)sum[i][1], (__m512i)sum[i][2], (__m512i)sum[i][3]);
-  const __m512i all = fold_keys((__m512i)folded[0], (__m512i)folded[1], (__m512i)folded[2], (__m512i)folded[3]);
-  _mm512_storeu_ps(s, _mm512_mul_ps(_mm512_cvtepi32_ps(all), _mm512_broadcast_f32x4(_mm_loadu_ps(k_scale))));
+inline decode_ints add_products_512(decode_ints sum, decode_ints a, decode_ints b) noexcept {
+  return (decode_ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
 }
-
-/// The weights p v_scale of n rows as whole numbers w in a unit for each head, NaN where one of its weights is.
-template <int Build>
 MOE_TARGET(MOE_AVX512)
-MOE_NO_INLINE void round_weights_512(float* p, const float* v_scale, dim n, std::int16_t* w, float* unit) noexcept {
-  const dim groups = moe::detail::blocks(n, 4);
-  __m512 most = _mm512_setzero_ps(), strange = most;
-  for (dim i = 0; i < groups; ++i) {
-    const __mmask8 rows = static_cast<__mmask8>(n - 4 * i >= 4 ? 0xf : (1 << (n - 4 * i)) - 1);
-    const __m512 own =
-        _mm512_mul_ps(_mm512_loadu_ps(p + 16 * i), _mm512_broadcast_f32x4(_mm_maskz_loadu_ps(rows, v_scale + 4 * i)));
-    most = _mm512_max_ps(most, own);
-    strange = _mm512_fmadd_ps(own, _mm512_setzero_ps(), strange);  // NaN where one is not finite
-    _mm512_storeu_ps(p + 16 * i, own);
-  }
-  most = largest_of_head(most);
-  store_heads(unit, _mm512_fmadd_ps(most, _mm512_set1_ps(1.f / 32767), sum_of_head(strange)));
-  const __m512 per =
-      _mm512_maskz_div_ps(_mm512_cmp_ps_mask(most, _mm512_set1_ps(0x1p-100f), _CMP_GT_OQ), _mm512_set1_ps(32767), most);
-  for (dim i = 0; i < groups; ++i)
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(w + 16 * i),
-                        _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(p + 16 * i), per))));
+inline decode_ints spread_four_512(const void* p) noexcept {
+  std::int32_t four;
+  std::memcpy(&four, p, sizeof four);
+  return (decode_ints)_mm512_set1_epi32(four);
 }
 
-/// Values of 32 C columns for four heads, two rows at a time.
-template <int Build, int C>
+/// Scores of N blocks in the units of the queries, four elements of 16 keys at a time: bytes are read as k + 128, which the
+/// sum of the query makes good.
+template <int Build, int N>
 MOE_TARGET(MOE_AVX512_VNNI)
-MOE_NO_INLINE void weigh_quad_bytes_512(const value_quad<std::int8_t, std::int16_t>& w, dim first) noexcept {
-  decode_ints sum[4][2 * C];
+MOE_NO_INLINE void score_bytes_512(const key_blocks_512<std::int8_t>& w, const float* k_scale, float* s) noexcept {
+  const byte_query q[4] = {{w.q[0], w.d}, {w.q[1], w.d}, {w.q[2], w.d}, {w.q[3], w.d}};
+  decode_ints high[N][4], low[N][4];
   MOE_UNROLL
-  for (int g = 0; g < 4; ++g) {
-    MOE_UNROLL
-    for (int c = 0; c < 2 * C; ++c) sum[g][c] = decode_ints{};
-  }
-  const std::int8_t* v = w.v + first;
-  const char* ahead = w.ahead;
-  MOE_NO_UNROLL
-  for (dim r = 0; r < w.rows; r += 2, v += 2 * w.dv, ahead += 64 * C) {
-    ask_512<C>(ahead);
-    const std::int8_t* next = r + 1 < w.rows ? v + w.dv : v;  // beyond the last row weights are 0
-    decode_ints x[2 * C];
-    MOE_UNROLL
-    for (int c = 0; c < C; ++c) {
-      const __m512i a = load_words_512(v + 32 * c), b = load_words_512(next + 32 * c);
-      x[2 * c] = (decode_ints)_mm512_unpacklo_epi16(a, b);
-      x[2 * c + 1] = (decode_ints)_mm512_unpackhi_epi16(a, b);
-    }
+  for (int n = 0; n < N; ++n) {
     MOE_UNROLL
     for (int g = 0; g < 4; ++g) {
-      std::int32_t pair;
-      std::memcpy(&pair, w.weights + r / 4 * 16 + 4 * g + r % 4, sizeof pair);
-      const __m512i b = _mm512_set1_epi32(pair);
+      high[n][g] = decode_ints{};
+      low[n][g] = (decode_ints)_mm512_set1_epi32(q[g].start);
+    }
+  }
+  const std::byte *q0 = q[0].high, *q1 = q[1].high, *q2 = q[2].high, *q3 = q[3].high;
+  const std::int8_t* k = w.k;
+  lines_ahead ahead = w.ahead;
+  const dim step = w.d * kv_block, d = w.d;
+  MOE_NO_UNROLL
+  for (dim j = 0; j < d; j += 4, k += 64) {
+    ahead.ask<N>();
+    const std::byte* from[4] = {q0 + j, q1 + j, q2 + j, q3 + j};
+    decode_ints x[N];
+    MOE_UNROLL
+    for (int n = 0; n < N; ++n)
+      x[n] = (decode_ints)_mm512_xor_si512(_mm512_loadu_si512(k + n * step), _mm512_set1_epi8(-128));
+    MOE_UNROLL
+    for (int g = 0; g < 4; ++g) {
+      const decode_ints a = spread_four_512(from[g]), b = spread_four_512(from[g] + d);
       MOE_UNROLL
-      for (int c = 0; c < 2 * C; ++c) sum[g][c] = (decode_ints)_mm512_dpwssd_epi32((__m512i)sum[g][c], (__m512i)x[c], b);
+      for (int n = 0; n < N; ++n) {
+        high[n][g] = add_products_512(high[n][g], x[n], a);
+        low[n][g] = add_products_512(low[n][g], x[n], b);
+      }
+    }
+  }
+  MOE_UNROLL
+  for (int n = 0; n < N; ++n) {
+    const __m512 scale = _mm512_loadu_ps(k_scale + n * kv_block);
+    MOE_UNROLL
+    for (int g = 0; g < 4; ++g) {
+      const __m512i all = _mm512_add_epi32(_mm512_slli_epi32((__m512i)high[n][g], 8), (__m512i)low[n][g]);
+      _mm512_storeu_ps(s + g * decode_tile + n * kv_block, _mm512_mul_ps(_mm512_cvtepi32_ps(all), scale));
+    }
+  }
+}
+
+/// The weights p v_scale of a tile as whole numbers of 16 bits in a unit for each head, NaN where one of its weights is.
+struct byte_weights {
+  alignas(64) std::uint8_t high[decode_heads * decode_tile];
+  alignas(64) std::uint8_t low[decode_heads * decode_tile];
+  float unit[decode_heads];
+};
+/// Two bytes of each of 64 numbers.
+MOE_TARGET(MOE_AVX512)
+inline void store_bytes_512(__m512i a, __m512i b, __m512i c, __m512i d, std::uint8_t* high, std::uint8_t* low) noexcept {
+  const __m512i ab = _mm512_packus_epi32(a, b), cd = _mm512_packus_epi32(c, d), byte = _mm512_set1_epi16(0xff);
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const __m512i lower = _mm512_packus_epi16(_mm512_and_si512(ab, byte), _mm512_and_si512(cd, byte));
+  const __m512i upper = _mm512_packus_epi16(_mm512_srli_epi16(ab, 8), _mm512_srli_epi16(cd, 8));
+  _mm512_storeu_si512(low, _mm512_permutexvar_epi32(order, lower));
+  _mm512_storeu_si512(high, _mm512_permutexvar_epi32(order, upper));
+}
+MOE_TARGET(MOE_AVX512)
+inline __m512i rounded_512(const float* p, __m512 per, const tile_512& t, dim r) noexcept {
+  return _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(t.lanes[r / kv_block], p), per));
+}
+/// p: of head g.
+template <int Build>
+MOE_TARGET(MOE_AVX512)
+MOE_NO_INLINE void round_weights_512(float* p, const float* v_scale, const tile_512& t, byte_weights& w, dim g,
+                                     lines_ahead ahead) noexcept {
+  constexpr dim step = 64;
+  const dim first = t.lo / step * step;
+  __m512i most = _mm512_setzero_si512();  // of numbers without sign, as whole numbers: NaN is the largest
+  for (dim r = first; r < t.hi; r += kv_block) {
+    ahead.ask<1>();
+    const __mmask16 own = t.lanes[r / kv_block];
+    const __m512 x = _mm512_maskz_mul_ps(own, _mm512_loadu_ps(p + r), _mm512_maskz_loadu_ps(own, v_scale + r));
+    most = _mm512_max_epu32(most, _mm512_castps_si512(x));
+    _mm512_storeu_ps(p + r, x);
+  }
+  const float largest = __builtin_bit_cast(float, _mm512_reduce_max_epu32(most));
+  w.unit[g] = largest / 65535;
+  const __m512 per = _mm512_set1_ps(largest > 0x1p-100f ? 65535 / largest : 0.f);
+  for (dim r = first; r < t.hi; r += step)
+    store_bytes_512(rounded_512(p + r, per, t, r), rounded_512(p + r + 16, per, t, r + 16),
+                    rounded_512(p + r + 32, per, t, r + 32), rounded_512(p + r + 48, per, t, r + 48),
+                    w.high + g * decode_tile + r, w.low + g * decode_tile + r);
+}
+
+struct value_bytes_512 {
+  const std::int8_t* v;
+  dim lo, hi, dv;
+  const byte_weights* weights;
+  const float* fade;
+  float* o[decode_heads];
+  lines_ahead ahead;
+};
+
+/// 32 columns of four tokens at a time.
+template <int Build>
+MOE_TARGET(MOE_AVX512_VNNI)
+MOE_NO_INLINE void weigh_bytes_512(const value_bytes_512& w, dim first) noexcept {
+  decode_ints high[4][2], low[4][2];
+  MOE_UNROLL
+  for (int g = 0; g < 4; ++g) {
+    MOE_UNROLL
+    for (int c = 0; c < 2; ++c) high[g][c] = low[g][c] = decode_ints{};
+  }
+  const dim lo = w.lo / 4 * 4;
+  const std::int8_t* v = w.v + lo * w.dv + 4 * first;
+  const std::uint8_t *h = w.weights->high, *l = w.weights->low;
+  lines_ahead ahead = w.ahead;
+  MOE_NO_UNROLL
+  for (dim r = lo; r < w.hi; r += 4, v += 4 * w.dv) {
+    ahead.ask<2>();
+    const decode_ints x[2] = {(decode_ints)_mm512_loadu_si512(v), (decode_ints)_mm512_loadu_si512(v + 64)};
+    MOE_UNROLL
+    for (int g = 0; g < 4; ++g) {
+      const decode_ints a = spread_four_512(h + g * decode_tile + r), b = spread_four_512(l + g * decode_tile + r);
+      MOE_UNROLL
+      for (int c = 0; c < 2; ++c) {
+        high[g][c] = add_products_512(high[g][c], a, x[c]);
+        low[g][c] = add_products_512(low[g][c], b, x[c]);
+      }
     }
   }
   MOE_UNROLL
   for (int g = 0; g < 4; ++g) {
     MOE_UNROLL
-    for (int c = 0; c < 2 * C; ++c) {
-      const __m512 own = _mm512_mul_ps(_mm512_cvtepi32_ps((__m512i)sum[g][c]), _mm512_set1_ps(w.unit[g]));
+    for (int c = 0; c < 2; ++c) {
+      const __m512i all = _mm512_add_epi32(_mm512_slli_epi32((__m512i)high[g][c], 8), (__m512i)low[g][c]);
       float* o = w.o[g] + first + 16 * c;
-      _mm512_storeu_ps(o, _mm512_fmadd_ps(_mm512_set1_ps(w.fade[g]), _mm512_loadu_ps(o), own));
+      const __m512 faded = _mm512_mul_ps(_mm512_set1_ps(w.fade[g]), _mm512_loadu_ps(o));
+      _mm512_storeu_ps(o, _mm512_fmadd_ps(_mm512_cvtepi32_ps(all), _mm512_set1_ps(w.weights->unit[g]), faded));
     }
   }
 }
 
 template <int Build>
 void attend_bytes_512(const decode_unit& u) noexcept {
+  using keys = key_blocks_512<std::int8_t>;
   start_heads(u);
-  for (dim first = 0; first < u.rows; first += decode_tile) {
-    const dim n = moe::detail::at_most(u.rows - first, decode_tile);
-    const auto *k = static_cast<const std::int8_t*>(u.k) + first * u.d,
-               *v = static_cast<const std::int8_t*>(u.v) + first * u.dv;
+  for_each_tile(u, [&](tile_span span) {
+    const tile_512 t(span);
+    const float* scale = u.k_scale + t.base;
+    tile_ahead ahead = ahead_of<std::int8_t>(u, t);
     for (dim head = 0; head < u.heads; head += decode_heads) {
       alignas(64) float s[decode_heads * decode_tile];
-      alignas(64) std::int16_t weights[decode_heads * decode_tile];
-      float fade[decode_heads], unit[decode_heads];
-      value_quad<std::int8_t, std::int16_t> w{v,    n,    u.dv, weights,
-                                              fade, unit, {},   reinterpret_cast<const char*>(k + n * u.d)};
+      byte_weights weights;
+      float fade[decode_heads];
+      score_tile_512<std::int8_t>(
+          u, t, head, ahead, s, [&](const keys& w, dim r, float* to) { score_bytes_512<Build, 1>(w, scale + r, to); },
+          [&](const keys& w, dim r, float* to) { score_bytes_512<Build, 2>(w, scale + r, to); });
       for (dim g = 0; g < decode_heads; ++g) {
-        unit[g] = unit_of(u.query(head + g));
-        w.o[g] = u.o + (head + g) * u.dv;
+        float* own = s + g * decode_tile;
+        fade[g] = soften_512<Build>(own, t, byte_query(u.query(head + g), u.d).unit, u.largest[head + g], u.sum[head + g],
+                                    ahead.take(decode_tile / kv_block * soften_lines));
+        round_weights_512<Build>(own, u.v_scale + t.base, t, weights, g, ahead.take(decode_tile / kv_block));
       }
-      for (dim r = 0; r < n; r += 4) {
-        float k_scale[4];
-        for (dim i = 0; i < 4; ++i) k_scale[i] = u.k_scale[first + moe::detail::at_most(r + i, n - 1)];
-        score_quad_bytes_512<Build>(quad_of(u, k, r, n, head, v), k_scale, s + 4 * r);
+      value_bytes_512 w{static_cast<const std::int8_t*>(u.v) + t.base * u.dv, t.lo, t.hi, u.dv, &weights, fade, {}, {}};
+      for (dim g = 0; g < decode_heads; ++g) w.o[g] = u.o + (head + g) * u.dv;
+      for (dim j = 0; j < u.dv; j += kv_pad) {
+        w.ahead = ahead.take(decode_tile * kv_pad / 64);
+        weigh_bytes_512<Build>(w, j);
       }
-      soften_512<Build>(s, n, unit, u.largest + head, u.sum + head, fade);
-      round_weights_512<Build>(s, u.v_scale + first, n, weights, unit);
-      dim j = 0;
-      for (; j + 64 <= u.dv; j += 64, w.ahead += n * 64) weigh_quad_bytes_512<Build, 2>(w, j);
-      if (j < u.dv) weigh_quad_bytes_512<Build, 1>(w, j);
     }
-  }
-  for (dim i = 0; i < u.heads; ++i) restore_order(u.o + i * u.dv, u.dv, place_of_pairs<16>);
+  });
 }
 
 }  // namespace moe::arch::detail
@@ -173,7 +207,7 @@ namespace moe::arch {
 
 template <int Build>
 decode_kernels kernels_of(basic_avx512_vnni<Build>, cache_of<std::int8_t>) noexcept {
-  return {detail::prepare_words<Build>, detail::attend_bytes_512<Build>};
+  return {detail::prepare_bytes<Build>, detail::attend_bytes_512<Build>};
 }
 
 }  // namespace moe::arch

@@ -5,7 +5,6 @@
 #include "moe/backend/cpu/compiled.hpp"
 #include "moe/backend/cpu/decode_avx2.hpp"
 #include "moe/backend/cpu/decode_bytes_avx512.hpp"
-#include "moe/backend/cpu/level.hpp"
 
 namespace moe::arch {
 
@@ -16,13 +15,7 @@ decode_kernels kernels_of(compiled, cache_of<T>) noexcept;
 
 template <class T>
 decode_kernels decode_kernels_in_use() noexcept {
-#if defined(MOE_X86)
-  const cpu_level level = cpu_level_in_use();
-  if (includes(level, cpu_level::avx512_vnni)) return kernels_of(avx512_vnni{}, cache_of<T>{});
-  if (includes(level, cpu_level::avx512)) return kernels_of(avx512{}, cache_of<T>{});
-  if (includes(level, cpu_level::avx2)) return kernels_of(avx2{}, cache_of<T>{});
-#endif
-  return kernels_of(scalar{}, cache_of<T>{});
+  return at_level_in_use([](auto level) { return kernels_of(level, cache_of<T>{}); });
 }
 
 template <class Set>

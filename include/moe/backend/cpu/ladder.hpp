@@ -43,4 +43,26 @@ using avx512_vnni = basic_avx512_vnni<moe::detail::build_level>;
 using amx = basic_amx<moe::detail::build_level>;
 using neon = basic_neon<moe::detail::build_level>;
 
+/// f(tag) for the tag of the level in use.
+template <class F>
+auto at_level_in_use(F f) noexcept {
+#if defined(MOE_X86)
+  switch (cpu_level_in_use()) {
+    case cpu_level::amx:
+      return f(amx{});
+    case cpu_level::avx512_vnni:
+      return f(avx512_vnni{});
+    case cpu_level::avx512:
+      return f(avx512{});
+    case cpu_level::avx2:
+      return f(avx2{});
+    default:
+      break;
+  }
+#elif defined(__aarch64__)
+  if (cpu_level_in_use() == cpu_level::neon) return f(neon{});
+#endif
+  return f(scalar{});
+}
+
 }  // namespace moe::arch

@@ -3,7 +3,6 @@
 #pragma once
 
 #include "moe/backend/cpu/compiled.hpp"
-#include "moe/backend/cpu/level.hpp"
 #include "moe/backend/cpu/packed_amx.hpp"
 #include "moe/backend/cpu/packed_avx2.hpp"
 #include "moe/backend/cpu/packed_neon.hpp"
@@ -17,23 +16,7 @@ packed_kernels kernels_of(compiled, weights_of<T>) noexcept;
 
 template <class T>
 packed_kernels kernels_in_use() noexcept {
-#if defined(MOE_X86)
-  switch (cpu_level_in_use()) {
-    case cpu_level::amx:
-      return kernels_of(amx{}, weights_of<T>{});
-    case cpu_level::avx512_vnni:
-      return kernels_of(avx512_vnni{}, weights_of<T>{});
-    case cpu_level::avx512:
-      return kernels_of(avx512{}, weights_of<T>{});
-    case cpu_level::avx2:
-      return kernels_of(avx2{}, weights_of<T>{});
-    default:
-      break;
-  }
-#elif defined(__aarch64__)
-  if (cpu_level_in_use() == cpu_level::neon) return kernels_of(neon{}, weights_of<T>{});
-#endif
-  return kernels_of(scalar{}, weights_of<T>{});
+  return at_level_in_use([](auto level) { return kernels_of(level, weights_of<T>{}); });
 }
 
 template <class Set>
