@@ -32,8 +32,9 @@ struct attention_case {
   double dense_pairs() const;
   double pairs() const;
   double flops() const { return 4 * pairs() * static_cast<double>(shape.h * shape.d) * (form.backward ? 2.5 : 1); }
-  /// Keys and values as they lie in memory, of all heads; and all that is read and written once.
+  /// Keys and values as they lie in memory, of all heads; what is visited of them; and all that is read and written once.
   double cache_bytes() const;
+  double visited_bytes() const;
   double bytes() const;
 };
 

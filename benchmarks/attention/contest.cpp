@@ -24,9 +24,13 @@ double attention_case::cache_bytes() const {
   const double heads = static_cast<double>(2 * shape.n * shape.h_kv);  // of keys and of values; bytes have a scale each
   return heads * (static_cast<double>(shape.d) * type.bytes + (type.name == "int8" ? 4 : 0));
 }
+double attention_case::visited_bytes() const {
+  const double readers = form.decode ? static_cast<double>(shape.h / shape.h_kv) : 1;  // each head reads blocks of its own
+  return cache_bytes() * std::min(1., blocks() ? readers * pairs() / dense_pairs() : 1);
+}
 double attention_case::bytes() const {
   const double rows = static_cast<double>(queries() * shape.h * shape.d);
-  const double forward = cache_bytes() + rows * (type.bytes + 4);
+  const double forward = (form.decode ? visited_bytes() : cache_bytes()) + rows * (type.bytes + 4);
   return form.backward ? forward + cache_bytes() / type.bytes * 4 + rows * 8 : forward;
 }
 

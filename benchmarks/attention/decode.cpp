@@ -6,38 +6,68 @@
 #include <cstring>
 
 #include "attention/attention.hpp"
+#include "moe/attention/select_blocks.hpp"
 #include "moe/backend/cpu.hpp"
 #include "moe/backend/cpu/decode_levels.hpp"
 
 namespace bench {
 namespace {
 
+using moe::idx;
 using backend = moe::cpu<>;
 
-/// One query a call, each on another of as many equal caches as fill what decoding goes round.
+/// As many equal caches as fill what decoding goes round.
 template <class T>
-class decoding final : public attention_contestant {
+class filled_caches {
  public:
-  decoding(const attention_case& c, std::shared_ptr<const attention_source> source)
-      : attention_contestant("moe"), source_(std::move(source)), sizes_{{c.shape.h, c.shape.h_kv, c.shape.d, c.shape.d}, 1, c.shape.n} {
+  filled_caches(const attention_case& c, const attention_source& source)
+      : sizes{{c.shape.h, c.shape.h_kv, c.shape.d, c.shape.d}, 1, c.shape.n, c.form.block} {
     const auto count = static_cast<std::size_t>(std::max(1., std::ceil(c.rotate / c.cache_bytes())));
     moe::arena bytes;
-    (void)moe::kv_cache<T>::make(sizes_, bytes);
+    (void)moe::kv_cache<T>::make(sizes, bytes);
     for (std::size_t i = 0; i < count; ++i) {
       memory_.emplace_back(bytes.used());
       moe::arena mem(memory_.back().bytes());
-      caches_.push_back(moe::kv_cache<T>::make(sizes_, mem));
+      caches_.push_back(moe::kv_cache<T>::make(sizes, mem));
     }
     moe::arena none;
-    caches_[0].append_to(moe::call<backend>{backend_, none, {}}, 0, matrix_view<const float>(source_->k), matrix_view<const float>(source_->v));
+    caches_[0].append_to(moe::call<backend>{backend{}, none, {}}, 0, matrix_view<const float>(source.k), matrix_view<const float>(source.v));
     for (std::size_t i = 1; i < count; ++i) std::memcpy(memory_[i].bytes().data(), memory_[0].bytes().data(), memory_[0].size());
-    o_.resize(static_cast<std::size_t>(c.shape.h * c.shape.d));
   }
+  const moe::kv_cache<T>& operator[](std::size_t i) const { return caches_[i % caches_.size()]; }
+
+  const moe::kv_cache_shape sizes;
+
+ private:
+  std::vector<moe::buffer> memory_;
+  std::vector<moe::kv_cache<T>> caches_;
+};
+
+/// What a query reads: all keys; blocks that it chooses; the same, chosen before.
+enum class reading { all, chosen, known };
+
+/// One query a call, each on another of the caches.
+template <class T>
+class decoding final : public attention_contestant {
+ public:
+  decoding(const char* name, reading what, const attention_case& c, std::shared_ptr<const filled_caches<T>> caches,
+           std::shared_ptr<const attention_source> source)
+      : attention_contestant(name),
+        what_(what),
+        k_(what == reading::all ? 0 : c.form.k),
+        caches_(std::move(caches)),
+        source_(std::move(source)),
+        o_(static_cast<std::size_t>(c.shape.h * c.shape.d)),
+        blocks_(static_cast<std::size_t>(c.shape.h * k_)) {}
+
   void prepare(int) override {
-    moe::arena count;
-    moe::make_decode_scratch(sizes_, 0, count);
-    work_ = moe::buffer(moe::padded(count));
+    const moe::kv_cache_shape& sizes = caches_->sizes;
+    moe::arena choose, read;
+    moe::make_select_blocks_scratch(sizes, choose);
+    moe::make_decode_scratch(sizes, k_, read);
+    work_ = moe::buffer(std::max(moe::padded(choose), moe::padded(read)));
     mem_ = moe::arena(work_.bytes());
+    if (what_ == reading::known) choose_blocks(0);
   }
   bool run(matrix_view<float> o) override {
     call(0);
@@ -46,31 +76,49 @@ class decoding final : public attention_contestant {
   }
 
  private:
+  moe::call<backend> on() { return {backend_, mem_, {}}; }
+  matrix_view<const float> query() const { return matrix_view<const float>(source_->q).slice(0, 1); }
+  matrix_view<idx> blocks() {
+    return k_ > 0 ? matrix_view<idx>(blocks_.data(), static_cast<dim>(blocks_.size()) / k_, k_) : matrix_view<idx>();
+  }
+  void choose_blocks(std::size_t i) { select_blocks(on(), (*caches_)[i], query(), blocks()); }
   void call(std::size_t i) override {
-    decode(moe::call<backend>{backend_, mem_, {}}, caches_[i % caches_.size()], matrix_view<const float>(source_->q).slice(0, 1),
-           matrix_view<float>(o_.data(), 1, static_cast<dim>(o_.size())));
+    if (what_ == reading::chosen) choose_blocks(i);
+    const moe::decode_options options{.blocks = blocks()};
+    decode(on(), (*caches_)[i], query(), matrix_view<float>(o_.data(), 1, static_cast<dim>(o_.size())), {}, options);
   }
 
+  reading what_;
+  dim k_;
+  std::shared_ptr<const filled_caches<T>> caches_;
   std::shared_ptr<const attention_source> source_;
-  moe::kv_cache_shape sizes_;
   backend backend_;
-  std::vector<moe::buffer> memory_;
-  std::vector<moe::kv_cache<T>> caches_;
   moe::buffer work_;
   moe::arena mem_;
   std::vector<float> o_;
+  std::vector<idx> blocks_;
 };
+
+using contestants = std::vector<std::unique_ptr<attention_contestant>>;
+
+template <class T>
+contestants forms_of(const attention_case& c, const std::shared_ptr<const attention_source>& source) {
+  contestants all;
+  const auto caches = std::make_shared<const filled_caches<T>>(c, *source);
+  const auto add = [&](const char* name, reading what) { all.push_back(std::make_unique<decoding<T>>(name, what, c, caches, source)); };
+  add("moe", c.blocks() ? reading::chosen : reading::all);
+  if (c.blocks()) add("routed", reading::known);
+  if (c.blocks()) add("dense", reading::all);
+  return all;
+}
 
 }  // namespace
 
-std::vector<std::unique_ptr<attention_contestant>> library_decode(const attention_case& c,
-                                                                  std::shared_ptr<const attention_source> source) {
-  std::vector<std::unique_ptr<attention_contestant>> all;
-  if (c.type.name == "f32") all.push_back(std::make_unique<decoding<float>>(c, std::move(source)));
-  else if (c.type.name == "bf16") all.push_back(std::make_unique<decoding<moe::bf16>>(c, std::move(source)));
-  else if (c.type.name == "f16") all.push_back(std::make_unique<decoding<moe::f16>>(c, std::move(source)));
-  else all.push_back(std::make_unique<decoding<std::int8_t>>(c, std::move(source)));
-  return all;
+contestants library_decode(const attention_case& c, std::shared_ptr<const attention_source> source) {
+  if (c.type.name == "f32") return forms_of<float>(c, source);
+  if (c.type.name == "bf16") return forms_of<moe::bf16>(c, source);
+  if (c.type.name == "f16") return forms_of<moe::f16>(c, source);
+  return forms_of<std::int8_t>(c, source);
 }
 
 }  // namespace bench

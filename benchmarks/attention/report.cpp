@@ -10,10 +10,10 @@ namespace {
 const char* name(attention_gate g) { return g == attention_gate::none ? "none" : g == attention_gate::headwise ? "headwise" : "elementwise"; }
 
 std::string name(const attention_form& f) {
-  std::string text = f.decode ? "decode" : f.block > 0 ? "moba" : f.gate == attention_gate::headwise ? "gate/h" : f.gate == attention_gate::elementwise ? "gate/e" : "dense";
-  return f.backward ? text + "-b" : text;
+  std::string text = f.block > 0 ? "moba" : f.decode ? "decode" : f.gate == attention_gate::headwise ? "gate/h" : f.gate == attention_gate::elementwise ? "gate/e" : "dense";
+  return f.backward ? text + "-b" : f.decode && f.block > 0 ? text + "-d" : text;
 }
-double cache_bytes_per_s(const attention_row& r) { return r.of.cache_bytes() * r.of.pairs() / r.of.dense_pairs() / r.seconds; }
+double cache_bytes_per_s(const attention_row& r) { return r.of.visited_bytes() / r.seconds; }
 double visited_share(const attention_row& r) { return r.of.pairs() / r.of.dense_pairs(); }
 
 /// What a form costs beside another of the library's: name and value, as JSON has them.

@@ -30,7 +30,8 @@ other implementations of them, all in turn in one process; prints medians.
                            choosing them
       --gate KIND          headwise or elementwise on the output, beside ungated attention
       --backward           all gradients, without forward, beside forward
-      --decode             one query on n keys in a cache, also of int8, going round --rotate MiB of caches
+      --decode             one query on n keys in a cache, also of int8, going round --rotate MiB of caches; with --moba, on
+                           the blocks that each of its heads chooses
   --json FILE       writes every row as JSON, too
   --plot FOLDER     draws roofline.svg and ratios.svg
   --peers           also ONNX Runtime, PyTorch, llama.cpp and kt-kernel, which benchmarks/peers installs into the build folder
@@ -126,8 +127,7 @@ void check_form(const options& o) {
   const bool gated = o.form.gate != attention_gate::none;
   if (o.attention.empty() && (gated || o.form.block > 0 || o.form.decode))
     throw usage_error(std::string(o.form.decode ? "--decode" : gated ? "--gate" : "--moba") + " wants --attention beside it");
-  if (o.form.decode && (gated || o.form.block > 0 || o.backward))
-    throw usage_error("--decode wants none of --moba, --gate and --backward beside it");
+  if (o.form.decode && (gated || o.backward)) throw usage_error("--decode wants neither --gate nor --backward beside it");
   if (gated && (o.form.block > 0 || o.backward)) throw usage_error("--gate wants neither --moba nor --backward beside it");
 }
 

@@ -71,6 +71,7 @@ def check_attention(program):
     forms = {(): set(), ("--backward",): {"rate_to_forward"}, ("--gate", "headwise"): {"gate_overhead"},
              ("--decode",): set(),
              ("--moba", "B=8,k=2"): {"ratio_to_dense", "share_of_ideal_ratio", "routing_share"},
+             ("--moba", "B=8,k=2", "--decode"): {"ratio_to_dense", "share_of_ideal_ratio", "routing_share"},
              ("--moba", "B=8,k=2", "--backward"): {"ratio_to_dense", "share_of_ideal_ratio", "rate_to_forward"}}
     for form, compared in forms.items():
         rows, table = attention_rows(program, *shape, *form)

@@ -36,10 +36,29 @@ struct attention_halves {
   bool paired, finite;  ///< row_pairs and gradient_pairs hold the tile already; every number in them
 };
 
-/// Rows that the next step reads, asked for while this one computes.
-struct upcoming_rows {
-  const std::byte* at = nullptr;
-  dim rows = 0, bytes = 0, stride = 0;  ///< of a row, and from one to the next
+/// Rows of float, bf16 or f16 as they lie.
+struct stored_rows {
+  enum class element { f32, bf16, f16 };
+
+  stored_rows() = default;
+  template <class T>
+  explicit stored_rows(matrix_view<T> m) noexcept
+      : data(reinterpret_cast<const std::byte*>(m.data)),
+        rows(m.rows),
+        cols(m.cols),
+        stride(m.ld * dim{sizeof(T)}),
+        row_bytes(m.cols * dim{sizeof(T)}),
+        type(std::same_as<std::remove_const_t<T>, float>  ? element::f32
+             : std::same_as<std::remove_const_t<T>, bf16> ? element::bf16
+                                                          : element::f16) {}
+  template <class T>
+  const T* row(dim i) const noexcept {
+    return reinterpret_cast<const T*>(data + i * stride);
+  }
+
+  const std::byte* data = nullptr;
+  dim rows = 0, cols = 0, stride = 0, row_bytes = 0;  ///< stride in bytes
+  element type = element::f32;
 };
 
 /// The chosen rows against keys `key` .. `key` + k.rows of their sequence.
@@ -47,11 +66,11 @@ struct attention_step {
   attention_rows_state state;
   const idx* row = nullptr;  ///< the rows, ascending, or null: all
   dim rows = 0;
-  matrix_view<const float> k, v;
+  stored_rows k, v;
   dim key = 0;
-  float *packed_k = nullptr, *packed_v = nullptr, *p = nullptr;  ///< scratch
-  upcoming_rows next_k{}, next_v{};    ///< of the step after this one
-  attention_halves* halves = nullptr;  ///< k and v are empty but for their sizes then
+  float *panel = nullptr, *p = nullptr;  ///< scratch
+  stored_rows next_k{}, next_v{};        ///< of the step after this one: asked for while this one computes
+  attention_halves* halves = nullptr;    ///< where k and v are read on tiles
 
   dim at(dim i) const noexcept { return row ? row[i] : i; }
   gathered<float> queries() const noexcept { return {state.q, row}; }
@@ -62,7 +81,7 @@ struct attention_step {
 /// to dv: of the scaled q, so the caller multiplies dq by the scale and dk by ln 2.
 struct attention_backward_step : attention_step {
   matrix_view<float> dq, dk, dv;  ///< of all rows of the tile, and of the keys of the step; rows padded as those of o
-  float *keys = nullptr, *ds = nullptr, *packed_rows = nullptr, *turned = nullptr;  ///< scratch
+  float *ds = nullptr, *packed_rows = nullptr, *turned = nullptr;  ///< scratch
 
   gathered<float> gradients() const noexcept { return {state.o.columns(0, v.cols), row}; }
 };
@@ -119,17 +138,40 @@ key_range seen_by_each(const Step& s, dim i, dim m) noexcept {
   return all;
 }
 
-/// Rows as right operands of outer products read them: panel after panel of columns, in each row after row.
-template <class K>
-void pack_panels(matrix_view<const float> m, float* packed) noexcept {
-  for (dim j = 0; j < m.cols; j += outer_columns)
-    pack<K>([&](dim p) { return m.row(p) + j; }, m.rows, at_most(m.cols - j, outer_columns), packed + j * m.rows);
+/// Columns j .. j + K::columns of m, and zeros, row after row: a panel of a right operand that is reduced over rows.
+template <class A>
+void pack_rows(const stored_rows& m, dim j, float* panel) noexcept {
+  constexpr dim columns = A::blocks::columns;
+  const dim n = at_most(m.cols - j, columns);
+  for (dim i = 0; i < m.rows; ++i, panel += columns) {
+    if (m.type == stored_rows::element::f32) A::blocks::widen(m.row<float>(i) + j, panel, n);
+    else if (m.type == stored_rows::element::bf16) A::blocks::widen(m.row<bf16>(i) + j, panel, n);
+    else A::widen(m.row<f16>(i) + j, panel, n);
+    for (dim l = n; l < columns; ++l) panel[l] = 0;
+  }
 }
-/// The same of the transposed matrix: panels of rows of m, in each column after column.
-template <class K>
-void pack_panels_transposed(matrix_view<const float> m, float* packed) noexcept {
-  for (dim j = 0; j < m.rows; j += outer_columns)
-    pack_transposed<K>(m.slice(j, at_most(m.rows - j, outer_columns)), 0, m.cols, packed + j * m.cols);
+/// Rows j .. j + K::columns of m, and zeros, column after column: a panel of one that is reduced over columns.
+template <class A>
+void pack_columns(const stored_rows& m, dim j, float* panel) noexcept {
+  using K = typename A::blocks;
+  constexpr dim W = K::width, piece = 64;
+  const dim n = at_most(m.rows - j, K::columns);
+  float near[W * piece];
+  for (dim i = 0; i < K::columns; i += W)
+    for (dim p = 0; p < m.cols; p += piece) {
+      const dim some = at_most(n - i, W), wide = at_most(m.cols - p, piece), whole = some == W ? wide / W * W : 0;
+      const float* row[W] = {};
+      for (dim l = 0; l < some; ++l) {
+        row[l] = near + l * piece;
+        if (m.type == stored_rows::element::f32) row[l] = m.row<float>(j + i + l) + p;
+        else if (m.type == stored_rows::element::bf16) K::widen(m.row<bf16>(j + i + l) + p, near + l * piece, wide);
+        else A::widen(m.row<f16>(j + i + l) + p, near + l * piece, wide);
+      }
+      float* to = panel + p * K::columns + i;
+      for (dim c = 0; c < whole; c += W) K::transpose(row, c, to + c * K::columns);
+      for (dim c = whole; c < wide; ++c)
+        for (dim l = 0; l < W; ++l) to[c * K::columns + l] = l < some ? row[l][c] : 0.f;
+    }
 }
 
 /// Walks over what the next step reads, a piece of a row at a time.
@@ -138,19 +180,21 @@ class upcoming_walk {
   explicit upcoming_walk(const attention_step& s) noexcept : left_(s.next_k), after_(s.next_v) {}
   /// What as many steps of a product may ask for.
   prefetch_list list(const void* near, dim steps) noexcept {
-    prefetch_list ahead(near, left_.rows > 0 ? left_.bytes : prefetch_list::reach);
+    prefetch_list ahead(near, left_.rows > 0 ? left_.row_bytes : prefetch_list::reach);
     for (dim room = ahead.pieces(steps); room > 0 && left_.rows > 0; --room) {
-      ahead.add(left_.at + done_);
-      if ((done_ += ahead.bytes()) < left_.bytes) continue;
+      ahead.add(left_.data + done_);
+      if ((done_ += ahead.bytes()) < left_.row_bytes) continue;
       done_ = 0;
-      left_.at += left_.stride;
-      if (--left_.rows == 0) left_ = after_, after_ = {};
+      left_.data += left_.stride;
+      if (--left_.rows > 0) continue;
+      left_ = after_;
+      after_ = {};
     }
     return ahead;
   }
 
  private:
-  upcoming_rows left_, after_;
+  stored_rows left_, after_;
   dim done_ = 0;  ///< bytes of the row
 };
 
@@ -174,28 +218,32 @@ void for_each_block(const Step& s, F f) noexcept {
 }
 
 /// scores(i, .) = a_i k^T for the panels of keys that a row of the block sees; the others stay as they are.
-template <class K, class Step>
-void score_rows(const Step& s, gathered<float> a, const float* packed_k, float* scores, upcoming_walk& next) noexcept {
+template <class A, class Step>
+void score_rows(const Step& s, gathered<float> a, const stored_rows& k, float* scores, upcoming_walk& next) noexcept {
+  using K = typename A::blocks;
   const dim depth = a.cols();
-  for (dim j = 0; j < s.k.rows; j += K::columns)
+  const key_range any = seen_by_any(s, 0, s.rows);
+  for (dim j = any.lo / K::columns * K::columns; j < any.hi; j += K::columns) {
+    pack_columns<A>(k, j, s.panel);
     for_each_block(s, [&](dim i, dim m) {
       const key_range seen = seen_by_any(s, i, m);
       if (seen.hi <= j || seen.lo >= j + K::columns) return;
       float* c = scores + i * attention_pitch + j;
       for (dim r = 0; r < m; ++r) std::memset(c + r * attention_pitch, 0, K::columns * sizeof(float));
-      add_panel<K>(a, i, m, {0, depth}, packed_k + j * depth, c, attention_pitch, next);
+      add_panel<K>(a, i, m, {0, depth}, s.panel, c, attention_pitch, next);
     });
+  }
 }
 
-/// to(row, .) += w(i, seen) m[seen, .] for the rows of a step, panels of columns of m packed. Each row adds up the keys that
-/// it sees, in their order.
-template <class K, class Step>
-void weigh_rows(const Step& s, const float* weights, const float* packed, dim keys, matrix_view<float> to,
-                upcoming_walk& next) noexcept {
+/// to(row, .) += w(i, seen) m[seen, .] for the rows of a step. Each row adds up the keys that it sees, in their order.
+template <class A, class Step>
+void weigh_rows(const Step& s, const float* weights, const stored_rows& rows, matrix_view<float> to, upcoming_walk& next) noexcept {
+  using K = typename A::blocks;
   const gathered<float> w{{weights, s.rows, attention_keys, attention_pitch}};
-  for (dim j = 0; j < to.cols; j += K::columns)
+  for (dim j = 0; j < to.cols; j += K::columns) {
+    pack_rows<A>(rows, j, s.panel);
     for_each_block(s, [&](dim i, dim m) {
-      const float* panel = packed + j * keys;
+      const float* panel = s.panel;
       const auto alone = [&](dim r, key_range range) {
         if (!range.empty()) add_panel<K>(w, r, 1, range, panel, to.row(s.at(r)) + j, to.ld, next);
       };
@@ -215,24 +263,20 @@ void weigh_rows(const Step& s, const float* weights, const float* packed, dim ke
       }
       for (dim r = i; r < i + m; ++r) alone(r, {each.hi, seen_by(s, r).hi});
     });
+  }
 }
 
 template <class A>
 void score(const attention_step& s) noexcept {
-  using K = typename A::blocks;
   upcoming_walk next(s);
-  pack_panels_transposed<K>(s.k, s.packed_k);
-  score_rows<K>(s, s.queries(), s.packed_k, s.p, next);
+  score_rows<A>(s, s.queries(), s.k, s.p, next);
 }
 
 /// One step of forward, with the rules `A` of a level: its blocks of products and its exponentials.
 template <class A>
 void attend(const attention_step& s) noexcept {
-  using K = typename A::blocks;
   upcoming_walk next(s);
-  pack_panels_transposed<K>(s.k, s.packed_k);
-  pack_panels<K>(s.v, s.packed_v);
-  score_rows<K>(s, s.queries(), s.packed_k, s.p, next);
+  score_rows<A>(s, s.queries(), s.k, s.p, next);
   for (dim i = 0; i < s.rows; ++i) {
     const key_range seen = seen_by(s, i);
     if (seen.empty()) continue;
@@ -240,7 +284,7 @@ void attend(const attention_step& s) noexcept {
     const float fade = A::softmax(s.p + i * attention_pitch, seen.lo, seen.hi, s.state.largest[r], s.state.sum[r]);
     if (fade != 1) A::scale(s.state.o.row(r), fade, s.state.o.cols);
   }
-  weigh_rows<K>(s, s.p, s.packed_v, s.k.rows, s.state.o, next);
+  weigh_rows<A>(s, s.p, s.v, s.state.o, next);
 }
 
 /// to(key, .) += the sum over the rows of a step that see it of w(row, key) m(row, .)
@@ -276,18 +320,15 @@ void sum_rows_by_key(const attention_step& s, const float* weights, gathered<flo
 template <class A>
 void attend_backward(const attention_backward_step& s) noexcept {
   using K = typename A::blocks;
-  pack_panels_transposed<K>(s.k, s.packed_k);
-  pack_panels_transposed<K>(s.v, s.packed_v);
-  pack_panels<K>(s.k, s.keys);
   upcoming_walk next(s);
-  score_rows<K>(s, s.queries(), s.packed_k, s.p, next);
-  score_rows<K>(s, s.gradients(), s.packed_v, s.ds, next);
+  score_rows<A>(s, s.queries(), s.k, s.p, next);
+  score_rows<A>(s, s.gradients(), s.v, s.ds, next);
   for (dim i = 0; i < s.rows; ++i) {
     const key_range seen = seen_by(s, i);
     const dim r = s.at(i), row = i * attention_pitch;
     A::slopes(s.p + row, s.ds + row, seen.lo, seen.hi, s.k.rows, s.state.largest[r], s.state.sum[r]);
   }
-  weigh_rows<K>(s, s.ds, s.keys, s.k.rows, s.dq, next);
+  weigh_rows<A>(s, s.ds, s.k, s.dq, next);
   sum_rows_by_key<K>(s, s.p, s.gradients(), s.packed_rows, s.turned, s.dv);
   sum_rows_by_key<K>(s, s.ds, s.queries(), s.packed_rows, s.turned, s.dk);
 }

@@ -76,10 +76,11 @@ void load_floats(const attention_kernels& k, matrix_view<T> row, float* to) noex
 struct attention_slot {
   attention_rows_state state;
   dim *first, *end;
-  float *k, *v, *packed_k, *packed_v, *p;
+  float *panel, *p;
 };
+
 inline attention_slot carve_attention_slot(const attention_kernels& k, const attention_heads& h, dim rows, arena& mem) noexcept {
-  const dim dv = round_up(h.dv, k.columns), keys = round_up(attention_keys, k.columns);
+  const dim dv = round_up(h.dv, k.columns), widest = h.d > h.dv ? h.d : h.dv;
   attention_slot s;
   s.state.q = mem.matrix<float>("q", rows, h.d);
   s.state.o = mem.matrix<float>("o", rows, dv);
@@ -87,10 +88,7 @@ inline attention_slot carve_attention_slot(const attention_kernels& k, const att
   s.state.sum = mem.matrix<float>("sum", rows, 1).data;
   s.state.first = s.first = reinterpret_cast<dim*>(mem.matrix<std::int64_t>("first", rows, 1).data);
   s.state.end = s.end = reinterpret_cast<dim*>(mem.matrix<std::int64_t>("end", rows, 1).data);
-  s.k = mem.matrix<float>("k", attention_keys, h.d).data;
-  s.v = mem.matrix<float>("v", attention_keys, h.dv).data;
-  s.packed_k = mem.matrix<float>("packed_k", keys, h.d).data;
-  s.packed_v = mem.matrix<float>("packed_v", attention_keys, dv).data;
+  s.panel = mem.matrix<float>("panel", attention_keys > widest ? attention_keys : widest, k.columns).data;
   s.p = mem.matrix<float>("p", rows, attention_pitch).data;
   return s;
 }
@@ -128,19 +126,14 @@ struct step_range {
 };
 /// The rows that a step reads of one head.
 template <HeadViews X>
-upcoming_rows rows_of(const attention_tile& t, const X& heads, const step_range& r) noexcept {
-  if (r.rows == 0) return {};
-  const auto m = heads[t.head].slice(t.in.key + r.key, r.keys);
-  constexpr dim element = sizeof(*m.data);
-  return {reinterpret_cast<const std::byte*>(m.data), m.rows, m.cols * element, m.ld * element};
+stored_rows rows_of(const attention_tile& t, const X& heads, const step_range& r) noexcept {
+  return stored_rows(heads[t.head].slice(t.in.key + r.key, r.keys));
 }
 /// A step, and what the one after it reads.
 template <HeadViews K, HeadViews V>
-attention_step step_of(const attention_kernels& k, const attention_tile& t, const K& keys, const V& values,
-                       const step_range& r, const step_range& next, const attention_slot& s) noexcept {
-  return {s.state, r.row, r.rows, as_floats(k, keys[t.head].slice(t.in.key + r.key, r.keys), s.k),
-          as_floats(k, values[t.head].slice(t.in.key + r.key, r.keys), s.v), r.key, s.packed_k, s.packed_v, s.p,
-          rows_of(t, keys, next), rows_of(t, values, next)};
+attention_step step_of(const attention_tile& t, const K& keys, const V& values, const step_range& r, const step_range& next,
+                       const attention_slot& s) noexcept {
+  return {s.state, r.row, r.rows, rows_of(t, keys, r), rows_of(t, values, r), r.key, s.panel, s.p, rows_of(t, keys, next), rows_of(t, values, next)};
 }
 
 /// Heads of bf16 alone.
@@ -179,7 +172,7 @@ attention_step step_of_halves(const attention_tile& t, const K& keys, const V& v
                               const attention_slot& s, attention_halves& b) noexcept {
   b.k = keys[t.head].slice(t.in.key + r.key, r.keys);
   b.v = values[t.head].slice(t.in.key + r.key, r.keys);
-  attention_step step{s.state, r.row, r.rows, {nullptr, r.keys, b.k.cols}, {nullptr, r.keys, b.v.cols}, r.key, nullptr, nullptr, s.p};
+  attention_step step = step_of(t, keys, values, r, {}, s);
   step.halves = &b;
   return step;
 }
@@ -268,7 +261,7 @@ void attend(const call<B>& on, const attention_problem& p, const Q& q, const K& 
       const auto run = [&](const detail::step_range& r, const detail::step_range& next) {
         if constexpr (detail::all_halves<Q, K, V>)
           if (kernels.attend_halves) return kernels.attend_halves(detail::step_of_halves(t, k, v, r, s, halves));
-        kernels.attend(detail::step_of(kernels, t, k, v, r, next, s));
+        kernels.attend(detail::step_of(t, k, v, r, next, s));
       };
       detail::for_each_step_and_next(selection, p, t, s, chosen, run);
       for (dim r = 0; r < s.state.q.rows; ++r) {

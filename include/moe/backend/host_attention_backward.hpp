@@ -56,15 +56,13 @@ inline attention_sums carve_attention_sums(const attention_kernels& k, const att
 /// Memory of one thread at work on tiles of backward.
 struct attention_backward_slot : attention_slot {
   matrix_view<float> dq;
-  float *keys, *ds, *packed_rows, *turned;
+  float *ds, *packed_rows, *turned;
 };
 inline attention_backward_slot carve_attention_backward_slot(const attention_kernels& k, const attention_heads& h, dim rows,
                                                              arena& mem) noexcept {
-  const dim d = round_up(h.d, k.columns), dv = round_up(h.dv, k.columns), keys = round_up(attention_keys, k.columns);
-  attention_backward_slot s{carve_attention_slot(k, h, rows, mem), {}, nullptr, nullptr, nullptr, nullptr};
-  s.packed_v = mem.matrix<float>("packed_v", keys, dv).data;
+  const dim d = round_up(h.d, k.columns), dv = round_up(h.dv, k.columns);
+  attention_backward_slot s{carve_attention_slot(k, h, rows, mem), {}, nullptr, nullptr, nullptr};
   s.dq = mem.matrix<float>("dq", rows, d);
-  s.keys = mem.matrix<float>("keys", attention_keys, d).data;
   s.ds = mem.matrix<float>("ds", rows, attention_pitch).data;
   s.packed_rows = mem.matrix<float>("packed_rows", rows, d > dv ? d : dv).data;
   s.turned = mem.matrix<float>("turned", attention_keys, arch::detail::outer_depth).data;
@@ -192,11 +190,11 @@ void attend_backward(const call<B>& on, const attention_problem& p, const Q& q, 
           if (on_halves) detail::take_gradient_halves(kernels, p, t, q, s, halves);
         const auto run = [&](const detail::step_range& r, const detail::step_range& next) {
           const auto with = [&](const attention_step& step) -> attention_backward_step {
-            return {step, s.dq, own.dk.slice(r.key, r.keys), own.dv.slice(r.key, r.keys), s.keys, s.ds, s.packed_rows, s.turned};
+            return {step, s.dq, own.dk.slice(r.key, r.keys), own.dv.slice(r.key, r.keys), s.ds, s.packed_rows, s.turned};
           };
           if constexpr (detail::all_halves<Q, K, V>)
             if (on_halves) return kernels.backward_halves(with(detail::step_of_halves(t, k, v, r, s, halves)));
-          kernels.backward(with(detail::step_of(kernels, t, k, v, r, next, s)));
+          kernels.backward(with(detail::step_of(t, k, v, r, next, s)));
         };
         detail::for_each_step_and_next(selection, p, t, s, chosen, run);
         for (dim r = 0; r < s.dq.rows; ++r) {

@@ -108,8 +108,8 @@ inline void key_blocks::choose(const attention_kernels& kernels, const attention
   const dim n = s.state.q.rows, blocks_before = b.own[n - 1];
   if (blocks_before > earlier() && earlier() > 0)
     detail::for_each_key_step(0, blocks_before, [&](dim first, dim some) {
-      attention_step step{s.state, nullptr, n, matrix_view<const float>(centroids).columns(t.head * p.heads.d, p.heads.d).slice(first_centroid(t.in) + first, some),
-                          {}, first, s.packed_k, nullptr, s.p};
+      const matrix_view<float> means = centroids.columns(t.head * p.heads.d, p.heads.d).slice(first_centroid(t.in) + first, some);
+      attention_step step{s.state, nullptr, n, stored_rows(means), {}, first, s.panel, s.p};
       step.state.first = b.none;
       step.state.end = b.own;
       kernels.score(step);
