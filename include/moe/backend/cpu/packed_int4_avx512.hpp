@@ -20,9 +20,7 @@ inline __m512 load_scales(const std::byte* s) noexcept {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
 }
 
-/// Rows of a block, whose sums fit registers, and the rows from which a panel is widened.
-template <class T>
-inline constexpr int rows_of_groups = T::group == 32 ? 8 : 12;
+/// The rows from which a panel is widened.
 template <class T>
 inline constexpr dim rows_to_widen = T::group == 32 ? 40 : 96;
 
@@ -147,7 +145,7 @@ template <int Build, class T>
 void multiply_int4_512(const prepared_rows& a, const panel_product& p) noexcept {
   if (a.rows < rows_to_widen<T>) {
     for_each_panel_block(a, p, [](dim height, const block_work& w) {
-      with_constant<rows_of_groups<T>>(height, [&](auto m) { multiply_block_groups<Build, T, m>(w); });
+      with_constant<rows_512>(height, [&](auto m) { multiply_block_groups<Build, T, m>(w); });
     });
     return;
   }
@@ -187,7 +185,7 @@ namespace moe::arch {
 template <int Build, int Group, class Scale>
 packed_kernels kernels_of(basic_avx512_vnni<Build>, weights_of<int4_groups<Group, Scale>>) noexcept {
   return {operand::i8,
-          detail::rows_of_groups<int4_groups<Group, Scale>>,
+          detail::rows_512,
           16 * detail::rows_512,
           true,
           32,
