@@ -12,6 +12,13 @@
 ///   make_scratch([backend,] shape[, rows], arena&) what forward takes from on.scratch; with the backend where each of its
 ///                                                  threads takes a part
 ///   make_backward_scratch(shape[, rows], arena&)   what backward takes from on.scratch
+///
+/// Steps on the host that go on without a join (docs/policies.md#joins), where both sides offer them:
+///   Gate    forward(on, w, x, scores, ctx, then)   calls then(first, n) once for each run of tokens whose scores are final
+///   Router  forward(on, w, scores, plan, ctx, fill) calls fill(then) for scores; make_choices(shape, arena&) is its scratch
+///   Expert  forward(on, w, x, rows, ys, ctx, then) calls then(result_part) once for each part that is final in all rows ys
+///   Combine forward_part(on, w, x, plan, ys, t, column, y, n)   n columns of token t to y; takes no scratch, keeps nothing
+/// `then` is called from any thread. What it is called for is disjoint and is everything in the end, without rows too.
 #pragma once
 
 #include <concepts>
@@ -197,6 +204,44 @@ concept TrainableCombine =
              detail::weights_grad<C> dw, std::span<float> dweight) {
       { c.backward(on, w, x, plan, ys, ctx, dy, dys, dx, dw, dweight) } noexcept -> std::same_as<void>;
     };
+
+namespace detail {
+
+// Joins that a layer on the host is spared.
+template <class B>
+concept on_host = Backend<B> && std::same_as<typename B::space, host>;
+struct any_tokens {
+  void operator()(dim, dim) const noexcept {}
+};
+struct any_scores {
+  void operator()(any_tokens) const noexcept {}
+};
+struct any_part {
+  void operator()(const result_part&) const noexcept {}
+};
+template <class G, class R, class B>
+concept routes_by_part =
+    on_host<B> && requires(const G g, const R r, const call<B> on, const typename G::weights gw,
+                           const typename R::weights rw, typename G::context gctx, typename R::context rctx,
+                           const typename G::input x, matrix_view<float> scores, typename R::plan plan) {
+      { g.forward(on, gw, x, scores, gctx, any_tokens{}) } noexcept -> std::same_as<void>;
+      { r.forward(on, rw, scores, plan, rctx, any_scores{}) } noexcept -> std::same_as<void>;
+    };
+template <class C, class In, class B>
+concept combines_by_part =
+    on_host<B> && requires(const C c, const call<B> on, const typename C::weights w, const In x, const routing_plan plan,
+                           matrix_view<float> ys, dim t, float* y) {
+      { c.forward_part(on, w, x, plan, ys, t, t, y, t) } noexcept -> std::same_as<void>;
+    };
+template <class X, class B>
+concept computes_by_part =
+    on_host<B> && std::same_as<typename X::output, matrix_view<float>> &&
+    requires(const X x, const call<B> on, const typename X::weights w, const typename X::input in, const bank_rows rows,
+             typename X::output ys, typename X::context ctx) {
+      { x.forward(on, w, in, rows, ys, ctx, any_part{}) } noexcept -> std::same_as<void>;
+    };
+
+}  // namespace detail
 
 /// Rows that a weighted sum can add: a matrix, or a type that adds row r without having stored it.
 template <class Rows, class Arch>

@@ -4,6 +4,7 @@
 
 #include <limits>
 
+#include "moe/border.hpp"
 #include "moe/composition.hpp"
 
 namespace moe {
@@ -31,6 +32,9 @@ class layer_impl {
   template <class V>
   using at_edge = typename space::template view<V>;
   static constexpr bool keeps_rows = !weighted_rows<C>;
+  static constexpr bool routes_at_once = routes_by_part<G, R, B>;
+  static constexpr bool combines_at_once = computes_by_part<X, B> && combines_by_part<C, typename X::input, B>;
+  static constexpr bool plain = on_host<B> && std::same_as<typename G::input, matrix_view<const float>>;
   template <class P>
   static constexpr bool is_part = std::same_as<P, G> || std::same_as<P, R> || std::same_as<P, X> || std::same_as<P, C> ||
                                   std::same_as<P, B>;
@@ -159,14 +163,22 @@ class layer_impl {
                                           "inference_context_bytes(T)"));
   }
 
-  /// y[T,d] = layer(x), overwritten. Scratch is taken from `mem` and given back.
-  void forward(const weights& w, const input& x, const at_edge<matrix_view<float>>& y, context& ctx, arena_type& mem) const {
-    check_forward(w, x, y, ctx, mem);
-    const auto& v = space::open(w);
-    with_scores(v, space::open(x), ctx, space::open(mem), [&](const call<B>& on, matrix_view<float> scores) {
-      router_.forward(on, v.router, scores, ctx.plan, ctx.router);
-      run_experts(on, v, space::open(x), space::open(y), ctx);
-    });
+  /// y[T,d] = layer(x), overwritten. Scratch is taken from `mem` and given back. Where x is a matrix on the host, each of x
+  /// and y may be of bf16: y is what it would be in float, rounded once (docs/backends.md#activations-in-bf16).
+  template <class In = input, class Out = at_edge<matrix_view<float>>>
+  void forward(const weights& w, const In& x, const Out& y, context& ctx, arena_type& mem) const {
+    constexpr bool reads = passes_for_input<In, input, plain>, writes = passes_for_output<Out, at_edge<matrix_view<float>>, plain>;
+    static_assert(reads, "moe::layer::forward: x is not what the gate reads, in memory of the backend [docs/backends.md]");
+    static_assert(writes, "moe::layer::forward: y is not rows of float, in memory of the backend [docs/backends.md]");
+    if constexpr (reads && writes) {
+      check_forward(w, x, y, ctx, mem);
+      const auto& v = space::open(w);
+      const auto out = at_border<at_edge<matrix_view<float>>>(y);
+      run(ctx, mem, x, [&](const call<B>& on, const typename G::input& in, matrix_view<float> scores) {
+        route(on, v, in, scores, ctx);
+        run_experts(on, v, in, space::open(out), ctx);
+      });
+    }
   }
 
   /// Forward along a recorded plan: its assignments, weighed anew by the router from today's scores. The context can be
@@ -182,9 +194,10 @@ class layer_impl {
     if constexpr (parts::replayable) {
       const auto& v = space::open(w);
       copy_plan(recorded, ctx.plan);
-      with_scores(v, space::open(x), ctx, space::open(mem), [&](const call<B>& on, matrix_view<float> scores) {
+      run(ctx, mem, x, [&](const call<B>& on, const typename G::input& in, matrix_view<float> scores) {
+        gate_.forward(on, v.gate, in, scores, ctx.gate);
         router_.weigh(on, v.router, scores, ctx.plan, ctx.router);
-        run_experts(on, v, space::open(x), space::open(y), ctx);
+        run_experts(on, v, in, space::open(y), ctx);
       });
     }
   }
@@ -200,11 +213,12 @@ class layer_impl {
   }
 
   /// What forward and backward check before they write anything; `sum` asks both its parts first.
-  void check_forward(const weights& w, const input& x, const at_edge<matrix_view<float>>& y, const context& ctx,
-                     arena_type& mem) const {
+  template <class In = input, class Out = at_edge<matrix_view<float>>>
+    requires(passes_for_input<In, input, plain> && passes_for_output<Out, at_edge<matrix_view<float>>, plain>)
+  void check_forward(const weights& w, const In& x, const Out& y, const context& ctx, arena_type& mem) const {
     static constexpr call_names names{"moe::layer::forward: x", "moe::layer::forward: y", "moe::layer::forward: ctx",
                                       "moe::layer::forward: the arena"};
-    check_call(w, x, y, ctx, mem, names);
+    check_call(w, at_border<input>(x), at_border<at_edge<matrix_view<float>>>(y), ctx, mem, names);
   }
   void check_backward(const weights& w, const input& x, const context& ctx, const at_edge<matrix_view<const float>>& dy,
                       const input_grad& dx, const gradients& dw, arena_type& mem) const {
@@ -270,11 +284,17 @@ class layer_impl {
   void count_forward(shape s, moe::arena& mem) const noexcept {
     scratch_frame frame(mem);
     const dim rows = router_.max_rows(s);
+    if constexpr (plain) (void)make_widened(s.tokens, s.d, mem);
     (void)mem.matrix<float>("scores", s.tokens, s.experts);
-    count_scratch_on(backend_, gate_, mem, s);
+    {
+      scratch_frame inner(mem);
+      if constexpr (routes_at_once) (void)router_.make_choices(s, mem);
+      count_scratch_on(backend_, gate_, mem, s);
+    }
     count_scratch_on(backend_, router_, mem, s);
     (void)experts_.make_output(s, rows, mem);
     count_scratch_on(backend_, experts_, mem, s, rows);
+    if constexpr (plain && !combines_at_once) (void)make_widened(s.tokens, s.d, mem);
     count_scratch_on(backend_, combine_, mem, s);
   }
   void count_backward(shape s, moe::arena& mem) const noexcept {
@@ -297,8 +317,8 @@ class layer_impl {
   }
 
   struct call_names { const char *x, *y, *ctx, *arena; };
-  template <class View>
-  void check_call(const weights& w, const input& x, const View& y, const context& ctx, arena_type& mem,
+  template <class In, class View>
+  void check_call(const weights& w, const In& x, const View& y, const context& ctx, arena_type& mem,
                   const call_names& names) const {
     const shape& s = ctx.sizes;
     if (!same_sizes(s)) throw shape_error(std::string(names.ctx) + " was made by a layer of another shape");
@@ -307,7 +327,7 @@ class layer_impl {
     check_input_like(space::open(x), s, names.x);
     const auto& out = space::open(y);
     constexpr bool as_wide_as_x = std::same_as<typename X::input, matrix_view<const float>>;
-    expect(matrix_view<const float>(out), s.tokens, as_wide_as_x ? s.d : out.cols, names.y, "T x d");
+    expect(out, s.tokens, as_wide_as_x ? s.d : out.cols, names.y, "T x d");
     const auto& v = space::open(w);
     check_weights(gate_, v.gate, s);
     check_weights(router_, v.router, s);
@@ -346,23 +366,46 @@ class layer_impl {
                         std::to_string(room) + " (max_rows)");
   }
 
-  template <class F>
-  void with_scores(const weight_views& w, const typename G::input& x, context& ctx, moe::arena& mem, F then) const {
+  /// f(on, x, scores) with room for scores, and tokens of bf16 widened.
+  template <class In, class F>
+  void run(context& ctx, arena_type& memory, const In& x, F f) const {
+    moe::arena& mem = space::open(memory);
     scratch_frame frame(mem);
     mem.align();
     const call<B> on{backend_, mem, ctx.sizes, ctx.training, ctx.random};
-    const auto scores = mem.matrix<float>("scores", ctx.sizes.tokens, ctx.sizes.experts);
-    gate_.forward(on, w.gate, x, scores, ctx.gate);
-    then(on, scores);
+    const input in = as_floats<input>(on, x);
+    f(on, space::open(in), mem.matrix<float>("scores", ctx.sizes.tokens, ctx.sizes.experts));
   }
-  void run_experts(const call<B>& on, const weight_views& w, const typename G::input& x, matrix_view<float> y,
+  void route(const call<B>& on, const weight_views& w, const typename G::input& x, matrix_view<float> scores,
+             context& ctx) const {
+    const auto gate = [&](const auto&... then) { gate_.forward(on, w.gate, x, scores, ctx.gate, then...); };
+    if constexpr (routes_at_once) {
+      router_.forward(on, w.router, scores, ctx.plan, ctx.router, gate);
+    } else {
+      gate();
+      router_.forward(on, w.router, scores, ctx.plan, ctx.router);
+    }
+  }
+  template <class Y>
+  void run_experts(const call<B>& on, const weight_views& w, const typename G::input& x, matrix_view<Y> y,
                    context& ctx) const {
     const auto& in = expert_input<typename X::input>(x);
     const bool kept = keeps_rows && ctx.training;
     typename X::output ys = kept ? ctx.rows : experts_.make_output(on.sizes, router_.max_rows(on.sizes), on.scratch);
-    experts_.forward(on, w.experts, in, ctx.plan.all(), ys, ctx.experts);
-    if (kept) ctx.rows = ys;
-    combine_.forward(on, w.combine, in, ctx.plan, ys, y, ctx.combine);
+    if constexpr (combines_at_once) {
+      experts_.forward(on, w.experts, in, ctx.plan.all(), ys, ctx.experts, [&](const result_part& p) noexcept {
+        for (dim t = p.token; t < p.token + p.tokens; ++t)
+          put(y.row(t) + p.column, p.columns, [&](dim first, float* to, dim n) {
+            combine_.forward_part(on, w.combine, in, ctx.plan, ys, t, p.column + first, to, n);
+          });
+      });
+    } else {
+      experts_.forward(on, w.experts, in, ctx.plan.all(), ys, ctx.experts);
+      if (kept) ctx.rows = ys;
+      with_floats<matrix_view<float>>(on, y, [&](const matrix_view<float>& out) {
+        combine_.forward(on, w.combine, in, ctx.plan, ys, out, ctx.combine);
+      });
+    }
   }
   void run_backward(const weight_views& w, const typename G::input& x, const context& ctx, matrix_view<const float> dy,
                     detail::input_grad<G> dx, gradient_views& dw, moe::arena& mem) const {

@@ -17,6 +17,7 @@ class basic_dense {
   using space = edge<typename B::space>;
   template <class V>
   using at_edge = typename space::template view<V>;
+  static constexpr bool plain = detail::on_host<B> && std::same_as<typename X::input, matrix_view<const float>>;
 
  public:
   using backend_type = B;
@@ -71,6 +72,7 @@ class basic_dense {
     moe::arena count;
     {
       scratch_frame frame(count);
+      for (int borders = 0; plain && borders < 2; ++borders) (void)detail::make_widened(T, sizes_.d, count);
       (void)count.vector<idx>("offsets", 2);
       (void)expert_.make_output(at(T), T, count);
       detail::count_scratch_on(backend_, expert_, count, at(T), T);
@@ -108,21 +110,20 @@ class basic_dense {
   }
   context make_inference_context(dim T, arena_type&) const { return {at(T), false, moe::rng(), {}}; }
 
-  /// y[T,d] overwritten.
-  void forward(const weights& w, const input& x, const at_edge<matrix_view<float>>& y, context& ctx, arena_type& mem) const {
+  /// y[T,d] overwritten; on the host each of x and y may be of bf16, as in a layer.
+  template <class In = input, class Out = at_edge<matrix_view<float>>>
+    requires(detail::passes_for_input<In, input, plain> &&
+             detail::passes_for_output<Out, at_edge<matrix_view<float>>, plain>)
+  void forward(const weights& w, const In& x, const Out& y, context& ctx, arena_type& mem) const {
     check_forward(w, x, y, ctx, mem);
     moe::arena& m = space::open(mem);
     scratch_frame frame(m);
     m.align();
     const call<B> on{backend_, m, ctx.sizes, ctx.training, ctx.random};
-    const auto& v = space::open(w);
-    const auto& out = space::open(y);
-    const bank_rows rows = dense_rows(on);
-    auto ys = expert_.make_output(on.sizes, on.sizes.tokens, m);
-    if constexpr (!Gated && std::same_as<typename X::output, matrix_view<float>>) ys = out;
-    expert_.forward(on, v.expert, space::open(x), rows, ys, ctx.expert);
-    if constexpr (Gated || !std::same_as<typename X::output, matrix_view<float>>)
-      for_each_token(on, on.sizes.tokens, take<typename B::arch>{ys, v.gate, space::open(x), out});
+    const input in = detail::as_floats<input>(on, x);
+    detail::with_floats<at_edge<matrix_view<float>>>(on, y, [&](const auto& out) {
+      run(on, space::open(w), space::open(in), space::open(out), ctx);
+    });
   }
   /// dy -> dx (+=), dw (+=)
   void backward(const weights& w, const input& x, const context& ctx, const at_edge<matrix_view<const float>>& dy,
@@ -154,9 +155,11 @@ class basic_dense {
   }
 
   /// What forward and backward check before they write anything; `sum` asks both its parts first.
-  void check_forward(const weights& w, const input& x, const at_edge<matrix_view<float>>& y, const context& ctx,
-                     arena_type& mem) const {
-    check_call(w, x, y, ctx, mem, "moe::dense: y");
+  template <class In = input, class Out = at_edge<matrix_view<float>>>
+    requires(detail::passes_for_input<In, input, plain> &&
+             detail::passes_for_output<Out, at_edge<matrix_view<float>>, plain>)
+  void check_forward(const weights& w, const In& x, const Out& y, const context& ctx, arena_type& mem) const {
+    check_call(w, detail::at_border<input>(x), detail::at_border<at_edge<matrix_view<float>>>(y), ctx, mem, "moe::dense: y");
   }
   void check_backward(const weights& w, const input& x, const context& ctx, const at_edge<matrix_view<const float>>& dy,
                       const input_grad& dx, const gradients& dw, arena_type& mem) const {
@@ -237,8 +240,16 @@ class basic_dense {
   static matrix_view<float> make_gate_scratch(dim T, moe::arena& mem) noexcept {
     return Gated ? mem.matrix<float>("gates", 2, T) : matrix_view<float>{};
   }
-  template <class View>
-  void check_call(const weights& w, const input& x, const View& y, const context& ctx, arena_type& mem,
+  void run(const call<B>& on, const weight_views& w, const typename X::input& x, matrix_view<float> y, context& ctx) const {
+    constexpr bool stores = std::same_as<typename X::output, matrix_view<float>>;
+    const bank_rows rows = dense_rows(on);
+    auto ys = expert_.make_output(on.sizes, on.sizes.tokens, on.scratch);
+    if constexpr (!Gated && stores) ys = y;
+    expert_.forward(on, w.expert, x, rows, ys, ctx.expert);
+    if constexpr (Gated || !stores) for_each_token(on, on.sizes.tokens, take<typename B::arch>{ys, w.gate, x, y});
+  }
+  template <class In, class View>
+  void check_call(const weights& w, const In& x, const View& y, const context& ctx, arena_type& mem,
                   const char* name) const {
     const auto& v = space::open(w);
     if (ctx.sizes.d != sizes_.d || ctx.sizes.f != sizes_.f)
@@ -266,6 +277,8 @@ using gated_dense = basic_dense<X, B, true>;
 /// y = L(x) + D(x): a routed layer and its shared expert. Has the public functions of a layer.
 template <class L, class D>
 class sum {
+  static constexpr bool plain = std::same_as<typename L::input, matrix_view<const float>>;
+
  public:
   using arena_type = typename L::arena_type;
   using input = typename L::input;
@@ -301,6 +314,7 @@ class sum {
   }
   std::size_t scratch_bytes(dim T) const {
     moe::arena count;
+    for (int borders = 0; plain && borders < 2; ++borders) (void)detail::make_widened(T, sizes().d, count);
     (void)make_scratch(T, count);
     const std::size_t a = routed_.scratch_bytes(T), b = shared_.scratch_bytes(T);
     return padded(count) + (a > b ? a : b);
@@ -330,10 +344,18 @@ class sum {
     return {routed_.make_inference_context(T, mem), shared_.make_inference_context(T, mem)};
   }
 
-  void forward(const weights& w, const input& x, const matrix_view<float>& y, context& ctx, arena_type& mem) const {
+  template <class In = input, class Out = matrix_view<float>>
+    requires(detail::passes_for_input<In, input, plain> && detail::passes_for_output<Out, matrix_view<float>, plain>)
+  void forward(const weights& w, const In& x, const Out& y, context& ctx, arena_type& mem) const {
     check_forward(w, x, y, ctx, mem);
-    routed_.forward(w.routed, x, y, ctx.routed, mem);
-    add_shared(w, x, y, ctx, mem);
+    scratch_frame frame(mem);
+    mem.align();
+    const call<backend_type> on{backend(), mem, sizes()};
+    const input in = detail::as_floats<input>(on, x);
+    detail::with_floats<matrix_view<float>>(on, y, [&](const matrix_view<float>& out) {
+      routed_.forward(w.routed, in, out, ctx.routed, mem);
+      add_shared(w, in, out, ctx, mem);
+    });
   }
   /// Forward with the routed part along a recorded plan.
   template <class Plan>
@@ -350,7 +372,9 @@ class sum {
     shared_.backward(w.shared, x, ctx.shared, dy, dx, dw.shared, mem);
   }
   /// What forward and backward check before they write anything.
-  void check_forward(const weights& w, const input& x, const matrix_view<float>& y, const context& ctx, arena_type& mem) const {
+  template <class In = input, class Out = matrix_view<float>>
+    requires(detail::passes_for_input<In, input, plain> && detail::passes_for_output<Out, matrix_view<float>, plain>)
+  void check_forward(const weights& w, const In& x, const Out& y, const context& ctx, arena_type& mem) const {
     routed_.check_forward(w.routed, x, y, ctx.routed, mem);
     shared_.check_forward(w.shared, x, y, ctx.shared, mem);
     scratch_frame frame(mem);

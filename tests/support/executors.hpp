@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-/// An executor that makes the most of what its contract leaves open.
+/// Executors that make the most of what their contract leaves open, or count what they are asked for.
 #pragma once
 
 #include <algorithm>
@@ -30,6 +30,18 @@ struct shuffling {
     const auto drawn = static_cast<std::uint64_t>(n);
     for (std::size_t i = ranges.size(); i > 1; --i) std::swap(ranges[i - 1], ranges[random(drawn + i) % i]);
     for (const auto& [first, last] : ranges) f(first, last);
+  }
+};
+
+/// The calling thread, as one of two, and how often it was handed more than one unit: the joins of two threads.
+struct counting {
+  moe::dim* joins = nullptr;
+
+  static constexpr int concurrency() noexcept { return 2; }
+  template <class F>
+  void for_each(moe::dim n, moe::dim grain, F&& f) const {
+    *joins += n > grain;
+    moe::serial{}.for_each(n, grain, f);
   }
 };
 

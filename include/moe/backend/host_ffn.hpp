@@ -85,7 +85,7 @@ void grouped_up(const call<B>& on, const bank_rows& rows, gathered<float> x, con
                 matrix_view<float> z, matrix_view<float> a) noexcept {
   const detail::up_tile<typename B::arch, W, Form> one{{}, form, x, gate, up, gate_bias, up_bias, z, a};
   const dim columns = z ? one.products.columns : detail::panel;
-  detail::for_each_tile(on, rows.offsets, a.cols, up.first.cols, 16, columns, one);
+  detail::for_each_tile(on, detail::tile_grid(rows.offsets, a.cols, up.first.cols, 16, columns), one);
 }
 
 /// The same step backward, row by row. On entry a holds da' = dy W_down, unweighted. Then for each row, with its weight w:

@@ -84,18 +84,18 @@ inline std::pair<dim, dim> gradient_tile(dim experts, dim rows, dim cols, dim he
   return {height, breadth};
 }
 
-/// out = start + a b[e]^T over the tiles of a result; start(c, tile) sets what is added to. Narrow tiles grow close
-/// together, wide ones where they belong.
-template <HostBackend B, class W, class Start>
-void for_each_product(const call<B>& on, const bank_rows& rows, gathered<float> a, matrix_stack<const W> b,
-                      matrix_view<float> out, Start start) noexcept {
-  const tile_products<typename B::arch, W> products;
-  for_each_tile(on, rows.offsets, b.first.rows, b.first.cols, 16, products.columns, [&](const tile& t) {
+/// out = start + a b[e]^T over the tiles of a result, which run(grid, f) visits; start(c, tile) sets what is added to.
+/// Narrow tiles grow close together, wide ones where they belong.
+template <class Arch, class W, class Start, class Run>
+void for_each_product(Arch arch, const bank_rows& rows, gathered<float> a, matrix_stack<const W> b, matrix_view<float> out,
+                      Start start, Run run) noexcept {
+  const tile_products<Arch, W> products;
+  run(tile_grid(rows.offsets, b.first.rows, b.first.cols, 16, products.columns), [&](const tile& t) {
     tile_result near;
     const matrix_view<float> to = part_of(out, t), c = t.columns > panel ? to : near.view(t);
     start(c, t);
     multiply_nt(products, t, a, b, c);
-    if (c.data != to.data) copy_tile(typename B::arch{}, c, to);
+    if (c.data != to.data) copy_tile(arch, c, to);
   });
 }
 
@@ -106,24 +106,32 @@ void for_each_product(const call<B>& on, const bank_rows& rows, gathered<float> 
 template <HostBackend B>
 void grouped_gemm_nt(const call<B>& on, const bank_rows& rows, gathered<float> a, matrix_stack<const float> b,
                      matrix_view<float> out) noexcept {
-  detail::for_each_product(on, rows, a, b, out, [&](matrix_view<float> c, const detail::tile& t) {
+  const auto start = [&](matrix_view<float> c, const detail::tile& t) {
     if (const matrix_view<float> from = detail::part_of(out, t); from.data != c.data)
       detail::copy_tile(typename B::arch{}, from, c);
-  });
+  };
+  detail::for_each_product(typename B::arch{}, rows, a, b, out, start,
+                           [&](const detail::tile_grid& grid, const auto& f) { detail::for_each_tile(on, grid, f); });
 }
-/// out[r] = a[r] b[e]^T + bias[e], the bias a column per expert or empty.
-template <HostBackend B, class W>
+/// out[r] = a[r] b[e]^T + bias[e], the bias a column per expert or empty. Where there is a `then`, it is called as
+/// then(result_part) once for every part of the columns that is there in all rows, from any thread.
+template <HostBackend B, class W, class... Then>
 void grouped_gemm_nt(const call<B>& on, const bank_rows& rows, gathered<float> a, matrix_stack<const W> b,
-                     matrix_stack<const float> bias, matrix_view<float> out) noexcept {
-  detail::for_each_product(on, rows, a, b, out, [&](matrix_view<float> c, const detail::tile& t) {
-    detail::start(typename B::arch{}, c, t, bias);
-  });
+                     matrix_stack<const float> bias, matrix_view<float> out, const Then&... then) noexcept {
+  const auto start = [&](matrix_view<float> c, const detail::tile& t) { detail::start(typename B::arch{}, c, t, bias); };
+  const auto run = [&](const detail::tile_grid& grid, const auto& f) {
+    if constexpr (sizeof...(then) == 0) detail::for_each_tile(on, grid, f);
+    else detail::for_each_tile_by_columns(
+        on, grid, f, [&](dim first, dim n) { (then(result_part{0, on.sizes.tokens, first, n}), ...); });
+  };
+  detail::for_each_product(typename B::arch{}, rows, a, b, out, start, run);
 }
 /// out[r] += a[r] b[e] for every row of a bank: a[A,k] read through the plan, b[e] of k x n, out[A,n].
 template <HostBackend B>
 void grouped_gemm_nn(const call<B>& on, const bank_rows& rows, gathered<float> a, matrix_stack<const float> b,
                      matrix_view<float> out) noexcept {
-  detail::for_each_tile(on, rows.offsets, b.first.cols, b.first.rows, detail::panel, detail::panel, [&](const detail::tile& t) {
+  const detail::tile_grid grid(rows.offsets, b.first.cols, b.first.rows, detail::panel, detail::panel);
+  detail::for_each_tile(on, grid, [&](const detail::tile& t) {
     gemm_nn(typename B::arch{}, a.from(t.row), b[t.expert].columns(t.column, t.columns), detail::part_of(out, t));
   });
 }
@@ -134,7 +142,8 @@ void grouped_dgrad(const call<B>& on, const bank_rows& rows, gathered<float> dz,
                    gathered<float> dz2, matrix_stack<const W> w2, matrix_view<float> dx) noexcept {
   const detail::tile_products<typename B::arch, W> products;
   const dim depth = w.first.rows * (w2.first ? 2 : 1);
-  detail::for_each_tile(on, rows.offsets, w.first.cols, depth, detail::panel, products.columns, [&](const detail::tile& t) {
+  const detail::tile_grid grid(rows.offsets, w.first.cols, depth, detail::panel, products.columns);
+  detail::for_each_tile(on, grid, [&](const detail::tile& t) {
     detail::tile_result near;
     const matrix_view<float> to = detail::part_of(dx, t), c = t.columns > detail::panel ? to : near.view(t);
     detail::start(typename B::arch{}, c, t, {});
@@ -176,12 +185,20 @@ void gemm_nt(const call<B>& on, matrix_view<const float> a, matrix_view<const fl
   const idx offsets[] = {0, static_cast<idx>(a.rows)};
   grouped_gemm_nt(on, {.offsets = offsets}, {a}, {b, 0}, c);
 }
-/// c[m,n] = a[m,k] b[n,k]^T + bias, the same bias[n,1] in every row, or none where it is empty
-template <HostBackend B>
+/// c[m,n] = a[m,k] b[n,k]^T + bias, the same bias[n,1] in every row, or none where it is empty. Where there is a `then`, it
+/// is called as then(first, n) once for every run of rows that is there in all columns, from any thread.
+template <HostBackend B, class... Then>
 void gemm_nt(const call<B>& on, matrix_view<const float> a, matrix_view<const float> b, matrix_view<const float> bias,
-             matrix_view<float> c) noexcept {
+             matrix_view<float> c, const Then&... then) noexcept {
   const idx offsets[] = {0, static_cast<idx>(a.rows)};
-  grouped_gemm_nt(on, {.offsets = offsets}, {a}, matrix_stack<const float>{b, 0}, {bias, 0}, c);
+  const auto start = [&](matrix_view<float> to, const detail::tile& t) {
+    detail::start(typename B::arch{}, to, t, {bias, 0});
+  };
+  const auto run = [&](const detail::tile_grid& grid, const auto& f) {
+    if constexpr (sizeof...(then) == 0) detail::for_each_tile(on, grid, f);
+    else detail::for_each_tile_by_rows(on, grid, f, then...);
+  };
+  detail::for_each_product(typename B::arch{}, {.offsets = offsets}, {a}, matrix_stack<const float>{b, 0}, c, start, run);
 }
 /// c[m,n] += a[m,k] b[k,n]
 template <HostBackend B>

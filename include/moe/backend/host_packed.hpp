@@ -3,14 +3,16 @@
 ///
 /// Many rows: a unit of work is a chunk of one expert's rows through both products, so that rows are gathered and converted
 /// once and the activation never leaves the second cache. Few rows: a unit is a run of panels of one expert, so that every
-/// weight is read once, by one thread, and one expert feeds all threads; the activation is shared in between. Each element
-/// of a result is computed in the same way in either cut, so results depend neither on it nor on the threads.
+/// weight is read once, by one thread, and one expert feeds all threads; the activation is shared in between, made ready for
+/// the second product by whoever finishes the last run of a chunk. Each element of a result is computed in the same way in
+/// either cut, so results depend neither on it nor on the threads.
 #pragma once
 
 #include <atomic>
 #include <new>
 
 #include "moe/backend/host_ffn.hpp"
+#include "moe/backend/host_parts.hpp"
 #include "moe/backend/host_slots.hpp"
 #include "moe/backend/packed_kernels.hpp"
 
@@ -23,7 +25,7 @@ inline constexpr dim panels_at_once = 8;
 /// Memory of one thread at work.
 struct packed_slot {
   prepared_rows x, a;
-  matrix_view<float> c, row;  ///< sums of panels_at_once panels; a row, for conversions
+  matrix_view<float> c;  ///< sums of panels_at_once panels
   std::byte* wide = nullptr;
   dim ready = -1;  ///< the chunk whose rows are prepared
 };
@@ -60,7 +62,9 @@ struct packed_tokens {
 /// Sizes of a product's work, and its memory: a slot for each thread, the activations that few rows share, and the tokens.
 struct packed_scratch {
   slot_memory slots;
-  matrix_view<float> a;  ///< [rows, f]
+  matrix_view<float> a;        ///< [rows, f], then a chunk after another as prepared rows in the same place
+  matrix_view<float> factors;  ///< of those
+  std::span<std::int32_t> done;  ///< finished runs of each chunk: memory of counters
   packed_tokens tokens;
 };
 
@@ -81,7 +85,6 @@ packed_slot carve_slot(const packed_kernels& k, shape s, dim rows, arena& mem) n
   slot.x = carve_rows(k, chunk, d, mem);
   slot.a = carve_rows(k, chunk, f, mem);
   slot.c = mem.matrix<float>("c", chunk, panels_at_once * panel_rows);
-  slot.row = mem.matrix<float>("row", 1, d > f ? d : f);
   slot.wide = reinterpret_cast<std::byte*>(mem.vector<std::int8_t>("wide", k.scratch_per_k * (d > f ? d : f)).data());
   return slot;
 }
@@ -90,7 +93,10 @@ packed_scratch make_packed_scratch(const B& backend, shape s, dim rows, arena& m
   const packed_kernels k = kernels_of(typename B::arch{}, arch::weights_of<T>{});
   packed_scratch p;
   p.slots = make_slots(backend, mem, [&](arena& a) { (void)carve_slot<T>(k, s, rows, a); });
-  p.a = mem.matrix<float>("a", rows, s.f);
+  const dim f = round_up(s.f, packing<T>::depth);
+  p.a = mem.matrix<float>("a", rows, f).columns(0, s.f);
+  p.factors = mem.matrix<float>("a_factors", rows, k.factor_count(f));
+  p.done = mem.vector<std::int32_t>("done", s.experts + rows / k.chunk);
   if (k.activations == operand::f32 || rows <= s.tokens) return p;
   p.tokens.rows = carve_rows(k, s.tokens, round_up(s.d, packing<T>::depth), mem);
   p.tokens.rows.height = 1;
@@ -99,12 +105,12 @@ packed_scratch make_packed_scratch(const B& backend, shape s, dim rows, arena& m
   return p;
 }
 
-/// Products of one expert's chunk of rows. `In` is the element type of the tokens.
-template <HostBackend B, class T, class In, class Form>
+/// Products of one expert's chunk of rows.
+template <HostBackend B, class T, class Form>
 struct packed_ffn_work {
   const call<B>& on;
   const bank_rows& rows;
-  gathered<In> x;
+  gathered<float> x;
   const Form& form;
   const packed_matrix<T>&up, &down;           ///< gated forms: panels of gate and up in turn
   std::span<const float> up_bias, down_bias;  ///< as the panels' rows, or empty
@@ -125,21 +131,14 @@ struct packed_ffn_work {
   void prepare(const float* row, dim k, const prepared_rows& to, dim r) const noexcept {
     kernels.prepare(row, k, to.line(r, 0), to.stride(r), to.factors ? to.factor(r) : nullptr, kernels.sums_of_32);
   }
-  void prepare_token(packed_slot& s, dim row, const prepared_rows& to, dim r) const noexcept {
-    if constexpr (std::same_as<In, float>) {
-      prepare(x.row(row), d(), to, r);
-    } else {
-      for (dim j = 0; j < d(); ++j) s.row(0, j) = static_cast<float>(x.row(row)[j]);
-      prepare(s.row.data, d(), to, r);
-    }
-  }
   void prepare_tokens(packed_slot& s, dim first, dim n) const noexcept {
     set_rows(s.x, n);
     const packed_tokens& tokens = memory.tokens;
     for (dim r = 0; r < n; ++r) {
       const dim t = x.token && tokens.rows.rows > 0 ? dim{x.token[first + r]} : -1;
-      if (t >= 0 && tokens.have(t, [&] { prepare_token(s, first + r, tokens.rows, t); })) tokens.copy(t, s.x, r);
-      else prepare_token(s, first + r, s.x, r);
+      const float* token = x.row(first + r);
+      if (t >= 0 && tokens.have(t, [&] { prepare(token, d(), tokens.rows, t); })) tokens.copy(t, s.x, r);
+      else prepare(token, d(), s.x, r);
     }
   }
   /// n rows in blocks of nearly equal height.
@@ -150,6 +149,19 @@ struct packed_ffn_work {
   void prepare_hidden(packed_slot& s, dim first, dim n) const noexcept {
     set_rows(s.a, n);
     for (dim r = 0; r < n; ++r) prepare(memory.a.row(first + r), f(), s.a, r);
+  }
+  /// The prepared rows of a chunk in the place of its activations.
+  prepared_rows shared_hidden(dim first, dim n, prepared_rows like) const noexcept {
+    set_rows(like, n);
+    like.data = reinterpret_cast<std::byte*>(memory.a.row(first));
+    like.factors = memory.factors.row(first);
+    return like;
+  }
+  void share_hidden(packed_slot& s, dim first, dim n) const noexcept {
+    prepare_hidden(s, first, n);
+    const prepared_rows to = shared_hidden(first, n, s.a);
+    std::memcpy(to.data, s.a.data, static_cast<std::size_t>(n * s.a.lines * line_bytes));
+    std::memcpy(to.factors, s.a.factors, static_cast<std::size_t>(n * s.a.factor_count) * sizeof(float));
   }
   void multiply(const packed_slot& s, const prepared_rows& a, const packed_matrix<T>& w, std::span<const float> bias,
                 dim first, dim n, matrix_view<float> c) const noexcept {
@@ -168,11 +180,11 @@ struct packed_ffn_work {
         activate(typename B::arch{}, form, z, Form::gated ? z + panel_rows : z, memory.a.row(row + r) + column, width);
       }
   }
-  void down_panels(packed_slot& s, dim e, dim row, dim first, dim n) const noexcept {
+  void down_panels(packed_slot& s, const prepared_rows& a, dim e, dim row, dim first, dim n) const noexcept {
     const dim column = first * panel_rows, width = at_most(d() - column, n * panel_rows);
-    const matrix_view<float> to = ys.slice(row, s.a.rows).columns(column, width), near = s.c.slice(0, s.a.rows);
+    const matrix_view<float> to = ys.slice(row, a.rows).columns(column, width), near = s.c.slice(0, a.rows);
     const bool in_place = kernels.writes_once && width == n * panel_rows;
-    multiply(s, s.a, down, down_bias, e * output_panels() + first, n, in_place ? to : near);
+    multiply(s, a, down, down_bias, e * output_panels() + first, n, in_place ? to : near);
     for (dim r = 0; r < to.rows && !in_place; ++r)
       std::memcpy(to.row(r), near.row(r), static_cast<std::size_t>(width) * sizeof(float));
   }
@@ -206,15 +218,15 @@ struct packed_ffn_work {
     });
   }
 
-  void run() const noexcept {
+  template <class... Then>
+  void run(const Then&... then) const noexcept {
     dim chunks = 0;
     for (dim e = 0; e < rows.experts(); ++e) chunks += chunks_of(e);
-    if (chunks == 0) return;
+    if (chunks == 0) return (then(result_part{0, on.sizes.tokens, 0, d()}), ...);
     const dim per_chunk = (rows.last() - rows.first()) / chunks;
-    if (per_chunk >= kernels.height && chunks >= 4 * memory.slots.count)
-      whole_chunks(chunks);
-    else
-      runs_of_panels(chunks);
+    if (per_chunk < kernels.height || chunks < 4 * memory.slots.count) return runs_of_panels(chunks, then...);
+    whole_chunks(chunks);
+    (finish(then), ...);
   }
   void whole_chunks(dim chunks) const noexcept {
     share(chunks, [&](packed_slot& s, dim unit) {
@@ -225,34 +237,51 @@ struct packed_ffn_work {
           up_panels(s, e, row, p, at_most(hidden_panels() - p, most));
         prepare_hidden(s, row, n);
         for (dim p = 0; p < output_panels(); p += panels_at_once)
-          down_panels(s, e, row, p, at_most(output_panels() - p, panels_at_once));
+          down_panels(s, s.a, e, row, p, at_most(output_panels() - p, panels_at_once));
       });
     });
   }
-  void runs_of_panels(dim chunks) const noexcept {
-    in_runs(
-        chunks, hidden_panels(), panels_at_once / together,
-        [&](packed_slot& s, dim row, dim n) { prepare_tokens(s, row, n); },
-        [&](packed_slot& s, dim e, dim row, dim p, dim n) { up_panels(s, e, row, p, n); });
-    in_runs(
-        chunks, output_panels(), panels_at_once, [&](packed_slot& s, dim row, dim n) { prepare_hidden(s, row, n); },
-        [&](packed_slot& s, dim e, dim row, dim p, dim n) { down_panels(s, e, row, p, n); });
+  template <class Then>
+  void finish(const Then& then) const noexcept {
+    on.executor().for_each(on.sizes.tokens, 16, [&](dim t, dim last) { then(result_part{t, last - t, 0, d()}); });
   }
-  /// Runs of at most `most` panels, shorter where there are few.
-  template <class Prepare, class Multiply>
-  void in_runs(dim chunks, dim panels, dim most, Prepare prepare_chunk, Multiply multiply_run) const noexcept {
-    constexpr dim enough = 64;
-    dim run = most;
-    while (run > 1 && chunks * blocks(panels, run) < enough) run /= 2;
-    const dim runs = blocks(panels, run);
+  template <class... Then>
+  void runs_of_panels(dim chunks, const Then&... then) const noexcept {
+    up_runs(chunks);
+    const dim run = run_of(chunks, output_panels(), panels_at_once), width = run * panel_rows;
+    const column_stripes stripes(chunks, rows.last() - rows.first(), blocks(output_panels(), run), width);
+    countdown left;
+    share(stripes.units(), [&](packed_slot& s, dim unit) {
+      const auto [stripe, chunk, piece] = stripes[unit];
+      visit_chunk(chunk, [&, p = piece * run](dim e, dim row, dim n) {
+        down_panels(s, shared_hidden(row, n, s.a), e, row, p, at_most(output_panels() - p, run));
+      });
+      if constexpr (sizeof...(then) > 0) {
+        if (!left.is_last(stripe, stripes.units(stripe))) return;
+        const dim column = stripes.first(stripe) * width, n = at_most(d() - column, stripes.pieces(stripe) * width);
+        (then(result_part{0, on.sizes.tokens, column, n}), ...);
+      }
+    });
+  }
+  void up_runs(dim chunks) const noexcept {
+    auto* done = reinterpret_cast<std::atomic<std::int32_t>*>(memory.done.data());
+    for (dim i = 0; i < chunks; ++i) new (done + i) std::atomic<std::int32_t>(0);
+    const dim run = run_of(chunks, hidden_panels(), panels_at_once / together), runs = blocks(hidden_panels(), run);
     share(chunks * runs, [&](packed_slot& s, dim unit) {
       visit_chunk(unit / runs, [&](dim e, dim row, dim n) {
-        if (s.ready != unit / runs) prepare_chunk(s, row, n);
+        if (s.ready != unit / runs) prepare_tokens(s, row, n);
         s.ready = unit / runs;
         const dim p = unit % runs * run;
-        multiply_run(s, e, row, p, at_most(panels - p, run));
+        up_panels(s, e, row, p, at_most(hidden_panels() - p, run));
+        if (done[unit / runs].fetch_add(1, std::memory_order_acq_rel) + 1 == runs) share_hidden(s, row, n);
       });
     });
+  }
+  /// Panels of a run: at most `most`, fewer where there are few runs.
+  static dim run_of(dim chunks, dim panels, dim most) noexcept {
+    constexpr dim enough = 64;
+    while (most > 1 && chunks * blocks(panels, most) < enough) most /= 2;
+    return most;
   }
 };
 
@@ -264,17 +293,18 @@ void count_packed_ffn(const B& backend, shape s, dim rows, arena& mem) noexcept 
   (void)detail::make_packed_scratch<T>(backend, s, rows, mem);
 }
 
-/// ys = down form(up x) for the rows of a bank, with packed weights.
-template <HostBackend B, class T, class In, class Form>
-void packed_ffn(const call<B>& on, const bank_rows& rows, gathered<In> x, const Form& form, const packed_matrix<T>& up,
+/// ys = down form(up x) for the rows of a bank, with packed weights. Where there is a `then`, it is called as
+/// then(result_part) once for every part of the results that is there, from any thread.
+template <HostBackend B, class T, class Form, class... Then>
+void packed_ffn(const call<B>& on, const bank_rows& rows, gathered<float> x, const Form& form, const packed_matrix<T>& up,
                 std::span<const float> up_bias, const packed_matrix<T>& down, std::span<const float> down_bias,
-                matrix_view<float> ys) noexcept {
+                matrix_view<float> ys, const Then&... then) noexcept {
   scratch_frame frame(on.scratch);
   const detail::packed_scratch memory = detail::make_packed_scratch<T>(on.backend, on.sizes, ys.rows, on.scratch);
   memory.tokens.reset();
-  detail::packed_ffn_work<B, T, In, Form>{
+  detail::packed_ffn_work<B, T, Form>{
       on, rows, x, form, up, down, up_bias, down_bias, ys, memory, kernels_of(typename B::arch{}, arch::weights_of<T>{})}
-      .run();
+      .run(then...);
 }
 
 }  // namespace moe

@@ -149,16 +149,20 @@ void scatter_add_rows(const call<B>& on, const bank_rows& rows, gathered<float> 
                         [&](dim t, dim r) { axpy(typename B::arch{}, from.scale(r), from.row(r), to.row(t), to.cols); });
 }
 
-/// y[t] = the sum over t's rows of weight[r] ys[r], in the order of its choices; 0 for a token without rows.
+/// y[0 .. n] = the sum over t's rows of weight[r] ys[r], in the order of its choices; 0 for a token without rows.
+template <HostBackend B, class Rows>
+void combine_row(const call<B>&, const routing_plan& p, const Rows& ys, std::span<const float> weight, dim t, float* y,
+                 dim n) noexcept {
+  for (dim j = 0; j < n; ++j) y[j] = 0;
+  for (idx i = p.token_offsets[static_cast<std::size_t>(t)]; i < p.token_offsets[static_cast<std::size_t>(t) + 1]; ++i)
+    if (const idx r = p.position[static_cast<std::size_t>(i)]; r >= 0)
+      add_one_row(typename B::arch{}, ys, r, weight.empty() ? 1.f : weight[static_cast<std::size_t>(r)], y, n);
+}
+/// The same for every row t of y.
 template <HostBackend B, class Rows>
 void combine_rows(const call<B>& on, const routing_plan& p, const Rows& ys, std::span<const float> weight,
                   matrix_view<float> y) noexcept {
-  for_each_token(on, p.tokens(), [&](dim t) {
-    for (dim j = 0; j < y.cols; ++j) y(t, j) = 0;
-    for (idx i = p.token_offsets[static_cast<std::size_t>(t)]; i < p.token_offsets[static_cast<std::size_t>(t) + 1]; ++i)
-      if (const idx r = p.position[static_cast<std::size_t>(i)]; r >= 0)
-        add_one_row(typename B::arch{}, ys, r, weight.empty() ? 1.f : weight[static_cast<std::size_t>(r)], y.row(t), y.cols);
-  });
+  for_each_token(on, p.tokens(), [&](dim t) { combine_row(on, p, ys, weight, t, y.row(t), y.cols); });
 }
 
 /// For experts that store rows: dys[r] = weight[r] dy[token[r]] and dweight[r] += <dy[token[r]], ys[r]>, where wanted.

@@ -5,6 +5,7 @@
 #include <span>
 
 #include "moe/backend/host_backend.hpp"
+#include "moe/backend/host_parts.hpp"
 
 namespace moe::detail {
 
@@ -31,7 +32,7 @@ class tile_grid {
   tile_grid(std::span<const idx> offsets, dim width, dim depth, dim narrowest, dim widest = panel) noexcept
       : offsets_(offsets), width_(width), panel_(widest) {
     constexpr dim enough = 64, worthwhile = 1 << 15;
-    const dim products = (dim{offsets.back()} - offsets.front()) * width * depth;
+    const dim products = rows() * width * depth;
     const auto finer = [&] { return tiles() < enough && products >= 2 * worthwhile * tiles(); };
     count();
     while (panel_ > panel && finer()) panel_ /= 2;
@@ -43,22 +44,28 @@ class tile_grid {
     serial_ = products < 2 * worthwhile;
   }
 
-  dim tiles() const noexcept { return chunks_ * blocks(width_, panel_); }
+  dim width() const noexcept { return width_; }
+  dim rows() const noexcept { return dim{offsets_.back()} - offsets_.front(); }
+  dim chunks() const noexcept { return chunks_; }
+  dim panels() const noexcept { return blocks(width_, panel_); }
+  dim panel_columns() const noexcept { return panel_; }
+  dim tiles() const noexcept { return chunks_ * panels(); }
   /// Tiles that one thread takes at a time.
   dim grain() const noexcept { return serial_ && tiles() > 0 ? tiles() : 1; }
 
-  /// The i-th tile.
-  tile operator[](dim i) const noexcept {
-    const dim panels = blocks(width_, panel_), column = i % panels * panel_;
-    dim chunk = i / panels, e = 0;
+  /// The i-th tile, chunk after chunk.
+  tile operator[](dim i) const noexcept { return at(i / panels(), i % panels()); }
+  tile at(dim chunk, dim p) const noexcept {
+    const dim column = p * panel_;
+    dim e = 0;
     for (dim n; chunk >= (n = chunks_of(e)); ++e) chunk -= n;
     const dim first = rows(e) * chunk / chunks_of(e), last = rows(e) * (chunk + 1) / chunks_of(e);
-    return {e, at(e) + first, last - first, column, at_most(width_ - column, panel_)};
+    return {e, row(e) + first, last - first, column, at_most(width_ - column, panel_)};
   }
 
  private:
-  dim at(dim e) const noexcept { return offsets_[static_cast<std::size_t>(e)]; }
-  dim rows(dim e) const noexcept { return at(e + 1) - at(e); }
+  dim row(dim e) const noexcept { return offsets_[static_cast<std::size_t>(e)]; }
+  dim rows(dim e) const noexcept { return row(e + 1) - row(e); }
   dim chunks_of(dim e) const noexcept {
     const dim n = rows(e);
     return n <= chunk_ ? n > 0 : blocks(n, chunk_);
@@ -73,13 +80,43 @@ class tile_grid {
   bool serial_ = false;
 };
 
-/// f(tile) for all tiles of a result of `width` columns.
+/// f(tile) for all tiles of a grid.
 template <HostBackend B, class F>
-void for_each_tile(const call<B>& on, std::span<const idx> offsets, dim width, dim depth, dim narrowest, dim widest,
-                   F f) noexcept {
-  const tile_grid grid(offsets, width, depth, narrowest, widest);
+void for_each_tile(const call<B>& on, const tile_grid& grid, F f) noexcept {
   on.executor().for_each(grid.tiles(), grid.grain(), [&](dim i, dim last) {
     for (; i < last; ++i) f(grid[i]);
+  });
+}
+/// The same, and then(first column, columns) once for every stripe of columns that is there in all rows.
+template <HostBackend B, class F, class Then>
+void for_each_tile_by_columns(const call<B>& on, const tile_grid& grid, F f, Then then) noexcept {
+  if (grid.tiles() == 0) return then(dim{0}, grid.width());
+  const column_stripes stripes(grid.chunks(), grid.rows(), grid.panels(), grid.panel_columns());
+  countdown left;
+  on.executor().for_each(grid.tiles(), grid.grain(), [&](dim i, dim last) {
+    for (; i < last; ++i) {
+      const auto [stripe, chunk, piece] = stripes[i];
+      f(grid.at(chunk, piece));
+      if (!left.is_last(stripe, stripes.units(stripe))) continue;
+      const dim column = stripes.first(stripe) * grid.panel_columns();
+      then(column, at_most(grid.width() - column, stripes.pieces(stripe) * grid.panel_columns()));
+    }
+  });
+}
+/// The same of one matrix, and then(first row, rows) once for every band of rows that is there in all columns.
+template <HostBackend B, class F, class Then>
+void for_each_tile_by_rows(const call<B>& on, const tile_grid& grid, F f, Then then) noexcept {
+  const dim chunks = blocks(grid.chunks(), countdown::most);  // of a band
+  countdown left;
+  on.executor().for_each(grid.tiles(), grid.grain(), [&](dim i, dim last) {
+    for (; i < last; ++i) {
+      f(grid[i]);
+      const dim band = i / grid.panels() / chunks, n = at_most(grid.chunks() - band * chunks, chunks);
+      if (!left.is_last(band, n * grid.panels())) continue;
+      const tile end = grid.at(band * chunks + n - 1, 0);
+      const dim row = grid.at(band * chunks, 0).row;
+      then(row, end.row + end.rows - row);
+    }
   });
 }
 

@@ -35,6 +35,13 @@ struct residual {
     inner.forward(on, w, x, p, ys, y, ctx);
     add(on, x, y);
   }
+  template <class B>
+    requires detail::combines_by_part<C, matrix_view<const float>, B>
+  void forward_part(const call<B>& on, const weights& w, const matrix_view<const float>& x, const routing_plan& p,
+                    matrix_view<float> ys, dim t, dim column, float* y, dim n) const noexcept {
+    inner.forward_part(on, w, x, p, ys, t, column, y, n);
+    axpy(typename B::arch{}, 1.f, x.row(t) + column, y, n);
+  }
   template <class B, class Rows, class RowGradient>
     requires TrainableCombine<C, matrix_view<const float>, matrix_view<float>, routing_plan, Rows, B>
   void backward(const call<B>& on, const weights& w, const matrix_view<const float>& x, const routing_plan& p, const Rows& ys,

@@ -57,6 +57,11 @@ struct routing_plan {
   bank_rows bank(dim e, dim n) const noexcept { return all().bank(e, n); }
 };
 
+/// Some columns of some tokens' results: what a combine makes at a time.
+struct result_part {
+  dim token = 0, tokens = 0, column = 0, columns = 0;
+};
+
 /// Room for a plan of s.tokens tokens and at most `max_rows` assignments.
 inline routing_plan make_plan(shape s, dim max_rows, arena& mem) noexcept {
   return {mem.vector<idx>("offsets", s.experts + 1), mem.vector<idx>("token", max_rows), mem.vector<float>("weight", max_rows),

@@ -86,16 +86,17 @@ struct basic_ffn_expert {
     return up(w.up_bias, w.gate_up_bias, f);
   }
 
-  template <class B>
-  void forward(const call<B>& on, const weights& w, const input& x, const bank_rows& rows, output ys,
-               context& ctx) const noexcept {
+  template <class B, class... Then>
+  void forward(const call<B>& on, const weights& w, const input& x, const bank_rows& rows, output ys, context& ctx,
+               const Then&... then) const noexcept {
     scratch_frame frame(on.scratch);
     const dim f = on.sizes.f, d = on.sizes.d;
     const scratch s = make_scratch(on.sizes, ys.rows, on.scratch);
     const matrix_stack<const W> gate = gate_of(w, f), up = up_of(w, f);
     grouped_up(on, rows, rows.gather(x), form, gate, matrix_stack<const float>(gate_bias_of(w, f)), up,
                matrix_stack<const float>(up_bias_of(w, f)), ctx.z, s.a);
-    grouped_gemm_nt(on, rows, gathered<float>{s.a}, stack<const W>(w.down, d), stack<const float>(w.down_bias, d), ys);
+    grouped_gemm_nt(on, rows, gathered<float>{s.a}, stack<const W>(w.down, d), stack<const float>(w.down_bias, d), ys,
+                    then...);
   }
 
   template <class B>

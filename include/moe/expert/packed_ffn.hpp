@@ -24,10 +24,10 @@ namespace moe {
 /// errors   shape_error when f is not positive or a tensor does not fit
 /// An inference-only policy: it has no backward.
 /// A scale for each row of both operands: Dettmers et al. 2022 (LLM.int8()), arXiv:2208.07339
-template <class T, class Form = glu<silu>, bool Biased = false, class Token = float>
+template <class T, class Form = glu<silu>, bool Biased = false>
 struct packed_ffn_expert {
   static constexpr dim together = Form::gated ? 2 : 1;
-  using input = matrix_view<const Token>;
+  using input = matrix_view<const float>;
   using output = matrix_view<float>;
   struct weights {
     packed_matrix<T> gate_up;  ///< panels of gate and up in turn; of up alone where the form is not gated
@@ -99,10 +99,10 @@ struct packed_ffn_expert {
     return w;
   }
 
-  template <class B>
-  void forward(const call<B>& on, const weights& w, const input& x, const bank_rows& rows, output ys,
-               context&) const noexcept {
-    packed_ffn(on, rows, rows.gather(x), form, w.gate_up, w.gate_up_bias, w.down, w.down_bias, ys);
+  template <class B, class... Then>
+  void forward(const call<B>& on, const weights& w, const input& x, const bank_rows& rows, output ys, context&,
+               const Then&... then) const noexcept {
+    packed_ffn(on, rows, rows.gather(x), form, w.gate_up, w.gate_up_bias, w.down, w.down_bias, ys, then...);
   }
 
  private:

@@ -132,6 +132,17 @@ struct weigh_token {
   }
 };
 
+/// weight[0 .. n] of a token's experts chosen[0 .. n], n <= K, before there is a plan: the same bits.
+template <int K, class Rule>
+void weigh_choices(const Rule& rule, const float* scores, idx experts, const idx* chosen, idx n, float* weight) noexcept {
+  idx position[K];
+  const idx ends[] = {0, n};
+  for (idx j = 0; j < n; ++j) position[j] = -1 - chosen[j];
+  const plan_pointers plan(nullptr, ends, position, nullptr, experts);
+  const choices<Rule> c(rule, plan, scores, 0, every_choice);
+  for (idx j = 0; j < n; ++j) weight[j] = rule.scale * c.raw(j) / c.divisor_of(j);
+}
+
 /// dscores[t] (all E of them) from dweight of t's rows.
 template <class Rule>
 struct weigh_token_backward {
