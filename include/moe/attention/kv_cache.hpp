@@ -154,8 +154,10 @@ struct kv_cache {
       const float scale = scale_of(scales, s, a, first + t);
       for (dim j = 0; j < to.cols; ++j) {
         const T x = own[place(first + t, j, width)];
-        if constexpr (std::same_as<Out, T>) to(t, j) = x;
-        else to(t, j) = Out(static_cast<float>(x) * scale);
+        if constexpr (std::same_as<Out, T>)
+          to(t, j) = x;
+        else
+          to(t, j) = Out(static_cast<float>(x) * scale);
       }
     }
   }

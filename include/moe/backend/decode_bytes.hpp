@@ -7,8 +7,8 @@
 namespace moe::arch::detail {
 
 /// A query of d numbers x ~ unit q with q = 256 high + low, both signed bytes: unit and `start`, -128 times the sum of q, in
-/// its first 64 bytes, then all of `high`, then all of `low`. They are small enough for sums of d products with bytes to fit 32 bits, and have
-/// 16 bits up to d = 512.
+/// its first 64 bytes, then all of `high`, then all of `low`. They are small enough for sums of d products with bytes to fit
+/// 32 bits, and have 16 bits up to d = 512.
 struct byte_query {
   float unit;
   std::int32_t start;
@@ -23,10 +23,19 @@ static_assert(kv_pad >= 32, "64 + 2 d bytes are at most 4 d");
 
 template <int Build>
 void prepare_bytes(const float* q, dim d, std::byte* to) noexcept {
+  float most[8] = {}, rests[8] = {};
+  for (dim j = 0; j < d; j += 8) {
+    MOE_UNROLL
+    for (int l = 0; l < 8; ++l) {
+      const float x = std::fabs(q[j + l]);
+      most[l] = x > most[l] ? x : most[l];
+      rests[l] += q[j + l] - q[j + l];  // NaN where q is not finite
+    }
+  }
   float largest = 0, rest = 0;
-  for (dim j = 0; j < d; ++j) {
-    largest = std::fabs(q[j]) > largest ? std::fabs(q[j]) : largest;
-    rest += q[j] - q[j];  // NaN where q is not finite
+  for (int l = 0; l < 8; ++l) {
+    largest = most[l] > largest ? most[l] : largest;
+    rest += rests[l];
   }
   // 32639 = 127 * 256 + 127, the largest that two signed bytes hold
   const float range = static_cast<float>(moe::detail::at_most(32639, 0x7fffffff / (127 * d)));

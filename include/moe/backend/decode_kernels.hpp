@@ -25,7 +25,8 @@ struct decode_unit {
   const void *k = nullptr, *v = nullptr;  ///< of the head, see decode_layout; d and dv with their padding
   dim first = 0, last = 0, d = 0, dv = 0;
   const float *k_scale = nullptr, *v_scale = nullptr;  ///< of the head's tokens, where elements are bytes
-  const void* next = nullptr;                          ///< keys that this thread reads next, or null
+  const void* next = nullptr;                          ///< the block of keys that this thread reads next, or null,
+  dim next_keys = 0;                                   ///< and how many from there on
   const std::byte* q = nullptr;                        ///< prepared, 4 d bytes each
   const idx* pick = nullptr;                           ///< the queries that take part, or null: all
   dim heads = 0;                                       ///< how many
@@ -65,6 +66,7 @@ struct tile_span {
 
   dim first_block() const noexcept { return lo / kv_block * kv_block; }
   dim last_block() const noexcept { return moe::detail::round_up(hi, kv_block); }
+  dim blocks() const noexcept { return (last_block() - first_block()) / kv_block; }
 };
 /// f(span) for the tiles of a unit.
 template <class F>

@@ -15,7 +15,9 @@ namespace moe::detail {
 inline constexpr dim kv_pad = 32, kv_block = 16;
 
 template <class T>
-inline constexpr dim keys_together = std::is_same_v<T, std::int8_t> ? 4 : std::is_same_v<T, bf16> ? 2 : 1;
+inline constexpr dim keys_together = std::is_same_v<T, std::int8_t> ? 4
+                                     : std::is_same_v<T, bf16>      ? 2
+                                                                    : 1;
 template <class T>
 inline constexpr dim values_together = std::is_same_v<T, std::int8_t> ? 4 : 1;
 

@@ -54,17 +54,15 @@ void cut_units(const cached_keys<T>& cache, const decode_options& options, const
       const dim length = cache.length(s),
                 first = options.window > 0 && options.window < length ? length - options.window : 0;
       u.sequence_offsets[static_cast<std::size_t>(s * h.kv_heads + a)] = static_cast<idx>(n);
-      n = options.blocks
-              ? cut_blocks(u, options.blocks.slice(s * h.heads + a * h.group(), h.group()), h.block, length, n)
-              : cut_chunks(u, first, length, h.group(), n);
+      n = options.blocks ? cut_blocks(u, options.blocks.slice(s * h.heads + a * h.group(), h.group()), h.block, length, n)
+                         : cut_chunks(u, first, length, h.group(), n);
     }
   u.sequence_offsets.back() = static_cast<idx>(n);
 }
 
-/// Runs unit n of key head `head` (of all sequences); `next`: keys that this thread reads after it, or null.
+/// Unit n of key head `head` (of all sequences).
 template <class T>
-void run_unit(const cached_keys<T>& cache, const decode_kernels& kernels, const decode_units& u, dim n, dim head,
-              const T* next) noexcept {
+decode_unit unit_of(const cached_keys<T>& cache, const decode_units& u, dim n, dim head) noexcept {
   const dim group = cache.sizes.group();
   decode_unit unit;
   unit.k = cache.k.row(head);
@@ -73,7 +71,6 @@ void run_unit(const cached_keys<T>& cache, const decode_kernels& kernels, const 
   unit.last = u.keys(n, 1);
   unit.d = round_up(cache.sizes.d, kv_pad);
   unit.dv = round_up(cache.sizes.dv, kv_pad);
-  unit.next = next;
   if (cache.k_scale) {
     unit.k_scale = cache.k_scale.row(head);
     unit.v_scale = cache.v_scale.row(head);
@@ -84,7 +81,7 @@ void run_unit(const cached_keys<T>& cache, const decode_kernels& kernels, const 
   unit.o = u.o.row(n * u.largest.cols);
   unit.largest = u.largest.row(n);
   unit.sum = u.sum.row(n);
-  kernels.attend(unit);
+  return unit;
 }
 /// Runs units n .. last, each asking for the first keys of the one after it.
 template <class T>
@@ -94,12 +91,14 @@ void run_units(const cached_keys<T>& cache, const decode_kernels& kernels, const
     return head;
   };
   for (dim head = head_of(n, 0); n < last; ++n) {
-    const dim after = n + 1 < last ? head_of(n + 1, head) : head;
-    const T* next = n + 1 < last
-                        ? cache.k.row(after) + u.keys(n + 1, 0) / kv_block * kv_block * round_up(cache.sizes.d, kv_pad)
-                        : nullptr;
-    run_unit(cache, kernels, u, n, head, next);
-    head = after;
+    decode_unit unit = unit_of(cache, u, n, head);
+    if (n + 1 < last) {
+      head = head_of(n + 1, head);
+      const dim first = u.keys(n + 1, 0) / kv_block * kv_block;
+      unit.next = cache.k.row(head) + first * unit.d;
+      unit.next_keys = u.keys(n + 1, 1) - first;
+    }
+    kernels.attend(unit);
   }
 }
 
@@ -117,14 +116,18 @@ void merge_units(const decode_units& u, dim head, idx g, Out* o, dim dv, float* 
   float largest = -infinity, sum = 0;
   visit([&](dim n, dim i) { largest = u.largest(n, i) > largest ? u.largest(n, i) : largest; });
   const float base = largest > -infinity ? largest : 0.f;
-  visit([&](dim n, dim i) { sum += std::exp2(u.largest(n, i) - base) * u.sum(n, i); });
+  visit([&](dim n, dim i) {
+    const float w = std::exp2(u.largest(n, i) - base);
+    sum += w * u.sum(n, i);
+    u.largest(n, i) = w;  // from here on its weight
+  });
   constexpr dim piece = 64;
   const float per = sum == 0 ? 0.f : 1 / sum;
   for (dim j = 0; j < dv; j += piece) {
     float total[piece] = {};
     const dim m = at_most(dv - j, piece);
     visit([&](dim n, dim i) {
-      const float w = std::exp2(u.largest(n, i) - base) * per, *from = u.o.row(n * u.largest.cols + i) + j;
+      const float w = u.largest(n, i) * per, *from = u.o.row(n * u.largest.cols + i) + j;
       for (dim c = 0; c < m; ++c) total[c] += w * from[c];
     });
     for (dim c = 0; c < m; ++c) o[j + c] = Out(total[c]);
@@ -150,9 +153,9 @@ void attend_cache(const call<B>& on, const cached_keys<T>& cache, matrix_view<In
         row[j] = j < h.d ? static_cast<float>(q(s, a * h.d + j)) * options.scale * 1.44269504f : 0.f;
       kernels.prepare(row, u.row.cols, reinterpret_cast<std::byte*>(u.q.row(s * h.heads + a)));
     }
-  const dim count = u.sequence_offsets.back(), ranges = 8 * on.executor().concurrency();
-  on.executor().for_each(count, detail::blocks(count, ranges) + (count == 0),
-                         [&](dim n, dim last) { detail::run_units(cache, kernels, u, n, last); });
+  // a few ranges for each thread: units that follow each other ask for each other's keys
+  const dim count = u.sequence_offsets.back(), grain = 1 + (count - 1) / (8 * on.executor().concurrency());
+  on.executor().for_each(count, grain, [&](dim n, dim last) { detail::run_units(cache, kernels, u, n, last); });
   on.executor().for_each(q.rows * h.heads, 1, [&](dim i, dim last) {
     for (; i < last; ++i) {
       const dim s = i / h.heads, a = i % h.heads;

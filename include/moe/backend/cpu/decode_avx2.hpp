@@ -116,8 +116,8 @@ MOE_NO_INLINE float soften_256(float* s, tile_span t, const float* k_scale, floa
 /// 16 columns: o_g = fade_g o_g + sum over tokens lo .. hi of w(g, token) v; w is 0 for those that share their group.
 template <int Build, class T>
 MOE_TARGET(MOE_AVX2)
-MOE_NO_INLINE void weigh_rows_256(const T* v, dim lo, dim hi, dim dv, const float* w, const float* fade, float* o,
-                                  bool ask) noexcept {
+MOE_NO_INLINE
+    void weigh_rows_256(const T* v, dim lo, dim hi, dim dv, const float* w, const float* fade, float* o, bool ask) noexcept {
   constexpr int n = moe::detail::values_together<T>;
   __m256 a[4], b[4];
   MOE_UNROLL

@@ -12,7 +12,8 @@
 
 namespace moe::arch::detail {
 
-/// 32 elements of a row as floats: floats and f16 in order, of bf16 the even ones and the odd ones.
+/// 32 elements as floats, of a row or two of each of 16 keys: floats and f16 in order, of bf16 the even ones and the odd ones,
+/// which are the first and the second of each key.
 MOE_TARGET(MOE_AVX512)
 inline void load_pair_512(const float* p, __m512& a, __m512& b) noexcept {
   a = _mm512_loadu_ps(p);
@@ -42,10 +43,13 @@ struct lines_ahead {
     for (int l = 0; l < Lines; ++l, at += step) _mm_prefetch(at, _MM_HINT_T1);
   }
 };
-/// What is left to ask for during a tile: its values, then the next keys.
+/// What is left to ask for during a tile: its values, then the next keys. The softmax asks whenever it runs, the rest is
+/// spread over what is read.
 struct tile_ahead {
   const char* at[2];
   dim lines[2];
+  float pace = 1;  ///< lines asked for per line read
+  float due = 0;
 
   lines_ahead take(dim n) noexcept {
     const int i = lines[0] > 0 ? 0 : 1;
@@ -54,6 +58,13 @@ struct tile_ahead {
     at[i] += 64 * n;
     lines[i] -= n;
     return {first, 64};
+  }
+  /// While n lines are read.
+  lines_ahead take_along(dim n) noexcept {
+    due += pace * static_cast<float>(n);
+    if (2 * due < static_cast<float>(n)) return {at[1], 0};
+    due -= static_cast<float>(n);
+    return take(n);
   }
 };
 
@@ -123,8 +134,8 @@ inline constexpr int soften_lines = 2;
 /// Softmax of a tile for one head, see soften, of scores in units of `unit`: weights of other keys in its blocks are 0.
 template <int Build>
 MOE_TARGET(MOE_AVX512)
-MOE_NO_INLINE float soften_512(float* s, const tile_512& t, float unit, float& largest, float& sum,
-                               lines_ahead ahead) noexcept {
+MOE_NO_INLINE
+    float soften_512(float* s, const tile_512& t, float unit, float& largest, float& sum, lines_ahead ahead) noexcept {
   const __m512 least = _mm512_set1_ps(-moe::detail::infinity);
   __m512 most = least;
   for (dim r = t.first_block(); r < t.hi; r += kv_block)
@@ -192,27 +203,36 @@ MOE_NO_INLINE void weigh_rows_512(const value_rows_512<T>& w, dim first) noexcep
 
 /// one(w, r, s) for the blocks of a tile from key r on, or two(w, r, s) where there are two.
 template <class T, class One, class Two>
-void score_tile_512(const decode_unit& u, const tile_512& t, dim head, tile_ahead& ahead, float* s, One one, Two two) noexcept {
+void score_tile_512(const decode_unit& u, const tile_512& t, dim head, tile_ahead& ahead, float* s, One one,
+                    Two two) noexcept {
   key_blocks_512<T> w;
   for (dim g = 0; g < decode_heads; ++g) w.q[g] = u.query(head + g);
   w.d = u.d;
   for (dim r = t.first_block(); r < t.hi;) {
     const dim blocks = r + kv_block < t.hi ? 2 : 1;
     w.k = static_cast<const T*>(u.k) + (t.base + r) * u.d;
-    w.ahead = ahead.take(blocks * kv_block * u.d * dim{sizeof(T)} / 64);
-    if (blocks == 2) two(w, r, s + r);
-    else one(w, r, s + r);
+    w.ahead = ahead.take_along(blocks * kv_block * u.d * dim{sizeof(T)} / 64);
+    if (blocks == 2)
+      two(w, r, s + r);
+    else
+      one(w, r, s + r);
     r += blocks * kv_block;
   }
 }
+/// softmax: lines that it asks for with each block of keys.
 template <class T>
-tile_ahead ahead_of(const decode_unit& u, const tile_512& t) noexcept {
+tile_ahead ahead_of(const decode_unit& u, const tile_512& t, dim softmax) noexcept {
   const auto at = [](const void* p, dim n) { return reinterpret_cast<const char*>(static_cast<const T*>(p) + n); };
   const auto lines = [](dim n) { return n * dim{sizeof(T)} / 64; };
-  const dim next = t.base + decode_tile;
+  const dim next = t.base + decode_tile, groups = moe::detail::blocks(u.heads, decode_heads);
   const bool more = next < u.last;
-  return {{at(u.v, t.base * u.dv), more ? at(u.k, next * u.d) : at(u.next, 0)},
-          {lines(t.hi * u.dv), more || u.next ? lines(decode_tile * u.d) : 0}};
+  const dim keys = moe::detail::at_most(more ? u.last - next : u.next_keys, decode_tile);
+  const dim read = t.hi - t.first_block();
+  tile_ahead a{{at(u.v, (t.base + t.first_block()) * u.dv), more ? at(u.k, next * u.d) : at(u.next, 0)},
+               {lines(read * u.dv), lines(keys * u.d)}};
+  const dim spread = a.lines[0] + a.lines[1] - groups * decode_heads * t.blocks() * softmax;
+  a.pace = static_cast<float>(spread) / static_cast<float>(groups * lines(read * (u.d + u.dv)));
+  return a;
 }
 /// Columns that were read even ones first, 32 at a time, in order.
 inline void interleave_halves(float* o, dim n) noexcept {
@@ -228,25 +248,26 @@ void attend_512(const decode_unit& u) noexcept {
   start_heads(u);
   for_each_tile(u, [&](tile_span span) {
     const tile_512 t(span);
-    tile_ahead ahead = ahead_of<T>(u, t);
+    tile_ahead ahead = ahead_of<T>(u, t, soften_lines);
     for (dim head = 0; head < u.heads; head += decode_heads) {
       alignas(64) float s[decode_heads * decode_tile];
       float fade[decode_heads];
       score_tile_512<T>(
-          u, t, head, ahead, s,
-          [](const key_blocks_512<T>& w, dim, float* to) { score_blocks_512<Build, 1>(w, to); },
+          u, t, head, ahead, s, [](const key_blocks_512<T>& w, dim, float* to) { score_blocks_512<Build, 1>(w, to); },
           [](const key_blocks_512<T>& w, dim, float* to) { score_blocks_512<Build, 2>(w, to); });
       for (dim g = 0; g < decode_heads; ++g)
         fade[g] = soften_512<Build>(s + g * decode_tile, t, 1.f, u.largest[head + g], u.sum[head + g],
-                                    ahead.take(decode_tile / kv_block * soften_lines));
+                                    ahead.take(t.blocks() * soften_lines));
       value_rows_512<T> w{static_cast<const T*>(u.v) + t.base * u.dv, t.lo, t.hi, u.dv, s, fade, {}, {}};
       for (dim g = 0; g < decode_heads; ++g) w.o[g] = u.o + (head + g) * u.dv;
       for (dim j = 0; j < u.dv;) {
         const bool two = j + 2 * kv_pad <= u.dv;
         const dim columns = two ? 2 * kv_pad : kv_pad;
-        w.ahead = ahead.take(decode_tile * columns * dim{sizeof(T)} / 64);
-        if (two) weigh_rows_512<Build, T, 2>(w, j);
-        else weigh_rows_512<Build, T, 1>(w, j);
+        w.ahead = ahead.take_along((t.hi - t.lo) * columns * dim{sizeof(T)} / 64);
+        if (two)
+          weigh_rows_512<Build, T, 2>(w, j);
+        else
+          weigh_rows_512<Build, T, 1>(w, j);
         j += columns;
       }
     }

@@ -177,7 +177,7 @@ void attend_bytes_512(const decode_unit& u) noexcept {
   for_each_tile(u, [&](tile_span span) {
     const tile_512 t(span);
     const float* scale = u.k_scale + t.base;
-    tile_ahead ahead = ahead_of<std::int8_t>(u, t);
+    tile_ahead ahead = ahead_of<std::int8_t>(u, t, soften_lines + 1);
     for (dim head = 0; head < u.heads; head += decode_heads) {
       alignas(64) float s[decode_heads * decode_tile];
       byte_weights weights;
@@ -188,13 +188,13 @@ void attend_bytes_512(const decode_unit& u) noexcept {
       for (dim g = 0; g < decode_heads; ++g) {
         float* own = s + g * decode_tile;
         fade[g] = soften_512<Build>(own, t, byte_query(u.query(head + g), u.d).unit, u.largest[head + g], u.sum[head + g],
-                                    ahead.take(decode_tile / kv_block * soften_lines));
-        round_weights_512<Build>(own, u.v_scale + t.base, t, weights, g, ahead.take(decode_tile / kv_block));
+                                    ahead.take(t.blocks() * soften_lines));
+        round_weights_512<Build>(own, u.v_scale + t.base, t, weights, g, ahead.take(t.blocks()));
       }
       value_bytes_512 w{static_cast<const std::int8_t*>(u.v) + t.base * u.dv, t.lo, t.hi, u.dv, &weights, fade, {}, {}};
       for (dim g = 0; g < decode_heads; ++g) w.o[g] = u.o + (head + g) * u.dv;
       for (dim j = 0; j < u.dv; j += kv_pad) {
-        w.ahead = ahead.take(decode_tile * kv_pad / 64);
+        w.ahead = ahead.take_along((t.hi - t.lo) * kv_pad / 64);
         weigh_bytes_512<Build>(w, j);
       }
     }
