@@ -28,9 +28,9 @@ struct matrix_view {
   MOE_HD constexpr T* row(dim r) const noexcept { return data + r * ld; }
   MOE_HD constexpr T& operator()(dim r, dim c) const noexcept { return data[r * ld + c]; }
   /// Rows first .. first + n.
-  MOE_HD constexpr matrix_view slice(dim first, dim n) const noexcept { return {row(first), n, cols, ld}; }
+  MOE_HD constexpr matrix_view slice(dim first, dim n) const noexcept { return {data ? row(first) : data, n, cols, ld}; }
   /// Columns first .. first + n.
-  MOE_HD constexpr matrix_view columns(dim first, dim n) const noexcept { return {data + first, rows, n, ld}; }
+  MOE_HD constexpr matrix_view columns(dim first, dim n) const noexcept { return {data ? data + first : data, rows, n, ld}; }
   MOE_HD constexpr explicit operator bool() const noexcept { return data != nullptr; }
 };
 
