@@ -83,6 +83,7 @@ struct byte_weights {
   alignas(64) std::uint8_t low[decode_heads * decode_tile];
   float unit[decode_heads];
 };
+static_assert(decode_tile * 127 * 65535 < 0x7fffffff, "sums over a tile fit 32 bits");
 /// Two bytes of each of 64 numbers.
 MOE_TARGET(MOE_AVX512)
 inline void store_bytes_512(__m512i a, __m512i b, __m512i c, __m512i d, std::uint8_t* high, std::uint8_t* low) noexcept {
