@@ -88,7 +88,7 @@ void check_bits(moe::shape s, dim tokens) {
   static_assert(moe::detail::computes_by_part<X, moe::scalar<>>);
   const std::vector<float> wanted = results(apart(s), tokens);
   CHECK(same_bits(results(layer_of<X, Router, Combine, moe::scalar<moe::serial>>(s), tokens), wanted));
-  for (const std::uint64_t seed : {1, 2})
+  for (const std::uint64_t seed : {1u, 2u})
     CHECK(same_bits(results(layer_of<X, Router, Combine, shuffled>(s, shuffled(testing::shuffling{seed})), tokens), wanted));
 }
 
@@ -109,6 +109,13 @@ TEST_SUITE("layer") {
       CHECK(joins_of<X, moe::top_k<2, moe::score_rule<moe::softmax_score>>, moe::residual<>>(s, tokens, true) <= 3);
     }
   }
+  TEST_CASE("so it does where keys are made in steps: with a bias of each expert, and in groups") {
+    const moe::shape s{.d = 80, .f = 48, .experts = 16};
+    for (const dim tokens : {1, 64, 512}) {
+      CHECK(joins_of<moe::ffn_expert, moe::glm4_moe_router<4>>(s, tokens, true) <= 3);
+      CHECK(joins_of<moe::ffn_expert, moe::deepseek_v3_router<4>>(s, tokens, false) <= 3);
+    }
+  }
   TEST_CASE("steps one after another join more often") {
     dim joins = 0;
     const moe::shape s{.d = 80, .f = 48, .experts = 8};
@@ -126,6 +133,7 @@ TEST_SUITE("layer") {
         check_bits<X, moe::top_k<2, moe::score_rule<moe::softmax_score>>, moe::residual<>>(s, tokens);
         check_bits<X, moe::capacity<moe::top_k<2>>, moe::weighted_sum>(s, tokens);  // drops
       }
+    check_bits<X, moe::deepseek_v3_router<4>, moe::weighted_sum>({.d = 40, .f = 24, .experts = 16}, 75);
     check_bits<X, moe::top_k<1>, moe::weighted_sum>({.d = 600, .f = 40, .experts = 200}, 7);  // most experts have no rows
   }
   TEST_CASE("tokens without eligible experts get 0, and others close up, where scores come a run at a time") {

@@ -76,6 +76,14 @@ void route_rows(const call<B>& on, matrix_view<const float> keys, routing_plan& 
     p.weight[static_cast<std::size_t>(p.position[i])] = weight[i];
 }
 
+/// f(call) with a call that runs on this thread alone: steps on a part of the tokens, inside a unit of work.
+template <HostBackend B, class F>
+void on_this_thread(const call<B>& on, F f) noexcept {
+  using alone = host_backend<typename B::arch, serial>;
+  const alone backend{serial{}};
+  f(call<alone>{backend, on.scratch, on.sizes, on.training, on.rng});
+}
+
 /// As many choices of each token as keep(t, chosen, n) says of its n: the first of them stay. Before group_by_expert.
 template <HostBackend B, class F>
 void shorten_choices(const call<B>&, routing_plan& p, F keep) noexcept {

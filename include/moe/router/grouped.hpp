@@ -61,12 +61,19 @@ struct grouped {
   weights_grad make_gradients(shape s, arena& mem) const noexcept { return detail::make_gradients(inner, s, mem); }
   context make_context(shape s, arena& mem) const noexcept { return detail::make_context(inner, s, mem); }
   key_scratch make_scratch(shape s, arena& mem) const noexcept { return detail::make_keys(inner, s, mem); }
+  auto make_choices(shape s, arena& mem) const noexcept { return detail::make_choice_scratch(*this, s, mem); }
 
   template <class B>
     requires detail::selects_by_key<R>
   void forward(const call<B>& on, const weights& w, matrix_view<const float> scores, plan& p, context& ctx) const noexcept {
     select(on, w, scores, p);
     weigh(on, w, scores, p, ctx);
+  }
+  template <class B, class Fill>
+    requires detail::routes_by_key<R>
+  void forward(const call<B>& on, const weights& w, matrix_view<const float> scores, plan& p, context& ctx,
+               const Fill& fill) const noexcept {
+    detail::route_by_key(on, *this, w, scores, p, ctx, fill);
   }
   template <class B>
   void select(const call<B>& on, const weights& w, matrix_view<const float> scores, plan& p) const noexcept {

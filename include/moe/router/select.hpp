@@ -62,6 +62,47 @@ void select_by_key(const call<B>& on, const R& r, const typename R::weights& w, 
   if (keys) r.rank(on, w, scores, keys);
   r.assign(on, w, keys ? matrix_view<const float>(keys) : scores, p);
 }
+/// The router inside all decorators. It may say that it keeps the `best` of a token's keys and weighs them by its rule.
+template <class R>
+const auto& innermost(const R& r) noexcept {
+  if constexpr (requires { r.inner; })
+    return innermost(r.inner);
+  else
+    return r;
+}
+template <class R>
+concept routes_by_key = requires(const R& r) { std::remove_cvref_t<decltype(innermost(r))>::best; };
+
+/// What route_by_key takes from scratch.
+struct choice_scratch {
+  matrix_view<float> keys;  ///< as key_scratch
+  std::span<float> weight;  ///< of every choice, before there is a plan
+};
+template <class R>
+choice_scratch make_choice_scratch(const R& r, shape s, arena& mem) noexcept {
+  return {r.make_scratch(s, mem).keys, mem.vector<float>("weights", s.tokens * r.choices(s))};
+}
+/// Rank, assign and weigh, where scores come a run of tokens at a time: the thread that has those of a run does all three.
+template <class R, class B, class Fill>
+void route_by_key(const call<B>& on, const R& r, const typename R::weights& w, matrix_view<const float> scores,
+                  typename R::plan& p, const score_context& ctx, const Fill& fill) noexcept {
+  scratch_frame frame(on.scratch);
+  const choice_scratch s = make_choice_scratch(r, on.sizes, on.scratch);
+  const auto& chooser = innermost(r);
+  constexpr int K = std::remove_cvref_t<decltype(chooser)>::best;
+  const auto rank_then = [&](const auto& then) {
+    fill([&](dim first, dim n) {
+      if (s.keys)
+        on_this_thread(on, [&](const auto& own) { r.rank(own, w, scores.slice(first, n), s.keys.slice(first, n)); });
+      then(first, n);
+    });
+  };
+  const auto weigh_token = [&](dim t, const idx* chosen, idx n, float* weight) {
+    weigh_choices<K>(chooser.rule, scores.row(t), static_cast<idx>(scores.cols), chosen, n, weight);
+    for (dim e = 0; e < ctx.scores.cols; ++e) ctx.scores(t, e) = scores(t, e);
+  };
+  route_rows<K>(on, s.keys ? matrix_view<const float>(s.keys) : scores, p, s.weight, rank_then, weigh_token);
+}
 /// A plan without its weights, by whatever steps the router has.
 template <class R, class B>
 void select(const call<B>& on, const R& r, const typename R::weights& w, matrix_view<const float> scores,

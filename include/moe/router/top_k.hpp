@@ -15,6 +15,7 @@ template <int K, class Rule = softmax_over_kept>
 struct top_k {
   static_assert(K > 0, "moe::top_k: K must be at least 1");
   static constexpr bool selects_by_key = true;
+  static constexpr int best = K;
   using plan = routing_plan;
   using weights = nothing;
   using context = score_context;
@@ -32,25 +33,17 @@ struct top_k {
       return {mem.matrix<float>("keys", s.tokens, s.experts)};
   }
 
-  /// Weights of choices that come before the plan.
-  std::span<float> make_choices(shape s, arena& mem) const noexcept { return mem.vector<float>("weights", s.tokens * K); }
+  auto make_choices(shape s, arena& mem) const noexcept { return detail::make_choice_scratch(*this, s, mem); }
 
   template <class B>
   void forward(const call<B>& on, const weights& w, matrix_view<const float> scores, plan& p, context& ctx) const noexcept {
     select(on, w, scores, p);
     weigh(on, w, scores, p, ctx);
   }
-  /// The same where scores come a run of tokens at a time.
   template <class B, class Fill>
-    requires Rule::ranks_by_score
-  void forward(const call<B>& on, const weights&, matrix_view<const float> scores, plan& p, context& ctx,
+  void forward(const call<B>& on, const weights& w, matrix_view<const float> scores, plan& p, context& ctx,
                const Fill& fill) const noexcept {
-    scratch_frame frame(on.scratch);
-    const auto weigh_token = [&](dim t, const idx* chosen, idx n, float* weight) {
-      detail::weigh_choices<K>(rule, scores.row(t), static_cast<idx>(scores.cols), chosen, n, weight);
-      for (dim e = 0; e < ctx.scores.cols; ++e) ctx.scores(t, e) = scores(t, e);
-    };
-    route_rows<K>(on, scores, p, make_choices(on.sizes, on.scratch), fill, weigh_token);
+    detail::route_by_key(on, *this, w, scores, p, ctx, fill);
   }
   template <class B>
   void select(const call<B>& on, const weights& w, matrix_view<const float> scores, plan& p) const noexcept {
