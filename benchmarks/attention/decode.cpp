@@ -31,8 +31,10 @@ class filled_caches {
       caches_.push_back(moe::kv_cache<T>::make(sizes, mem));
     }
     moe::arena none;
-    caches_[0].append_to(moe::call<backend>{backend{}, none, {}}, 0, matrix_view<const float>(source.k), matrix_view<const float>(source.v));
-    for (std::size_t i = 1; i < count; ++i) std::memcpy(memory_[i].bytes().data(), memory_[0].bytes().data(), memory_[0].size());
+    caches_[0].append_to(moe::call<backend>{backend{}, none, {}}, 0, matrix_view<const float>(source.k),
+                         matrix_view<const float>(source.v));
+    for (std::size_t i = 1; i < count; ++i)
+      std::memcpy(memory_[i].bytes().data(), memory_[0].bytes().data(), memory_[0].size());
   }
   const moe::kv_cache<T>& operator[](std::size_t i) const { return caches_[i % caches_.size()]; }
 
@@ -105,7 +107,9 @@ template <class T>
 contestants forms_of(const attention_case& c, const std::shared_ptr<const attention_source>& source) {
   contestants all;
   const auto caches = std::make_shared<const filled_caches<T>>(c, *source);
-  const auto add = [&](const char* name, reading what) { all.push_back(std::make_unique<decoding<T>>(name, what, c, caches, source)); };
+  const auto add = [&](const char* name, reading what) {
+    all.push_back(std::make_unique<decoding<T>>(name, what, c, caches, source));
+  };
   add("moe", c.blocks() ? reading::chosen : reading::all);
   if (c.blocks()) add("routed", reading::known);
   if (c.blocks()) add("dense", reading::all);

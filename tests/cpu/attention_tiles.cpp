@@ -24,6 +24,7 @@ using moe::dim;
 using testing::expect_equal;
 using on_tiles = moe::cpu<moe::arch::tiles_by_hand, moe::serial>;
 
+/// AVX-512 prepares tiles.
 bool has_512() { return moe::includes(moe::report_cpu_level().machine, moe::cpu_level::avx512); }
 
 double largest_of(const std::vector<double>& v) {
@@ -40,8 +41,10 @@ void check(const testing::attention_floats& got, const Numbers& wanted, const st
   const double allowed = bound(values);
   for (std::size_t i = 0; i < got.o.size(); ++i) CHECK(std::fabs(double{got.o[i]} - wanted.o[i]) < allowed);
   for (std::size_t i = 0; i < got.lse.size(); ++i) {
-    if (std::isinf(wanted.lse[i])) CHECK(got.lse[i] == wanted.lse[i]);
-    else CHECK(std::fabs(double{got.lse[i]} - wanted.lse[i]) < 1e-5 * (1 + std::fabs(wanted.lse[i])));
+    if (std::isinf(wanted.lse[i]))
+      CHECK(got.lse[i] == wanted.lse[i]);
+    else
+      CHECK(std::fabs(double{got.lse[i]} - wanted.lse[i]) < 1e-5 * (1 + std::fabs(wanted.lse[i])));
   }
 }
 /// Two factors of the terms of a gradient are rounded to halves, the gradient of the output and the weight or slope: off by
@@ -79,12 +82,8 @@ reference::attention_shape sizes(dim m, dim n, dim h, dim h_kv, dim d, dim dv) {
 
 }  // namespace
 
-TEST_SUITE("cpu/attention_amx") {
+TEST_SUITE("cpu/attention_amx" * doctest::skip(!has_512())) {
   TEST_CASE("attention over halves on tiles equals the formulas in double within the rounding of its weights") {
-    if (!has_512()) {
-      MESSAGE("skipped: this machine lacks AVX-512, which prepares tiles");
-      return;
-    }
     testing::emulated_tiles::faults = 0;
     for (const auto& s : {sizes(70, 90, 4, 2, 40, 24), sizes(300, 300, 3, 1, 64, 64), sizes(17, 300, 2, 2, 128, 128),
                           sizes(120, 100, 4, 1, 32, 80), sizes(1, 1, 1, 1, 8, 8)}) {
@@ -100,10 +99,6 @@ TEST_SUITE("cpu/attention_amx") {
     CHECK(testing::emulated_tiles::faults == 0);
   }
   TEST_CASE("packed sequences on tiles do not see one another, nor does what follows depend on what was there before") {
-    if (!has_512()) {
-      MESSAGE("skipped: this machine lacks AVX-512, which prepares tiles");
-      return;
-    }
     auto s = sizes(170, 330, 4, 2, 32, 40);
     s.query_offsets = {0, 3, 3, 140, 150, 170};
     s.key_offsets = {0, 200, 205, 310, 310, 330};
@@ -114,10 +109,6 @@ TEST_SUITE("cpu/attention_amx") {
     expect_equal(trial.dense(on_tiles{}), got);
   }
   TEST_CASE("bits on tiles do not depend on who takes which part of the work") {
-    if (!has_512()) {
-      MESSAGE("skipped: this machine lacks AVX-512, which prepares tiles");
-      return;
-    }
     using shuffled = moe::cpu<moe::arch::tiles_by_hand, testing::shuffling>;
     const testing::attention_trial<moe::bf16> trial(sizes(1040, 1040, 2, 2, 32, 32));
     const auto dense = trial.dense(on_tiles{}), chosen = trial.blocks(on_tiles{}, 64, 3);
@@ -127,27 +118,20 @@ TEST_SUITE("cpu/attention_amx") {
     }
   }
   TEST_CASE("blocks of keys on tiles are those of floats, within the same rounding") {
-    if (!has_512()) {
-      MESSAGE("skipped: this machine lacks AVX-512, which prepares tiles");
-      return;
-    }
     testing::emulated_tiles::faults = 0;
     const testing::attention_trial<moe::bf16> trial(sizes(300, 350, 4, 2, 48, 64));
     std::vector<moe::idx> chosen, wanted;
     const auto got = trial.blocks(on_tiles{}, 16, 3, &chosen), floats = trial.blocks(moe::cpu<>{}, 16, 3, &wanted);
     CHECK(chosen == wanted);
     double worst = 0, largest = 0;
-    for (std::size_t i = 0; i < got.o.size(); ++i) worst = std::max(worst, std::fabs(double{got.o[i]} - double{floats.o[i]}));
+    for (std::size_t i = 0; i < got.o.size(); ++i)
+      worst = std::max(worst, std::fabs(double{got.o[i]} - double{floats.o[i]}));
     for (const moe::bf16 v : trial.v) largest = std::max(largest, std::fabs(double{static_cast<float>(v)}));
     CHECK(worst < largest / 512);
     check_gradients(got, floats);
     CHECK(testing::emulated_tiles::faults == 0);
   }
   TEST_CASE("a prompt in pieces gives the bits of the whole, wherever a piece ends") {
-    if (!has_512()) {
-      MESSAGE("skipped: this machine lacks AVX-512, which prepares tiles");
-      return;
-    }
     const testing::attention_trial<moe::bf16> all(sizes(200, 200, 2, 1, 40, 32));
     const auto whole = all.dense(on_tiles{}), chosen = all.blocks(on_tiles{}, 24, 3);
     for (const dim last : {1, 33, 130, 200}) {
@@ -166,10 +150,6 @@ TEST_SUITE("cpu/attention_amx") {
     }
   }
   TEST_CASE("a value that is not finite reaches the queries that see it, and no other") {
-    if (!has_512()) {
-      MESSAGE("skipped: this machine lacks AVX-512, which prepares tiles");
-      return;
-    }
     constexpr float infinity = std::numeric_limits<float>::infinity();
     const testing::attention_trial<moe::bf16> trial(sizes(150, 150, 1, 1, 32, 32));
     const auto before = trial.dense(on_tiles{});
@@ -187,31 +167,35 @@ TEST_SUITE("cpu/attention_amx") {
         if (key) continue;
         for (std::size_t t = 60; t < 150; ++t)
           for (std::size_t j = 0; j < 32; ++j) {
-            if (j != 5) CHECK(after.o[t * 32 + j] == before.o[t * 32 + j]);
-            else CHECK(std::isfinite(after.o[t * 32 + j]) == (strange == 7));
+            if (j != 5)
+              CHECK(after.o[t * 32 + j] == before.o[t * 32 + j]);
+            else
+              CHECK(std::isfinite(after.o[t * 32 + j]) == (strange == 7));
           }
       }
   }
   TEST_CASE("a query or gradient that is not finite reaches the keys that it sees, and no other") {
-    if (!has_512()) {
-      MESSAGE("skipped: this machine lacks AVX-512, which prepares tiles");
-      return;
-    }
     const testing::attention_trial<moe::bf16> trial(sizes(150, 150, 1, 1, 32, 32));
     const auto before = trial.dense(on_tiles{});
     for (const bool query : {false, true}) {
       testing::attention_trial<moe::bf16> other = trial;
       constexpr float strange = std::numeric_limits<float>::quiet_NaN();
-      if (query) other.q[60 * 32 + 5] = moe::bf16(strange);
-      else other.dout[60 * 32 + 5] = strange;
+      if (query)
+        other.q[60 * 32 + 5] = moe::bf16(strange);
+      else
+        other.dout[60 * 32 + 5] = strange;
       const auto after = other.dense(on_tiles{});
       for (std::size_t i = 0; i < 150 * 32; ++i) {
         const bool sees = i < 61 * 32;
         CAPTURE(i);
-        if (!sees) CHECK(after.dk[i] == before.dk[i]);
-        else CHECK(std::isnan(after.dk[i]));
-        if (!sees || (!query && i % 32 != 5)) CHECK(after.dv[i] == before.dv[i]);
-        else CHECK(std::isnan(after.dv[i]));
+        if (!sees)
+          CHECK(after.dk[i] == before.dk[i]);
+        else
+          CHECK(std::isnan(after.dk[i]));
+        if (!sees || (!query && i % 32 != 5))
+          CHECK(after.dv[i] == before.dv[i]);
+        else
+          CHECK(std::isnan(after.dv[i]));
       }
     }
   }

@@ -18,10 +18,10 @@ inline constexpr dim attention_keys = 128, attention_pitch = attention_keys + 16
 
 /// Rows of a tile and their running softmax, base 2: q is scaled by log2(e) / sqrt(d) or what stands for it.
 struct attention_rows_state {
-  matrix_view<float> q;        ///< [R,d]
-  matrix_view<float> o;        ///< [R,dv], rows padded to a multiple of the level's columns: sum of 2^(s - largest) v
-  float* largest = nullptr;    ///< [R] of the scores so far, -inf at first
-  float* sum = nullptr;        ///< [R] of 2^(s - largest)
+  matrix_view<float> q;      ///< [R,d]
+  matrix_view<float> o;      ///< [R,dv], rows padded to a multiple of the level's columns: sum of 2^(s - largest) v
+  float* largest = nullptr;  ///< [R] of the scores so far, -inf at first
+  float* sum = nullptr;      ///< [R] of 2^(s - largest)
   const dim *first = nullptr, *end = nullptr;  ///< [R] the keys that a row sees
 };
 
@@ -77,8 +77,8 @@ struct attention_step {
 };
 
 /// One step of backward. In its state `o` is the gradient of the output, `largest` the log2-sum of forward and `sum` delta,
-/// where delta[r] = <do_r, o_r>. With p = 2^(s - largest) and ds = p (do v^T - delta), adds ds k to dq, ds^T q to dk and p^T do
-/// to dv: of the scaled q, so the caller multiplies dq by the scale and dk by ln 2.
+/// where delta[r] = <do_r, o_r>. With p = 2^(s - largest) and ds = p (do v^T - delta), adds ds k to dq, ds^T q to dk and p^T
+/// do to dv: of the scaled q, so the caller multiplies dq by the scale and dk by ln 2.
 struct attention_backward_step : attention_step {
   matrix_view<float> dq, dk, dv;  ///< of all rows of the tile, and of the keys of the step; rows padded as those of o
   float *ds = nullptr, *packed_rows = nullptr, *turned = nullptr;  ///< scratch
@@ -144,9 +144,12 @@ void pack_rows(const stored_rows& m, dim j, float* panel) noexcept {
   constexpr dim columns = A::blocks::columns;
   const dim n = at_most(m.cols - j, columns);
   for (dim i = 0; i < m.rows; ++i, panel += columns) {
-    if (m.type == stored_rows::element::f32) A::blocks::widen(m.row<float>(i) + j, panel, n);
-    else if (m.type == stored_rows::element::bf16) A::blocks::widen(m.row<bf16>(i) + j, panel, n);
-    else A::widen(m.row<f16>(i) + j, panel, n);
+    if (m.type == stored_rows::element::f32)
+      A::blocks::widen(m.row<float>(i) + j, panel, n);
+    else if (m.type == stored_rows::element::bf16)
+      A::blocks::widen(m.row<bf16>(i) + j, panel, n);
+    else
+      A::widen(m.row<f16>(i) + j, panel, n);
     for (dim l = n; l < columns; ++l) panel[l] = 0;
   }
 }
@@ -163,9 +166,12 @@ void pack_columns(const stored_rows& m, dim j, float* panel) noexcept {
       const float* row[W] = {};
       for (dim l = 0; l < some; ++l) {
         row[l] = near + l * piece;
-        if (m.type == stored_rows::element::f32) row[l] = m.row<float>(j + i + l) + p;
-        else if (m.type == stored_rows::element::bf16) K::widen(m.row<bf16>(j + i + l) + p, near + l * piece, wide);
-        else A::widen(m.row<f16>(j + i + l) + p, near + l * piece, wide);
+        if (m.type == stored_rows::element::f32)
+          row[l] = m.row<float>(j + i + l) + p;
+        else if (m.type == stored_rows::element::bf16)
+          K::widen(m.row<bf16>(j + i + l) + p, near + l * piece, wide);
+        else
+          A::widen(m.row<f16>(j + i + l) + p, near + l * piece, wide);
       }
       float* to = panel + p * K::columns + i;
       for (dim c = 0; c < whole; c += W) K::transpose(row, c, to + c * K::columns);
@@ -178,10 +184,16 @@ void pack_columns(const stored_rows& m, dim j, float* panel) noexcept {
 class upcoming_walk {
  public:
   explicit upcoming_walk(const attention_step& s) noexcept : left_(s.next_k), after_(s.next_v) {}
-  /// What as many steps of a product may ask for.
-  prefetch_list list(const void* near, dim steps) noexcept {
+  /// Nothing yet, in pieces that suit those rows; they come into the first cache, since rows far apart arrived late when
+  /// they were asked for the second one alone.
+  prefetch_list list(const void* near) const noexcept {
     prefetch_list ahead(near, left_.rows > 0 ? left_.row_bytes : prefetch_list::reach);
-    for (dim room = ahead.pieces(steps); room > 0 && left_.rows > 0; --room) {
+    ahead.first = true;
+    return ahead;
+  }
+  /// As much as so many steps of a product may ask for.
+  void fill(prefetch_list& ahead, dim steps) noexcept {
+    while (left_.rows > 0 && ahead.count < ahead.pieces(steps)) {
       ahead.add(left_.data + done_);
       if ((done_ += ahead.bytes()) < left_.row_bytes) continue;
       done_ = 0;
@@ -190,7 +202,6 @@ class upcoming_walk {
       left_ = after_;
       after_ = {};
     }
-    return ahead;
   }
 
  private:
@@ -198,18 +209,25 @@ class upcoming_walk {
   dim done_ = 0;  ///< bytes of the row
 };
 
-/// c(i .. i + m, a panel of columns) += a[., lo .. hi) times rows lo .. hi of a packed panel.
-template <class K>
-void add_panel(gathered<float> a, dim i, dim m, key_range depth, const float* panel, float* c, dim ld,
-               upcoming_walk& next) noexcept {
+/// c(i .. i + m, a panel of columns) += a[., lo .. hi) times rows lo .. hi of a packed panel. soon(r) are floats that the
+/// block after this one reads, at most `width` each for r below outer_rows, or null.
+template <class K, class Soon>
+void add_panel(gathered<float> a, dim i, dim m, key_range depth, const float* panel, float* c, dim ld, upcoming_walk& next,
+               dim width, Soon soon) noexcept {
   for (dim lo = depth.lo; lo < depth.hi; lo += outer_depth) {
     const dim n = at_most(depth.hi - lo, outer_depth);
-    const prefetch_list ahead = next.list(panel, n);
-    with_constant<outer_rows>(m, [&](auto rows) {
-      K::template outer_block<rows>(a, i, lo, panel + lo * K::columns, n, ahead, c, ld);
-    });
+    prefetch_list ahead = next.list(panel);
+    for (dim r = 0; r < outer_rows; ++r)
+      if (const float* p = soon(r))
+        for (dim l = 0; l < width; l += ahead.bytes() / dim{sizeof(float)}) ahead.add(p + l);
+    next.fill(ahead, n);
+    with_constant<outer_rows>(
+        m, [&](auto rows) { K::template outer_block<rows>(a, i, lo, panel + lo * K::columns, n, ahead, c, ld); });
   }
 }
+
+/// Nothing but what the next step reads.
+inline const float* nothing_soon(dim) noexcept { return nullptr; }
 
 /// f(i, m) for the blocks of rows of a step.
 template <class Step, class F>
@@ -230,14 +248,16 @@ void score_rows(const Step& s, gathered<float> a, const stored_rows& k, float* s
       if (seen.hi <= j || seen.lo >= j + K::columns) return;
       float* c = scores + i * attention_pitch + j;
       for (dim r = 0; r < m; ++r) std::memset(c + r * attention_pitch, 0, K::columns * sizeof(float));
-      add_panel<K>(a, i, m, {0, depth}, s.panel, c, attention_pitch, next);
+      const auto soon = [&](dim r) { return i + m + r < s.rows ? a.row(i + m + r) : nullptr; };
+      add_panel<K>(a, i, m, {0, depth}, s.panel, c, attention_pitch, next, depth, soon);
     });
   }
 }
 
 /// to(row, .) += w(i, seen) m[seen, .] for the rows of a step. Each row adds up the keys that it sees, in their order.
 template <class A, class Step>
-void weigh_rows(const Step& s, const float* weights, const stored_rows& rows, matrix_view<float> to, upcoming_walk& next) noexcept {
+void weigh_rows(const Step& s, const float* weights, const stored_rows& rows, matrix_view<float> to,
+                upcoming_walk& next) noexcept {
   using K = typename A::blocks;
   const gathered<float> w{{weights, s.rows, attention_keys, attention_pitch}};
   for (dim j = 0; j < to.cols; j += K::columns) {
@@ -245,7 +265,7 @@ void weigh_rows(const Step& s, const float* weights, const stored_rows& rows, ma
     for_each_block(s, [&](dim i, dim m) {
       const float* panel = s.panel;
       const auto alone = [&](dim r, key_range range) {
-        if (!range.empty()) add_panel<K>(w, r, 1, range, panel, to.row(s.at(r)) + j, to.ld, next);
+        if (!range.empty()) add_panel<K>(w, r, 1, range, panel, to.row(s.at(r)) + j, to.ld, next, 0, nothing_soon);
       };
       const key_range each = seen_by_each(s, i, m);
       for (dim r = i; r < i + m; ++r) {
@@ -254,11 +274,12 @@ void weigh_rows(const Step& s, const float* weights, const stored_rows& rows, ma
       }
       if (each.empty()) return;
       if (s.at(i + m - 1) - s.at(i) == m - 1) {
-        add_panel<K>(w, i, m, each, panel, to.row(s.at(i)) + j, to.ld, next);
+        add_panel<K>(w, i, m, each, panel, to.row(s.at(i)) + j, to.ld, next, 0, nothing_soon);
       } else {
         float near[outer_rows * K::columns];
         for (dim r = 0; r < m; ++r) std::memcpy(near + r * K::columns, to.row(s.at(i + r)) + j, K::columns * sizeof(float));
-        add_panel<K>(w, i, m, each, panel, near, K::columns, next);
+        const auto soon = [&](dim r) { return i + m + r < s.rows ? to.row(s.at(i + m + r)) + j : nullptr; };
+        add_panel<K>(w, i, m, each, panel, near, K::columns, next, K::columns, soon);
         for (dim r = 0; r < m; ++r) std::memcpy(to.row(s.at(i + r)) + j, near + r * K::columns, K::columns * sizeof(float));
       }
       for (dim r = i; r < i + m; ++r) alone(r, {each.hi, seen_by(s, r).hi});

@@ -2,8 +2,8 @@
 /// Attention on the host: how it is cut into tiles of rows and shared between threads.
 ///
 /// A tile is some queries of one sequence under all heads that share a key head: their rows stay in the second cache while
-/// the keys that they see pass by, a step at a time. Which keys those are is a selection's to say: all (every_key), or blocks
-/// (host_moba.hpp). Scratch is a tile and a step for each thread, whatever the number of keys.
+/// the keys that they see pass by, a step at a time. Which keys those are is a selection's to say: all (every_key), or
+/// blocks (host_moba.hpp). Scratch is a tile and a step for each thread, whatever the number of keys.
 #pragma once
 
 #include "moe/attention/problem.hpp"
@@ -59,8 +59,10 @@ matrix_view<const float> as_floats([[maybe_unused]] const attention_kernels& k, 
     return m;
   } else {
     for (dim r = 0; r < m.rows; ++r) {
-      if constexpr (std::same_as<element, bf16>) k.widen_bf16(m.row(r), near + r * m.cols, m.cols);
-      else k.widen_f16(m.row(r), near + r * m.cols, m.cols);
+      if constexpr (std::same_as<element, bf16>)
+        k.widen_bf16(m.row(r), near + r * m.cols, m.cols);
+      else
+        k.widen_f16(m.row(r), near + r * m.cols, m.cols);
     }
     return {near, m.rows, m.cols};
   }
@@ -79,7 +81,8 @@ struct attention_slot {
   float *panel, *p;
 };
 
-inline attention_slot carve_attention_slot(const attention_kernels& k, const attention_heads& h, dim rows, arena& mem) noexcept {
+inline attention_slot carve_attention_slot(const attention_kernels& k, const attention_heads& h, dim rows,
+                                           arena& mem) noexcept {
   const dim dv = round_up(h.dv, k.columns), widest = h.d > h.dv ? h.d : h.dv;
   attention_slot s;
   s.state.q = mem.matrix<float>("q", rows, h.d);
@@ -133,12 +136,14 @@ stored_rows rows_of(const attention_tile& t, const X& heads, const step_range& r
 template <HeadViews K, HeadViews V>
 attention_step step_of(const attention_tile& t, const K& keys, const V& values, const step_range& r, const step_range& next,
                        const attention_slot& s) noexcept {
-  return {s.state, r.row, r.rows, rows_of(t, keys, r), rows_of(t, values, r), r.key, s.panel, s.p, rows_of(t, keys, next), rows_of(t, values, next)};
+  return {s.state, r.row,   r.rows, rows_of(t, keys, r),    rows_of(t, values, r),
+          r.key,   s.panel, s.p,    rows_of(t, keys, next), rows_of(t, values, next)};
 }
 
 /// Heads of bf16 alone.
 template <class... X>
-inline constexpr bool all_halves = (std::same_as<std::remove_const_t<typename std::remove_cvref_t<decltype(std::declval<const X&>()[0])>::value_type>, bf16> && ...);
+inline constexpr bool all_halves =
+    (std::same_as<std::remove_cvref_t<decltype(*std::declval<const X&>()[0].data)>, bf16> && ...);
 /// n rows of `width` halves in blocks of 16 by 32.
 inline std::byte* carve_blocks_of_halves(const char* name, dim n, dim width, arena& mem) noexcept {
   constexpr dim high = 16, wide = 32, bytes = 2;
@@ -231,14 +236,17 @@ slot_memory make_attention_slots(const B& backend, const attention_problem& p, a
 
 /// What attend takes from its scratch.
 template <HostBackend B, class Selection>
-void count_attend(const B& backend, const attention_problem& p, attention_sizes n, const Selection& selection, arena& mem) noexcept {
-  (void)detail::make_attention_slots(backend, p, n, selection, detail::attention_grid(p, n, selection.rows(p.heads)).rows(), mem);
+void count_attend(const B& backend, const attention_problem& p, attention_sizes n, const Selection& selection,
+                  arena& mem) noexcept {
+  (void)detail::make_attention_slots(backend, p, n, selection, detail::attention_grid(p, n, selection.rows(p.heads)).rows(),
+                                     mem);
 }
 
-/// q, k and v are heads of float, bf16 or f16. o[t,a] = sum over the keys j that the selection has query t meet under head a of softmax_j(scale <q_t, k_j>) v_j, and lse,
-/// the log-sum-exp of the scaled scores. finish(t, a, o, lse) is told each as soon as it is there, with o[dv] in memory that
-/// it may change; calls of different t, a come from different threads. A query that meets no key gives o = 0, lse = -inf.
-/// Nothing is read of a key that a query does not see. Results do not depend on the threads, nor on the other queries.
+/// q, k and v are heads of float, bf16 or f16. o[t,a] = sum over the keys j that the selection has query t meet under head a
+/// of softmax_j(scale <q_t, k_j>) v_j, and lse, the log-sum-exp of the scaled scores. finish(t, a, o, lse) is told each as
+/// soon as it is there, with o[dv] in memory that it may change; calls of different t, a come from different threads. A
+/// query that meets no key gives o = 0, lse = -inf. Nothing is read of a key that a query does not see. Results do not
+/// depend on the threads, nor on the other queries.
 template <HostBackend B, HeadViews Q, HeadViews K, HeadViews V, class Selection, class Finish>
 void attend(const call<B>& on, const attention_problem& p, const Q& q, const K& k, const V& v, const Selection& selection,
             Finish finish) noexcept {

@@ -70,7 +70,8 @@ inline attention_backward_slot carve_attention_backward_slot(const attention_ker
 }
 
 /// What a step on halves takes in backward, where the level has them.
-inline attention_halves carve_backward_halves(const attention_kernels& k, const attention_heads& h, dim rows, arena& mem) noexcept {
+inline attention_halves carve_backward_halves(const attention_kernels& k, const attention_heads& h, dim rows,
+                                              arena& mem) noexcept {
   attention_halves b = carve_halves(k, h, rows, mem);
   if (!k.backward_halves) return b;
   constexpr dim pair = 32;
@@ -147,7 +148,8 @@ void count_attend_backward(const B& backend, const attention_problem& p, attenti
 /// delta[t,a] = <do, o> of token t under head a. With a gate after attention, y' = y g, the gated tensors give the same:
 /// <dy, y> = <dy', y'>.
 template <HostBackend B, HeadViews DO, HeadViews O>
-void attention_delta(const call<B>& on, const attention_heads& h, const DO& dout, const O& o, matrix_view<float> delta) noexcept {
+void attention_delta(const call<B>& on, const attention_heads& h, const DO& dout, const O& o,
+                     matrix_view<float> delta) noexcept {
   for_each_token(on, delta.rows, [=](dim t) {
     for (dim a = 0; a < h.heads; ++a) {
       const auto* x = dout[a].row(t);
@@ -161,8 +163,8 @@ void attention_delta(const call<B>& on, const attention_heads& h, const DO& dout
 /// gradient. Results do not depend on the threads.
 template <HostBackend B, HeadViews Q, HeadViews K, HeadViews V, class Selection, HeadViews DO, HeadViews DQ>
 void attend_backward(const call<B>& on, const attention_problem& p, const Q& q, const K& k, const V& v,
-                     const Selection& selection, const DO& dout, matrix_view<const float> lse, matrix_view<const float> delta,
-                     const DQ& dq, matrix_stack<float> dk, matrix_stack<float> dv) noexcept {
+                     const Selection& selection, const DO& dout, matrix_view<const float> lse,
+                     matrix_view<const float> delta, const DQ& dq, matrix_stack<float> dk, matrix_stack<float> dv) noexcept {
   scratch_frame frame(on.scratch);
   const attention_kernels kernels = attention_kernels_of(typename B::arch{});
   const attention_sizes n{q[0].rows, k[0].rows};

@@ -31,6 +31,7 @@ struct prefetch_list {
   static constexpr dim reach = 512, line = 64, most = outer_depth / 2;
   const char* piece[most];
   dim count = 0, shift = 3;  ///< log2 of a piece's lines
+  bool first = false;        ///< comes into the first cache, too
 
   /// Starts with memory that is near already.
   explicit prefetch_list(const void* near, dim piece_bytes = reach) noexcept {
@@ -44,7 +45,9 @@ struct prefetch_list {
     if (count < most) piece[count++] = static_cast<const char*>(p);
   }
   void ask(dim step) const noexcept {
-    moe::detail::prefetch_second(piece[step >> shift] + (step & ((dim{1} << shift) - 1)) * line);
+    const char* at = piece[step >> shift] + (step & ((dim{1} << shift) - 1)) * line;
+    if (first) moe::detail::prefetch(at);
+    else moe::detail::prefetch_second(at);
   }
 };
 

@@ -14,16 +14,16 @@ namespace moe {
 /// whose mean key has the largest product with it (the lower block where two are equal); all of them where there are fewer.
 /// A causal mask without a window.
 struct key_blocks {
-  /// Of a tile: as many as stay in a second cache of two megabytes, for a block meets a part of them only.
+  /// Of a tile: as many as make packing keys cheap, for a block meets a part of them only.
   dim rows(const attention_heads& h) const noexcept {
-    constexpr dim floats = 1 << 18, least = 384;
+    constexpr dim floats = 1 << 19, least = 384;
     return floats / (h.d + h.dv) > least ? floats / (h.d + h.dv) : least;
   }
 
-  dim block = 128;  ///< keys per block, B
-  dim k = 8;        ///< blocks of a query, its own among them
+  dim block = 128;                 ///< keys per block, B
+  dim k = 8;                       ///< blocks of a query, its own among them
   matrix_view<float> centroids{};  ///< [centroid_rows, h_kv*d]
-  matrix_view<idx> chosen{};             ///< [T*h, k-1]: earlier blocks, -1: none; kept for backward, or empty
+  matrix_view<idx> chosen{};       ///< [T*h, k-1]: earlier blocks, -1: none; kept for backward, or empty
 
   /// Blocks of all sequences, and the first of one of them.
   dim centroid_rows(dim sequences, dim keys) const noexcept { return keys / block + sequences; }
@@ -39,7 +39,8 @@ struct key_blocks {
   slot carve(const attention_problem& p, attention_sizes n, dim tile_rows, arena& mem) const noexcept;
   void choose(const attention_kernels& kernels, const attention_problem& p, const detail::attention_tile& t,
               detail::attention_slot& s, slot& b) const noexcept;
-  void recall(const attention_problem& p, const detail::attention_tile& t, detail::attention_slot& s, slot& b) const noexcept;
+  void recall(const attention_problem& p, const detail::attention_tile& t, detail::attention_slot& s,
+              slot& b) const noexcept;
   template <class F>
   void for_each_step(const attention_problem& p, const detail::attention_tile& t, const detail::attention_slot& s,
                      const slot& b, F f) const noexcept;
@@ -55,7 +56,8 @@ struct key_blocks {
   void group_by_block(dim rows_here, slot& b) const noexcept;
 };
 
-inline key_blocks::slot key_blocks::carve(const attention_problem&, attention_sizes n, dim tile_rows, arena& mem) const noexcept {
+inline key_blocks::slot key_blocks::carve(const attention_problem&, attention_sizes n, dim tile_rows,
+                                          arena& mem) const noexcept {
   const auto indices = [&](const char* name, dim count) { return mem.matrix<std::int32_t>(name, count, 1).data; };
   slot b;
   b.none = reinterpret_cast<dim*>(mem.matrix<std::int64_t>("none", tile_rows, 1).data);
@@ -80,7 +82,8 @@ inline void key_blocks::find_own(const detail::attention_slot& s, slot& b) const
   }
 }
 /// Keeps the best of blocks first .. first + n, whose scores are in p, with those kept so far, best first.
-inline void key_blocks::rank(const attention_kernels& kernels, dim first, dim n, const detail::attention_slot& s, slot& b) const noexcept {
+inline void key_blocks::rank(const attention_kernels& kernels, dim first, dim n, const detail::attention_slot& s,
+                             slot& b) const noexcept {
   const dim room = earlier();
   for (dim r = 0; r < s.state.q.rows; ++r) {
     if (b.own[r] <= room) continue;  // takes them all
@@ -108,7 +111,8 @@ inline void key_blocks::choose(const attention_kernels& kernels, const attention
   const dim n = s.state.q.rows, blocks_before = b.own[n - 1];
   if (blocks_before > earlier() && earlier() > 0)
     detail::for_each_key_step(0, blocks_before, [&](dim first, dim some) {
-      const matrix_view<float> means = centroids.columns(t.head * p.heads.d, p.heads.d).slice(first_centroid(t.in) + first, some);
+      const matrix_view<float> means =
+          centroids.columns(t.head * p.heads.d, p.heads.d).slice(first_centroid(t.in) + first, some);
       attention_step step{s.state, nullptr, n, stored_rows(means), {}, first, s.panel, s.p};
       step.state.first = b.none;
       step.state.end = b.own;
@@ -131,9 +135,11 @@ void key_blocks::for_each_step(const attention_problem&, const detail::attention
                                const slot& b, F f) const noexcept {
   const dim n = s.state.q.rows;
   const auto meet = [&](dim first, dim end, const idx* row, dim some) {
-    if (some > 0) detail::for_each_key_step(first, end, [&](dim key, dim keys) { f(detail::step_range{key, keys, row, some}); });
+    if (some > 0)
+      detail::for_each_key_step(first, end, [&](dim key, dim keys) { f(detail::step_range{key, keys, row, some}); });
   };
-  for (dim j = 0; j < b.own[n - 1]; ++j) meet(j * block, (j + 1) * block, b.list + b.offsets[j], b.offsets[j + 1] - b.offsets[j]);
+  for (dim j = 0; j < b.own[n - 1]; ++j)
+    meet(j * block, (j + 1) * block, b.list + b.offsets[j], b.offsets[j + 1] - b.offsets[j]);
   for (dim r = 0, end; r < n; r = end) {
     for (end = r + 1; end < n && b.own[end] == b.own[r];) ++end;
     if (b.own[r] >= 0) meet(b.own[r] * block, detail::at_most((b.own[r] + 1) * block, t.in.keys), b.all + r, end - r);
@@ -141,7 +147,8 @@ void key_blocks::for_each_step(const attention_problem&, const detail::attention
 }
 
 /// Memory that prepare_key_blocks fills for so many sequences: h_kv d floats for each block.
-inline key_blocks carve_key_blocks(const attention_heads& h, dim sequences, dim keys, dim block, dim k, arena& mem) noexcept {
+inline key_blocks carve_key_blocks(const attention_heads& h, dim sequences, dim keys, dim block, dim k,
+                                   arena& mem) noexcept {
   key_blocks b{block, k};
   b.centroids = mem.matrix<float>("centroids", b.centroid_rows(sequences, keys), h.key_cols());
   return b;
@@ -151,8 +158,8 @@ template <HostBackend B>
 detail::slot_memory count_prepare_key_blocks(const B& backend, const attention_heads& h, arena& mem) noexcept {
   return detail::make_slots(backend, mem, [&](arena& a) { (void)a.matrix<float>("key", 1, h.d); });
 }
-/// centroids[c, g*d ..] = the mean of the keys of block c under key head g, added up in the order of the keys; the last block
-/// of a sequence may be short.
+/// centroids[c, g*d ..] = the mean of the keys of block c under key head g, added up in the order of the keys; the last
+/// block of a sequence may be short.
 template <HostBackend B, HeadViews K>
 void prepare_key_blocks(const call<B>& on, const attention_problem& p, const K& k, const key_blocks& b) noexcept {
   const attention_kernels kernels = attention_kernels_of(typename B::arch{});

@@ -14,8 +14,8 @@ namespace moe::arch::detail {
 template <int Build, class Tiles>
 class attention_tiles : public attention_tile_step<Build, Tiles, attention_step> {
   using base = attention_tile_step<Build, Tiles, attention_step>;
-  using typename base::rules;
   using base::s_, base::h_;
+  using typename base::rules;
 
  public:
   using base::base;
@@ -49,8 +49,8 @@ class attention_tiles : public attention_tile_step<Build, Tiles, attention_step>
 template <int Build, class Tiles>
 class attention_backward_tiles : public attention_tile_step<Build, Tiles, attention_backward_step> {
   using base = attention_tile_step<Build, Tiles, attention_backward_step>;
-  using typename base::rules;
   using base::s_, base::h_, base::pair, base::block_bytes, base::steps_of;
+  using typename base::rules;
 
  public:
   using base::base;
@@ -104,14 +104,16 @@ class attention_backward_tiles : public attention_tile_step<Build, Tiles, attent
       for (dim q = 0; q < tile_rows; ++q) {
         const float* upper = weights + (i + 2 * q) * attention_pitch + key;
         const dim left = s_.rows - i - 2 * q;
-        const __m512i both = paired_halves(first_floats(upper, left > 0 ? 16 : 0), first_floats(upper + attention_pitch, left > 1 ? 16 : 0));
-        _mm512_store_si512(pairs + q * tile_rows, both);
+        const __m512 low = first_floats(upper, left > 0 ? tile_rows : 0);
+        const __m512 high = first_floats(upper + attention_pitch, left > 1 ? tile_rows : 0);
+        _mm512_store_si512(pairs + q * tile_rows, paired_halves(low, high));
       }
       blocks_avx512<Build>::template transpose<tile_rows>(row, 0, reinterpret_cast<float*>(to));
     }
   }
   /// to(key, .) += the sum over the step's rows that see it of weights(row, key) m(row, .), whose rows are in `pairs`.
-  void sum_by_key(const float* weights, const std::byte* m, const std::byte* pairs, dim width, matrix_view<float> to) noexcept {
+  void sum_by_key(const float* weights, const std::byte* m, const std::byte* pairs, dim width,
+                  matrix_view<float> to) noexcept {
     const dim chunks = steps_of(s_.rows);
     for (dim key = 0; key < to.rows; key += tile_rows) turn(weights, key);
     tile_heights<Tiles> heights;

@@ -147,9 +147,9 @@ class attention_tile_step {
       const std::byte* upper = rows_at(rows, steps, i);
       const std::byte* lower = n > tile_rows ? rows_at(rows, steps, i + tile_rows) : nullptr;
       for (dim key = seen.lo / pair * pair; key < seen.hi; key += pair)
-        multiply_tiles<Build, Tiles, false>({upper, lower, block_bytes, block_bytes, packed + key / pair * steps * 2 * tile_bytes,
-                                             steps, upper, 0, scores + i * attention_pitch + key,
-                                             attention_pitch * dim{sizeof(float)}, false});
+        multiply_tiles<Build, Tiles, false>(
+            {upper, lower, block_bytes, block_bytes, packed + key / pair * steps * 2 * tile_bytes, steps, upper, 0,
+             scores + i * attention_pitch + key, attention_pitch * dim{sizeof(float)}, false});
     });
   }
   /// to(row, .) += the step's weights times the rows that pack_rows made of `width` columns.
@@ -163,10 +163,9 @@ class attention_tile_step {
         float near[pair * pair];
         constexpr std::size_t bytes = pair * sizeof(float);
         for (dim r = 0; !together && r < rows; ++r) std::memcpy(near + r * pair, to.row(s_.at(i + r)) + j, bytes);
-        multiply_tiles<Build, Tiles, false>({upper, lower, block_bytes, block_bytes,
-                                             packed + (j / pair * key_chunks() + first) * 2 * tile_bytes, n, upper, 0,
-                                             together ? to.row(s_.at(i)) + j : near,
-                                             (together ? to.ld : pair) * dim{sizeof(float)}, true});
+        multiply_tiles<Build, Tiles, false>(
+            {upper, lower, block_bytes, block_bytes, packed + (j / pair * key_chunks() + first) * 2 * tile_bytes, n, upper,
+             0, together ? to.row(s_.at(i)) + j : near, (together ? to.ld : pair) * dim{sizeof(float)}, true});
         for (dim r = 0; !together && r < rows; ++r) std::memcpy(to.row(s_.at(i + r)) + j, near + r * pair, bytes);
       }
     });
@@ -194,7 +193,8 @@ class attention_tile_step {
     std::byte* block = h_.gathered + i % pair / tile_rows * steps * block_bytes;
     for (dim r = 0; r < n; ++r)
       for (dim j = 0; j < steps; ++j)
-        std::memcpy(block + (j * tile_rows + r) * line_bytes, rows + place(s_.at(i + r), steps) + j * block_bytes, line_bytes);
+        std::memcpy(block + (j * tile_rows + r) * line_bytes, rows + place(s_.at(i + r), steps) + j * block_bytes,
+                    line_bytes);
     return block;
   }
 };
