@@ -138,45 +138,43 @@ key_range seen_by_each(const Step& s, dim i, dim m) noexcept {
   return all;
 }
 
-/// Columns j .. j + K::columns of m, and zeros, row after row: a panel of a right operand that is reduced over rows.
+/// Elements j .. j + n of row i as floats: as they are, or widened into `near`.
+template <class A>
+const float* floats_of(const stored_rows& m, dim i, dim j, dim n, float* near) noexcept {
+  if (m.type == stored_rows::element::f32) return m.row<float>(i) + j;
+  if (m.type == stored_rows::element::bf16)
+    A::blocks::widen(m.row<bf16>(i) + j, near, n);
+  else
+    A::widen(m.row<f16>(i) + j, near, n);
+  return near;
+}
+/// Columns j .. j + columns of m, and zeros, row after row: a panel of a right operand that is reduced over rows.
 template <class A>
 void pack_rows(const stored_rows& m, dim j, float* panel) noexcept {
   constexpr dim columns = A::blocks::columns;
   const dim n = at_most(m.cols - j, columns);
   for (dim i = 0; i < m.rows; ++i, panel += columns) {
-    if (m.type == stored_rows::element::f32)
-      A::blocks::widen(m.row<float>(i) + j, panel, n);
-    else if (m.type == stored_rows::element::bf16)
-      A::blocks::widen(m.row<bf16>(i) + j, panel, n);
-    else
-      A::widen(m.row<f16>(i) + j, panel, n);
+    if (const float* from = floats_of<A>(m, i, j, n, panel); from != panel) A::blocks::widen(from, panel, n);
     for (dim l = n; l < columns; ++l) panel[l] = 0;
   }
 }
-/// Rows j .. j + K::columns of m, and zeros, column after column: a panel of one that is reduced over columns.
+/// Rows j .. j + columns of m, and zeros, column after column: a panel of one that is reduced over columns.
 template <class A>
 void pack_columns(const stored_rows& m, dim j, float* panel) noexcept {
   using K = typename A::blocks;
   constexpr dim W = K::width, piece = 64;
+  static constexpr float zeros[piece] = {};
   const dim n = at_most(m.rows - j, K::columns);
   float near[W * piece];
   for (dim i = 0; i < K::columns; i += W)
     for (dim p = 0; p < m.cols; p += piece) {
-      const dim some = at_most(n - i, W), wide = at_most(m.cols - p, piece), whole = some == W ? wide / W * W : 0;
-      const float* row[W] = {};
-      for (dim l = 0; l < some; ++l) {
-        row[l] = near + l * piece;
-        if (m.type == stored_rows::element::f32)
-          row[l] = m.row<float>(j + i + l) + p;
-        else if (m.type == stored_rows::element::bf16)
-          K::widen(m.row<bf16>(j + i + l) + p, near + l * piece, wide);
-        else
-          A::widen(m.row<f16>(j + i + l) + p, near + l * piece, wide);
-      }
+      const dim wide = at_most(m.cols - p, piece), whole = wide / W * W;
+      const float* row[W];
+      for (dim l = 0; l < W; ++l) row[l] = i + l < n ? floats_of<A>(m, j + i + l, p, wide, near + l * piece) : zeros;
       float* to = panel + p * K::columns + i;
       for (dim c = 0; c < whole; c += W) K::transpose(row, c, to + c * K::columns);
       for (dim c = whole; c < wide; ++c)
-        for (dim l = 0; l < W; ++l) to[c * K::columns + l] = l < some ? row[l][c] : 0.f;
+        for (dim l = 0; l < W; ++l) to[c * K::columns + l] = row[l][c];
     }
 }
 
