@@ -74,6 +74,10 @@ namespace detail {
 
 using moe::detail::line_bytes, moe::detail::panel_rows, moe::detail::tile_bytes, moe::detail::tile_rows;
 
+/// How far ahead of a product its weights are asked for: from memory into the second cache, from there into the first. A
+/// block that waits has few instructions in flight, and a line from the second cache comes late while many come from memory.
+inline constexpr dim from_memory = 8 * tile_bytes, from_second = 2 * tile_bytes;
+
 // The plain rung. Products add up in the order of k, and integers exactly, as on every other rung.
 template <int Build>
 void prepare_f32(const float* x, dim k, std::byte* to, dim stride, float*, bool) noexcept {

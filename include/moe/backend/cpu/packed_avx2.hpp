@@ -44,11 +44,12 @@ inline __m256 eight_weights(const std::byte* q, int part) noexcept {
   }
 }
 
-/// M rows, floats times floats or halves, against the V vectors of 8 weight rows at q.
+/// M rows, floats times floats or halves, against the V vectors of 8 weight rows at q. Asks for the memory at `ahead`, as much
+/// as is read here, with `skip` bytes left out after each kilobyte.
 template <int Build, class T, int M, int V>
 MOE_TARGET(MOE_AVX2)
 MOE_NO_INLINE void multiply_block_256(const std::byte* a, dim a_step, dim lines, const std::byte* q, const std::byte* ahead,
-                                      float* c, dim ld) noexcept {
+                                      dim skip, float* c, dim ld) noexcept {
   constexpr int slot = 4 / sizeof(T), per_line = 16 / slot;
   __m256 sum[M][V];
   MOE_UNROLL
@@ -61,7 +62,11 @@ MOE_NO_INLINE void multiply_block_256(const std::byte* a, dim a_step, dim lines,
     MOE_NO_UNROLL
     for (int i = 0; i < per_line; ++i, q += line_bytes, ahead += V / 2 * line_bytes) {
       _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T1);
-      if constexpr (V == 4) _mm_prefetch(reinterpret_cast<const char*>(ahead + line_bytes), _MM_HINT_T1);
+      _mm_prefetch(reinterpret_cast<const char*>(q + from_second), _MM_HINT_T0);
+      if constexpr (V == 4) {
+        _mm_prefetch(reinterpret_cast<const char*>(ahead + line_bytes), _MM_HINT_T1);
+        _mm_prefetch(reinterpret_cast<const char*>(q + from_second + tile_bytes), _MM_HINT_T0);
+      }
       MOE_UNROLL
       for (int part = 0; part < slot; ++part) {  // few registers: weights are loaded again for their odd halves
         __m256 w[V];
@@ -75,7 +80,10 @@ MOE_NO_INLINE void multiply_block_256(const std::byte* a, dim a_step, dim lines,
         }
       }
     }
-    if ((l + 1) * per_line % 16 == 0) q += tile_bytes;
+    if ((l + 1) * per_line % 16 == 0) {
+      q += tile_bytes;
+      ahead += skip;
+    }
   }
   MOE_UNROLL
   for (int m = 0; m < M; ++m) {
@@ -88,16 +96,18 @@ template <int Build, class T>
 void multiply_256(const prepared_rows& a, const panel_product& p) noexcept {
   for (dim j = 0; j < p.panels; ++j)
     for (dim b = 0; b < a.blocks(); ++b) {
-      const std::byte *w = p.weights + j * p.panel_bytes, *ahead = w + (a.blocks() > 1 ? p.panel_bytes : 4 * tile_bytes);
+      const bool alone = a.blocks() == 1;
+      const std::byte *w = p.weights + j * p.panel_bytes, *ahead = w + (alone ? from_memory : p.panel_bytes);
+      const dim half = alone ? tile_bytes : p.panel_bytes / 2, skip = alone ? tile_bytes : 0;
       const dim step = a.height_of(b) * line_bytes;
       float* c = p.c.row(b * a.height) + j * panel_rows;
       with_constant<rows_256>(a.height_of(b), [&](auto m) {
         if constexpr (m <= 2) {
-          multiply_block_256<Build, T, m, 4>(a.block(b), step, a.lines, w, ahead, c, p.c.ld);
+          multiply_block_256<Build, T, m, 4>(a.block(b), step, a.lines, w, ahead, 0, c, p.c.ld);
         } else {
-          multiply_block_256<Build, T, m, 2>(a.block(b), step, a.lines, w, ahead, c, p.c.ld);
-          multiply_block_256<Build, T, m, 2>(a.block(b), step, a.lines, w + tile_bytes, ahead + p.panel_bytes / 2,
-                                             c + tile_rows, p.c.ld);
+          multiply_block_256<Build, T, m, 2>(a.block(b), step, a.lines, w, ahead, skip, c, p.c.ld);
+          multiply_block_256<Build, T, m, 2>(a.block(b), step, a.lines, w + tile_bytes, ahead + half, skip, c + tile_rows,
+                                             p.c.ld);
         }
       });
     }
@@ -123,7 +133,8 @@ MOE_NO_INLINE
   for (dim l = 0; l < lines; ++l, a += a_step, q += tile_bytes) {
     MOE_NO_UNROLL
     for (int i = 0; i < 16; ++i, q += line_bytes) {
-      _mm_prefetch(reinterpret_cast<const char*>(q + 4 * tile_bytes), _MM_HINT_T1);
+      _mm_prefetch(reinterpret_cast<const char*>(q + from_memory), _MM_HINT_T1);
+      _mm_prefetch(reinterpret_cast<const char*>(q + from_second), _MM_HINT_T0);
       const __m256i w = _mm256_xor_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(q)), middle);
       const __m256i size = _mm256_abs_epi8(w);
       MOE_UNROLL

@@ -33,10 +33,6 @@ struct block_work {
   dim ld;
 };
 
-/// How far ahead of a product its weights are asked for: from memory into the second cache, from there into the first. A block
-/// that waits has few instructions in flight, and a line from the second cache comes late while many come from memory.
-inline constexpr dim from_memory = 8 * tile_bytes, from_second = 2 * tile_bytes;
-
 /// f(height, work) for every block of rows and panel. A block alone asks for its own weights; several share the asking for
 /// `bytes` at `next`, by default the next panel.
 template <class Multiply>
