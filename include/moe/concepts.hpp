@@ -29,6 +29,7 @@
 #include "moe/core/call.hpp"
 #include "moe/core/error.hpp"
 #include "moe/core/plan.hpp"
+#include "moe/core/then.hpp"
 #include "moe/core/view.hpp"
 
 namespace moe {
@@ -210,22 +211,14 @@ namespace detail {
 // Joins that a layer on the host is spared.
 template <class B>
 concept on_host = Backend<B> && std::same_as<typename B::space, host>;
-struct any_tokens {
-  void operator()(dim, dim) const noexcept {}
-};
-struct any_scores {
-  void operator()(any_tokens) const noexcept {}
-};
-struct any_part {
-  void operator()(const result_part&) const noexcept {}
-};
 template <class G, class R, class B>
 concept routes_by_part =
     on_host<B> && requires(const G g, const R r, const call<B> on, const typename G::weights gw,
                            const typename R::weights rw, typename G::context gctx, typename R::context rctx,
-                           const typename G::input x, matrix_view<float> scores, typename R::plan plan) {
-      { g.forward(on, gw, x, scores, gctx, any_tokens{}) } noexcept -> std::same_as<void>;
-      { r.forward(on, rw, scores, plan, rctx, any_scores{}) } noexcept -> std::same_as<void>;
+                           const typename G::input x, matrix_view<float> scores, typename R::plan plan, const then_tokens then,
+                           const fill_scores fill) {
+      { g.forward(on, gw, x, scores, gctx, then) } noexcept -> std::same_as<void>;
+      { r.forward(on, rw, scores, plan, rctx, fill) } noexcept -> std::same_as<void>;
     };
 template <class C, class In, class B>
 concept combines_by_part =
@@ -237,8 +230,8 @@ template <class X, class B>
 concept computes_by_part =
     on_host<B> && std::same_as<typename X::output, matrix_view<float>> &&
     requires(const X x, const call<B> on, const typename X::weights w, const typename X::input in, const bank_rows rows,
-             typename X::output ys, typename X::context ctx) {
-      { x.forward(on, w, in, rows, ys, ctx, any_part{}) } noexcept -> std::same_as<void>;
+             typename X::output ys, typename X::context ctx, const then_part then) {
+      { x.forward(on, w, in, rows, ys, ctx, then) } noexcept -> std::same_as<void>;
     };
 
 }  // namespace detail

@@ -378,11 +378,11 @@ class layer_impl {
   }
   void route(const call<B>& on, const weight_views& w, const typename G::input& x, matrix_view<float> scores,
              context& ctx) const {
-    const auto gate = [&](const auto&... then) { gate_.forward(on, w.gate, x, scores, ctx.gate, then...); };
     if constexpr (routes_at_once) {
-      router_.forward(on, w.router, scores, ctx.plan, ctx.router, gate);
+      const auto fill = [&](const then_tokens& then) { gate_.forward(on, w.gate, x, scores, ctx.gate, then); };
+      router_.forward(on, w.router, scores, ctx.plan, ctx.router, fill_scores(fill));
     } else {
-      gate();
+      gate_.forward(on, w.gate, x, scores, ctx.gate);
       router_.forward(on, w.router, scores, ctx.plan, ctx.router);
     }
   }
@@ -393,12 +393,13 @@ class layer_impl {
     const bool kept = keeps_rows && ctx.training;
     typename X::output ys = kept ? ctx.rows : experts_.make_output(on.sizes, router_.max_rows(on.sizes), on.scratch);
     if constexpr (combines_at_once) {
-      experts_.forward(on, w.experts, in, ctx.plan.all(), ys, ctx.experts, [&](const result_part& p) noexcept {
+      const auto combine = [&](const result_part& p) {
         for (dim t = p.token; t < p.token + p.tokens; ++t)
           put(y.row(t) + p.column, p.columns, [&](dim first, float* to, dim n) {
             combine_.forward_part(on, w.combine, in, ctx.plan, ys, t, p.column + first, to, n);
           });
-      });
+      };
+      experts_.forward(on, w.experts, in, ctx.plan.all(), ys, ctx.experts, then_part(combine));
     } else {
       experts_.forward(on, w.experts, in, ctx.plan.all(), ys, ctx.experts);
       if (kept) ctx.rows = ys;

@@ -83,9 +83,9 @@ choice_scratch make_choice_scratch(const R& r, shape s, arena& mem) noexcept {
   return {r.make_scratch(s, mem).keys, mem.vector<float>("weights", s.tokens * r.choices(s))};
 }
 /// Rank, assign and weigh, where scores come a run of tokens at a time: the thread that has those of a run does all three.
-template <class R, class B, class Fill>
+template <class R, class B>
 void route_by_key(const call<B>& on, const R& r, const typename R::weights& w, matrix_view<const float> scores,
-                  typename R::plan& p, const score_context& ctx, const Fill& fill) noexcept {
+                  typename R::plan& p, const score_context& ctx, const fill_scores& fill) noexcept {
   scratch_frame frame(on.scratch);
   const choice_scratch s = make_choice_scratch(r, on.sizes, on.scratch);
   const auto& chooser = innermost(r);

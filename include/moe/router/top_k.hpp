@@ -40,9 +40,9 @@ struct top_k {
     select(on, w, scores, p);
     weigh(on, w, scores, p, ctx);
   }
-  template <class B, class Fill>
+  template <class B>
   void forward(const call<B>& on, const weights& w, matrix_view<const float> scores, plan& p, context& ctx,
-               const Fill& fill) const noexcept {
+               const fill_scores& fill) const noexcept {
     detail::route_by_key(on, *this, w, scores, p, ctx, fill);
   }
   template <class B>
