@@ -44,8 +44,8 @@ inline __m256 eight_weights(const std::byte* q, int part) noexcept {
   }
 }
 
-/// M rows, floats times floats or halves, against the V vectors of 8 weight rows at q. Asks for the memory at `ahead`, as much
-/// as is read here, with `skip` bytes left out after each kilobyte.
+/// M rows, floats times floats or halves, against the V vectors of 8 weight rows at q. Asks for the memory at `ahead`, as
+/// much as is read here, with `skip` bytes left out after each kilobyte.
 template <int Build, class T, int M, int V>
 MOE_TARGET(MOE_AVX2)
 MOE_NO_INLINE void multiply_block_256(const std::byte* a, dim a_step, dim lines, const std::byte* q, const std::byte* ahead,
