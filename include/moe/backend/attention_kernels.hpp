@@ -137,6 +137,12 @@ key_range seen_by_each(const Step& s, dim i, dim m) noexcept {
   }
   return all;
 }
+/// Whether every row sees every key.
+template <class Step>
+bool all_seen(const Step& s) noexcept {
+  const key_range each = seen_by_each(s, 0, s.rows);
+  return each.lo == 0 && each.hi == s.k.rows;
+}
 
 /// Elements j .. j + n of row i as floats: as they are, or widened into `near`.
 template <class A>
@@ -238,11 +244,12 @@ template <class A, class Step>
 void score_rows(const Step& s, gathered<float> a, const stored_rows& k, float* scores, upcoming_walk& next) noexcept {
   using K = typename A::blocks;
   const dim depth = a.cols();
-  const key_range any = seen_by_any(s, 0, s.rows);
+  const bool all = all_seen(s);
+  const key_range every{0, s.k.rows}, any = all ? every : seen_by_any(s, 0, s.rows);
   for (dim j = any.lo / K::columns * K::columns; j < any.hi; j += K::columns) {
     pack_columns<A>(k, j, s.panel);
     for_each_block(s, [&](dim i, dim m) {
-      const key_range seen = seen_by_any(s, i, m);
+      const key_range seen = all ? every : seen_by_any(s, i, m);
       if (seen.hi <= j || seen.lo >= j + K::columns) return;
       float* c = scores + i * attention_pitch + j;
       for (dim r = 0; r < m; ++r) std::memset(c + r * attention_pitch, 0, K::columns * sizeof(float));
@@ -258,6 +265,7 @@ void weigh_rows(const Step& s, const float* weights, const stored_rows& rows, ma
                 upcoming_walk& next) noexcept {
   using K = typename A::blocks;
   const gathered<float> w{{weights, s.rows, attention_keys, attention_pitch}};
+  const bool all = all_seen(s);
   for (dim j = 0; j < to.cols; j += K::columns) {
     pack_rows<A>(rows, j, s.panel);
     for_each_block(s, [&](dim i, dim m) {
@@ -265,8 +273,8 @@ void weigh_rows(const Step& s, const float* weights, const stored_rows& rows, ma
       const auto alone = [&](dim r, key_range range) {
         if (!range.empty()) add_panel<K>(w, r, 1, range, panel, to.row(s.at(r)) + j, to.ld, next, 0, nothing_soon);
       };
-      const key_range each = seen_by_each(s, i, m);
-      for (dim r = i; r < i + m; ++r) {
+      const key_range each = all ? key_range{0, s.k.rows} : seen_by_each(s, i, m);
+      for (dim r = i; r < i + m && !all; ++r) {
         const key_range own = seen_by(s, r);
         alone(r, each.empty() ? own : key_range{own.lo, each.lo});
       }
@@ -280,7 +288,7 @@ void weigh_rows(const Step& s, const float* weights, const stored_rows& rows, ma
         add_panel<K>(w, i, m, each, panel, near, K::columns, next, K::columns, soon);
         for (dim r = 0; r < m; ++r) std::memcpy(to.row(s.at(i + r)) + j, near + r * K::columns, K::columns * sizeof(float));
       }
-      for (dim r = i; r < i + m; ++r) alone(r, {each.hi, seen_by(s, r).hi});
+      for (dim r = i; r < i + m && !all; ++r) alone(r, {each.hi, seen_by(s, r).hi});
     });
   }
 }
@@ -300,6 +308,8 @@ void attend(const attention_step& s) noexcept {
     const key_range seen = seen_by(s, i);
     if (seen.empty()) continue;
     const dim r = s.at(i);
+    if (i + 2 < s.rows)  // rows of a tile are far apart
+      for (dim j = 0; j < s.state.o.cols; j += 16) moe::detail::prefetch(s.state.o.row(s.at(i + 2)) + j);
     const float fade = A::softmax(s.p + i * attention_pitch, seen.lo, seen.hi, s.state.largest[r], s.state.sum[r]);
     if (fade != 1) A::scale(s.state.o.row(r), fade, s.state.o.cols);
   }
