@@ -9,6 +9,7 @@
 #include "moe/backend/host_decode.hpp"
 #include "moe/backend/scalar.hpp"
 #include "moe/recipe/moba.hpp"
+#include "support/executors.hpp"
 #include "support/testing.hpp"
 
 namespace {
@@ -250,5 +251,48 @@ TEST_SUITE("attention/select_blocks") {
                          "select_blocks: the cache was made without blocks (block = 0)", moe::shape_error);
     CHECK_THROWS_AS(moe::select_blocks(on(), g.cache, matrix(q, 1), matrix_view<idx>{b.data(), 2, 2}), moe::shape_error);
     CHECK_THROWS_AS(moe::select_blocks(on(), g.cache, matrix(q, 1), matrix_view<idx>{b.data(), 4, 0}), moe::shape_error);
+  }
+}
+
+TEST_SUITE("backend/host_decode") {
+  TEST_CASE("every unit is taken once, a thread's own range in order and first, whoever comes and whoever does not") {
+    for (const dim units : {1, 7, 1000})
+      for (const dim threads : {1, 2, 7, 200})
+        for (const dim present : {dim{1}, threads}) {
+          moe::detail::unit_ranges ranges(units, threads);
+          std::vector<int> taken(static_cast<std::size_t>(units));
+          for (dim thread = 0; thread < present; ++thread) {
+            dim before = -1, end = -1;
+            ranges.take(thread, [&](dim n, dim last) {
+              CHECK(n < last);
+              CHECK(last <= units);
+              if (last == end) CHECK(n == before + 1);
+              else if (end < 0 && threads <= units && threads <= 64) CHECK(n == units * thread / threads);
+              before = n;
+              end = last;
+              ++taken[static_cast<std::size_t>(n)];
+            });
+          }
+          CHECK(taken == std::vector<int>(static_cast<std::size_t>(units), 1));
+        }
+  }
+  TEST_CASE("a step takes one join, and a sequence without keys gets zeros and -inf") {
+    filled<float> f({heads, 2, 1100});
+    std::vector<float> k = normals(1100 * 10, 1), v = normals(1100 * 6, 2), q = normals(2 * 20, 3);
+    f.cache.append_to(on(), 1, matrix(k, 1100), matrix(v, 1100));
+    dim joins = 0;
+    const moe::scalar<testing::counting> host(testing::counting{&joins});
+    moe::arena count;
+    moe::make_decode_scratch(f.sizes, 0, count);
+    moe::buffer memory(moe::padded(count));
+    moe::arena scratch(memory.bytes());
+    std::vector<float> o(2 * 12, 7.f), lse(2 * 4, 7.f);
+    moe::decode(moe::call<moe::scalar<testing::counting>>{host, scratch, {}}, f.cache, matrix(q, 2), matrix(o, 2),
+                matrix(lse, 2));
+    CHECK(joins == 1);
+    for (std::size_t i = 0; i < 12; ++i) CHECK(o[i] == 0);
+    for (std::size_t i = 0; i < 4; ++i) CHECK(lse[i] == -std::numeric_limits<float>::infinity());
+    for (std::size_t i = 12; i < 24; ++i) CHECK(std::fabs(o[i]) < 1);
+    for (std::size_t i = 4; i < 8; ++i) CHECK(lse[i] > 6);
   }
 }

@@ -41,13 +41,17 @@ void prepare_bytes(const float* q, dim d, std::byte* to) noexcept {
   const float range = static_cast<float>(moe::detail::at_most(32639, 0x7fffffff / (127 * d)));
   const float per = rest == 0 && largest > 0x1p-100f ? range / largest : 0, unit = rest == 0 ? largest / range : NAN;
   std::uint32_t start = 0;  // whole numbers wrap around, and the last sum fits
-  for (dim j = 0; j < d; ++j) {
-    const float scaled = per != 0 ? q[j] * per : 0;
-    const auto whole = static_cast<std::int32_t>(scaled + (scaled < 0 ? -0.5f : 0.5f));
-    const std::int32_t high = (whole + 128) >> 8;
-    to[64 + j] = static_cast<std::byte>(high);
-    to[64 + d + j] = static_cast<std::byte>(whole - 256 * high);
-    start -= 128 * static_cast<std::uint32_t>(whole);
+  for (dim j = 0; j < d; j += kv_pad) {
+    std::int8_t high[kv_pad] = {}, low[kv_pad] = {};
+    for (dim l = 0; per != 0 && l < kv_pad; ++l) {
+      const float scaled = q[j + l] * per;
+      const auto whole = static_cast<std::int32_t>(scaled + (scaled < 0 ? -0.5f : 0.5f));
+      high[l] = static_cast<std::int8_t>((whole + 128) >> 8);
+      low[l] = static_cast<std::int8_t>(whole - 256 * high[l]);
+      start -= 128 * static_cast<std::uint32_t>(whole);
+    }
+    std::memcpy(to + 64 + j, high, sizeof high);
+    std::memcpy(to + 64 + d + j, low, sizeof low);
   }
   std::memcpy(to, &unit, sizeof unit);
   std::memcpy(to + sizeof unit, &start, sizeof start);

@@ -41,12 +41,13 @@ inline constexpr dim decode_chunk = 512;
 /// Units of a step, with the partial results of the heads that take part in each.
 struct decode_units {
   std::span<idx> sequence_offsets;  ///< [S*h_kv + 1] units of a key head of a sequence
-  matrix_view<idx> keys;            ///< [units, 2] first key and one beyond the last
+  matrix_view<idx> keys;            ///< [units, 3] first key, one beyond the last, and the key head (of all sequences)
   matrix_view<idx> pick;            ///< [units, G] the heads of the group that take part, and then -1
   matrix_view<float> o;             ///< [units * G, dv], G and dv padded
   matrix_view<float> largest, sum;  ///< [units, G]
   matrix_view<std::int8_t> q;       ///< [S*h, 4 d] prepared
   matrix_view<float> row;           ///< [S*h, d] padded: queries as floats
+  std::span<std::int32_t> done;     ///< [S*h_kv] finished units of a key head of a sequence: memory of counters
 };
 
 /// Most units of any step: chunks of whole sequences, or k blocks for each head.
@@ -57,13 +58,14 @@ inline decode_units carve_units(const cached_sizes& s, dim k, arena& mem) noexce
   const dim heads = round_up(s.group(), decode_heads), units = most_units(s, k), queries = s.sequences * s.heads;
   decode_units u;
   u.sequence_offsets = mem.vector<idx>("unit_offsets", s.sequences * s.kv_heads + 1);
-  u.keys = mem.matrix<idx>("unit_keys", units, 2);
+  u.keys = mem.matrix<idx>("unit_keys", units, 3);
   u.pick = mem.matrix<idx>("unit_heads", units, s.group());
   u.o = mem.matrix<float>("unit_o", units * heads, round_up(s.dv, kv_pad));
   u.largest = mem.matrix<float>("unit_largest", units, heads);
   u.sum = mem.matrix<float>("unit_sum", units, heads);
   u.q = mem.matrix<std::int8_t>("queries", queries, 4 * round_up(s.d, kv_pad));
   u.row = mem.matrix<float>("query_rows", queries, round_up(s.d, kv_pad));
+  u.done = mem.vector<std::int32_t>("units_done", s.sequences * s.kv_heads);
   return u;
 }
 

@@ -3,8 +3,12 @@
 ///
 /// A unit of work is a chunk of keys, of a length that does not depend on the threads, under one key head; or, where blocks
 /// are selected, one block and those heads of the group that chose it. Every unit leaves a partial softmax, and those of a
-/// head are merged in the order of their keys: results are equal bit for bit for any executor.
+/// head are merged in the order of their keys, by whoever finishes the last one: results are equal bit for bit for any
+/// executor.
 #pragma once
+
+#include <atomic>
+#include <new>
 
 #include "moe/backend/decode_units.hpp"
 #include "moe/concepts.hpp"
@@ -53,17 +57,22 @@ void cut_units(const cached_keys<T>& cache, const decode_options& options, const
     for (dim a = 0; a < h.kv_heads; ++a) {
       const dim length = cache.length(s),
                 first = options.window > 0 && options.window < length ? length - options.window : 0;
-      u.sequence_offsets[static_cast<std::size_t>(s * h.kv_heads + a)] = static_cast<idx>(n);
+      const dim head = s * h.kv_heads + a, start = n;
+      u.sequence_offsets[static_cast<std::size_t>(head)] = static_cast<idx>(n);
       n = options.blocks ? cut_blocks(u, options.blocks.slice(s * h.heads + a * h.group(), h.group()), h.block, length, n)
                          : cut_chunks(u, first, length, h.group(), n);
+      for (dim i = start; i < n; ++i) u.keys(i, 2) = static_cast<idx>(head);
     }
   u.sequence_offsets.back() = static_cast<idx>(n);
 }
 
-/// Unit n of key head `head` (of all sequences).
+inline dim units_of(const decode_units& u, dim head) noexcept {
+  return u.sequence_offsets[static_cast<std::size_t>(head) + 1] - u.sequence_offsets[static_cast<std::size_t>(head)];
+}
+
 template <class T>
-decode_unit unit_of(const cached_keys<T>& cache, const decode_units& u, dim n, dim head) noexcept {
-  const dim group = cache.sizes.group();
+decode_unit unit_of(const cached_keys<T>& cache, const decode_units& u, dim n) noexcept {
+  const dim group = cache.sizes.group(), head = u.keys(n, 2);
   decode_unit unit;
   unit.k = cache.k.row(head);
   unit.v = cache.v.row(head);
@@ -83,23 +92,40 @@ decode_unit unit_of(const cached_keys<T>& cache, const decode_units& u, dim n, d
   unit.sum = u.sum.row(n);
   return unit;
 }
-/// Runs units n .. last, each asking for the first keys of the one after it.
-template <class T>
-void run_units(const cached_keys<T>& cache, const decode_kernels& kernels, const decode_units& u, dim n, dim last) noexcept {
-  const auto head_of = [&u](dim unit, dim head) {
-    while (u.sequence_offsets[static_cast<std::size_t>(head) + 1] <= unit) ++head;
-    return head;
-  };
-  for (dim head = head_of(n, 0); n < last; ++n) {
-    decode_unit unit = unit_of(cache, u, n, head);
-    if (n + 1 < last) {
-      head = head_of(n + 1, head);
-      const dim first = u.keys(n + 1, 0) / kv_block * kv_block;
-      unit.next = cache.k.row(head) + first * unit.d;
-      unit.next_keys = u.keys(n + 1, 1) - first;
-    }
-    kernels.attend(unit);
+/// Units in one range for each thread, which reads on where it was: memory is slow to start. Who is done early takes from
+/// the others.
+class unit_ranges {
+ public:
+  unit_ranges(dim units, dim threads) noexcept : units_(units), count_(at_most(threads, most)) {
+    for (dim r = 0; r < count_; ++r) next_[r].store(first(r), std::memory_order_relaxed);
   }
+  /// f(unit, one beyond the last of its range), from a thread's own range first.
+  template <class F>
+  void take(dim thread, F f) noexcept {
+    for (dim i = 0; i < count_; ++i) {
+      const dim r = (thread + i) % count_, last = first(r + 1);
+      for (dim n; (n = next_[r].fetch_add(1, std::memory_order_relaxed)) < last;) f(n, last);
+    }
+  }
+
+ private:
+  static constexpr dim most = 64;
+  dim first(dim r) const noexcept { return units_ * r / count_; }
+
+  dim units_, count_;
+  std::atomic<dim> next_[most] = {};
+};
+
+/// Runs unit n; where it is not the last of its range, it asks for the first keys of the next one.
+template <class T>
+void run_unit(const cached_keys<T>& cache, const decode_kernels& kernels, const decode_units& u, dim n, dim last) noexcept {
+  decode_unit unit = unit_of(cache, u, n);
+  if (n + 1 < last) {
+    const dim first = u.keys(n + 1, 0) / kv_block * kv_block;
+    unit.next = cache.k.row(u.keys(n + 1, 2)) + first * unit.d;
+    unit.next_keys = u.keys(n + 1, 1) - first;
+  }
+  kernels.attend(unit);
 }
 
 /// o and lse of query head g of a key head, from its units.
@@ -135,9 +161,29 @@ void merge_units(const decode_units& u, dim head, idx g, Out* o, dim dv, float* 
   if (lse) *lse = sum == 0 ? -infinity : (base + std::log2(sum)) * 0.693147181f;
 }
 
+/// o and lse of all query heads of a key head.
+template <class Out>
+void merge_group(const decode_units& u, const cached_sizes& h, dim head, matrix_view<Out> o,
+                 matrix_view<float> lse) noexcept {
+  const dim s = head / h.kv_heads, first = head % h.kv_heads * h.group();
+  for (dim g = 0; g < h.group(); ++g)
+    merge_units(u, head, static_cast<idx>(g), o.row(s) + (first + g) * h.dv, h.dv, lse ? &lse(s, first + g) : nullptr);
+}
+template <class In>
+void prepare_queries(const decode_kernels& kernels, const decode_units& u, const cached_sizes& h, matrix_view<In> q,
+                     float scale) noexcept {
+  for (dim s = 0; s < q.rows; ++s)
+    for (dim a = 0; a < h.heads; ++a) {
+      float* row = u.row.row(s * h.heads + a);
+      for (dim j = 0; j < u.row.cols; ++j)
+        row[j] = j < h.d ? static_cast<float>(q(s, a * h.d + j)) * scale * 1.44269504f : 0.f;
+      kernels.prepare(row, u.row.cols, reinterpret_cast<std::byte*>(u.q.row(s * h.heads + a)));
+    }
+}
+
 }  // namespace detail
 
-/// o[S, h*dv] and lse[S, h] (or empty) of one query a sequence, q[S, h*d]. Two joins.
+/// o[S, h*dv] and lse[S, h] (or empty) of one query a sequence, q[S, h*d]. One join.
 template <HostBackend B, class T, class In, class Out>
 void attend_cache(const call<B>& on, const cached_keys<T>& cache, matrix_view<In> q, const decode_options& options,
                   matrix_view<Out> o, matrix_view<float> lse) noexcept {
@@ -146,22 +192,22 @@ void attend_cache(const call<B>& on, const cached_keys<T>& cache, matrix_view<In
   scratch_frame frame(on.scratch);
   const detail::decode_units u = detail::carve_units(cache.sizes, options.blocks.cols, on.scratch);
   detail::cut_units(cache, options, u);
-  for (dim s = 0; s < q.rows; ++s)
-    for (dim a = 0; a < h.heads; ++a) {
-      float* row = u.row.row(s * h.heads + a);
-      for (dim j = 0; j < u.row.cols; ++j)
-        row[j] = j < h.d ? static_cast<float>(q(s, a * h.d + j)) * options.scale * 1.44269504f : 0.f;
-      kernels.prepare(row, u.row.cols, reinterpret_cast<std::byte*>(u.q.row(s * h.heads + a)));
-    }
-  // a few ranges for each thread: units that follow each other ask for each other's keys
-  const dim count = u.sequence_offsets.back(), grain = 1 + (count - 1) / (8 * on.executor().concurrency());
-  on.executor().for_each(count, grain, [&](dim n, dim last) { detail::run_units(cache, kernels, u, n, last); });
-  on.executor().for_each(q.rows * h.heads, 1, [&](dim i, dim last) {
-    for (; i < last; ++i) {
-      const dim s = i / h.heads, a = i % h.heads;
-      detail::merge_units(u, s * h.kv_heads + a / h.group(), static_cast<idx>(a % h.group()), o.row(s) + a * h.dv, h.dv,
-                          lse ? &lse(s, a) : nullptr);
-    }
+  detail::prepare_queries(kernels, u, h, q, options.scale);
+  auto* done = reinterpret_cast<std::atomic<std::int32_t>*>(u.done.data());
+  for (dim head = 0; head < h.sequences * h.kv_heads; ++head) {
+    new (done + head) std::atomic<std::int32_t>(0);
+    if (detail::units_of(u, head) == 0) detail::merge_group(u, h, head, o, lse);
+  }
+  const dim units = u.sequence_offsets.back(), threads = detail::at_most(on.executor().concurrency(), units);
+  detail::unit_ranges ranges(units, threads);
+  on.executor().for_each(threads, 1, [&](dim thread, dim beyond) {
+    for (; thread < beyond; ++thread)
+      ranges.take(thread, [&](dim n, dim last) {
+        detail::run_unit(cache, kernels, u, n, last);
+        const dim head = u.keys(n, 2);
+        if (done[head].fetch_add(1, std::memory_order_acq_rel) + 1 == detail::units_of(u, head))
+          detail::merge_group(u, h, head, o, lse);
+      });
   });
 }
 
