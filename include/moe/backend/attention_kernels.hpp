@@ -92,7 +92,7 @@ struct attention_kernels {
   void (*widen_bf16)(const bf16* from, float* to, dim n) noexcept;
   void (*widen_f16)(const f16* from, float* to, dim n) noexcept;
   void (*scale)(float* x, float w, dim n) noexcept;
-  void (*rank)(float* s, dim n, idx first, float* best, idx* which, dim room) noexcept;
+  void (*rank)(const float* const* s, const idx* n, idx first, float* best, idx* which, dim room) noexcept;
   void (*score)(const attention_step&) noexcept;  ///< p = q k^T, no more
   void (*attend)(const attention_step&) noexcept;
   void (*backward)(const attention_backward_step&) noexcept;
@@ -213,11 +213,11 @@ class upcoming_walk {
   dim done_ = 0;  ///< bytes of the row
 };
 
-/// c(i .. i + m, a panel of columns) += a[., lo .. hi) times rows lo .. hi of a packed panel. soon(r) are floats that the
-/// block after this one reads, at most `width` each for r below outer_rows, or null.
+/// c(r, a panel of columns) += a[i + r, lo .. hi) times rows lo .. hi of a packed panel; c(r, .) lies as outer_block says.
+/// soon(r) are floats that the block after this one reads, at most `width` each for r below outer_rows, or null.
 template <class K, class Soon>
 void add_panel(gathered<float> a, dim i, dim m, key_range depth, const float* panel, float* c, dim ld, upcoming_walk& next,
-               dim width, Soon soon) noexcept {
+               dim width, Soon soon, const idx* at = nullptr) noexcept {
   for (dim lo = depth.lo; lo < depth.hi; lo += outer_depth) {
     const dim n = at_most(depth.hi - lo, outer_depth);
     prefetch_list ahead = next.list(panel);
@@ -226,7 +226,7 @@ void add_panel(gathered<float> a, dim i, dim m, key_range depth, const float* pa
         for (dim l = 0; l < width; l += ahead.bytes() / dim{sizeof(float)}) ahead.add(p + l);
     next.fill(ahead, n);
     with_constant<outer_rows>(
-        m, [&](auto rows) { K::template outer_block<rows>(a, i, lo, panel + lo * K::columns, n, ahead, c, ld); });
+        m, [&](auto rows) { K::template outer_block<rows>(a, i, lo, panel + lo * K::columns, n, ahead, c, ld, at); });
   }
 }
 
@@ -259,8 +259,9 @@ void score_rows(const Step& s, gathered<float> a, const stored_rows& k, float* s
   }
 }
 
-/// to(row, .) += w(i, seen) m[seen, .] for the rows of a step. Each row adds up the keys that it sees, in their order.
-template <class A, class Step>
+/// to(row, .) += w(i, seen) m[seen, .] for the rows of a step. Each row adds up the keys that it sees, in their order. Where
+/// it fades, what is there is multiplied first by the number after the row's last weight.
+template <class A, bool Fades = false, class Step>
 void weigh_rows(const Step& s, const float* weights, const stored_rows& rows, matrix_view<float> to,
                 upcoming_walk& next) noexcept {
   using K = typename A::blocks;
@@ -270,6 +271,9 @@ void weigh_rows(const Step& s, const float* weights, const stored_rows& rows, ma
     pack_rows<A>(rows, j, s.panel);
     for_each_block(s, [&](dim i, dim m) {
       const float* panel = s.panel;
+      for (dim r = i; r < i + m && Fades; ++r)
+        if (const float fade = weights[r * attention_pitch + attention_keys]; fade != 1)
+          A::scale(to.row(s.at(r)) + j, fade, K::columns);
       const auto alone = [&](dim r, key_range range) {
         if (!range.empty()) add_panel<K>(w, r, 1, range, panel, to.row(s.at(r)) + j, to.ld, next, 0, nothing_soon);
       };
@@ -279,15 +283,9 @@ void weigh_rows(const Step& s, const float* weights, const stored_rows& rows, ma
         alone(r, each.empty() ? own : key_range{own.lo, each.lo});
       }
       if (each.empty()) return;
-      if (s.at(i + m - 1) - s.at(i) == m - 1) {
-        add_panel<K>(w, i, m, each, panel, to.row(s.at(i)) + j, to.ld, next, 0, nothing_soon);
-      } else {
-        float near[outer_rows * K::columns];
-        for (dim r = 0; r < m; ++r) std::memcpy(near + r * K::columns, to.row(s.at(i + r)) + j, K::columns * sizeof(float));
-        const auto soon = [&](dim r) { return i + m + r < s.rows ? to.row(s.at(i + m + r)) + j : nullptr; };
-        add_panel<K>(w, i, m, each, panel, near, K::columns, next, K::columns, soon);
-        for (dim r = 0; r < m; ++r) std::memcpy(to.row(s.at(i + r)) + j, near + r * K::columns, K::columns * sizeof(float));
-      }
+      const auto soon = [&](dim r) { return s.row && i + m + r < s.rows ? to.row(s.at(i + m + r)) + j : nullptr; };
+      float* from = (s.row ? to.data : to.row(i)) + j;
+      add_panel<K>(w, i, m, each, panel, from, to.ld, next, K::columns, soon, s.row ? s.row + i : nullptr);
       for (dim r = i; r < i + m && !all; ++r) alone(r, {each.hi, seen_by(s, r).hi});
     });
   }
@@ -306,14 +304,11 @@ void attend(const attention_step& s) noexcept {
   score_rows<A>(s, s.queries(), s.k, s.p, next);
   for (dim i = 0; i < s.rows; ++i) {
     const key_range seen = seen_by(s, i);
-    if (seen.empty()) continue;
     const dim r = s.at(i);
-    if (i + 2 < s.rows)  // rows of a tile are far apart
-      for (dim j = 0; j < s.state.o.cols; j += 16) moe::detail::prefetch(s.state.o.row(s.at(i + 2)) + j);
-    const float fade = A::softmax(s.p + i * attention_pitch, seen.lo, seen.hi, s.state.largest[r], s.state.sum[r]);
-    if (fade != 1) A::scale(s.state.o.row(r), fade, s.state.o.cols);
+    float* scores = s.p + i * attention_pitch;
+    scores[attention_keys] = seen.empty() ? 1.f : A::softmax(scores, seen.lo, seen.hi, s.state.largest[r], s.state.sum[r]);
   }
-  weigh_rows<A>(s, s.p, s.v, s.state.o, next);
+  weigh_rows<A, true>(s, s.p, s.v, s.state.o, next);
 }
 
 /// to(key, .) += the sum over the rows of a step that see it of w(row, key) m(row, .)

@@ -16,6 +16,9 @@ inline constexpr float exp2_terms[] = {0.6931469775690255f, 0.24022242024194906f
 /// Below this 2^x is 0 in float.
 inline constexpr float exp2_least = -160.f;
 
+/// Rows that are ranked at once.
+inline constexpr dim rank_rows = 16;
+
 /// Rules over the blocks `K` of a level.
 template <class K>
 struct attention_loops {
@@ -27,17 +30,18 @@ struct attention_loops {
   static void scale(float* x, float w, dim n) noexcept {
     for (dim j = 0; j < n; ++j) x[j] *= w;
   }
-  /// Keeps the `room` largest of best[0 .. room), descending, and s[0 .. n), with their numbers: s[j] is number first + j. Of
-  /// equal ones the earlier stays. s is not needed any more.
-  static void rank(float* s, dim n, idx first, float* best, idx* which, dim room) noexcept {
-    for (dim j = 0; j < n; ++j)
-      if (s[j] > best[room - 1]) insert(s[j], first + static_cast<idx>(j), best, which, room);
+  /// best[0 .. room)[l], descending, become the largest of themselves and s[l][0 .. n[l]) for each l of rank_rows, and
+  /// `which` their numbers: s[l][j] is number first + j. Of equal ones the earlier stays.
+  static void rank(const float* const* s, const idx* n, idx first, float* best, idx* which, dim room) noexcept {
+    for (dim l = 0; l < rank_rows; ++l)
+      for (idx j = 0; j < n[l]; ++j)
+        if (s[l][j] > best[(room - 1) * rank_rows + l]) insert(s[l][j], first + j, best + l, which + l, room);
   }
   static void insert(float value, idx number, float* best, idx* which, dim room) noexcept {
-    dim at = room - 1;
-    for (; at > 0 && value > best[at - 1]; --at) {
-      best[at] = best[at - 1];
-      which[at] = which[at - 1];
+    dim at = (room - 1) * rank_rows;
+    for (; at > 0 && value > best[at - rank_rows]; at -= rank_rows) {
+      best[at] = best[at - rank_rows];
+      which[at] = which[at - rank_rows];
     }
     best[at] = value;
     which[at] = number;

@@ -107,17 +107,20 @@ struct lane_blocks {
     }
   }
 
-  /// c(i + m, all columns of a block) += the sum over p of a[i + m][first + p] times row p of `packed`, in order.
+  /// c(m, all columns of a block) += the sum over p of a[i + m][first + p] times row p of `packed`, in order. c(m, .) lies
+  /// at c + at[m] * ld, or at c + m * ld where `at` is null.
   template <int M>
   MOE_NO_INLINE static void outer_block(gathered<float> a, dim i, dim first, const float* packed, dim depth,
-                                        const prefetch_list& ahead, float* c, dim ld) noexcept {
+                                        const prefetch_list& ahead, float* c, dim ld, const idx* at = nullptr) noexcept {
     const float* x[M];
+    float* y[M];
     V sum[M][strips];
     MOE_UNROLL
     for (int m = 0; m < M; ++m) {
       x[m] = a.row(i + m) + first;
+      y[m] = c + (at ? at[m] : m) * ld;
       MOE_UNROLL
-      for (int n = 0; n < strips; ++n) sum[m][n] = L::load(c + m * ld + n * width);
+      for (int n = 0; n < strips; ++n) sum[m][n] = L::load(y[m] + n * width);
     }
     for (dim p = 0; p < depth; ++p, packed += columns) {
       ahead.ask(p);
@@ -134,7 +137,7 @@ struct lane_blocks {
     MOE_UNROLL
     for (int m = 0; m < M; ++m) {
       MOE_UNROLL
-      for (int n = 0; n < strips; ++n) L::store(c + m * ld + n * width, sum[m][n]);
+      for (int n = 0; n < strips; ++n) L::store(y[m] + n * width, sum[m][n]);
     }
   }
 

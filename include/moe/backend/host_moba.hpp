@@ -32,8 +32,8 @@ struct key_blocks {
   /// Memory of one thread: what it ranks, and the rows of each block.
   struct slot {
     dim *none, *own;            ///< [R] zeros, and the own block of a row, or -1
-    float* best;                ///< [R,k-1]
-    idx* which;                 ///< [R,k-1]
+    float* best;                ///< [R,k-1], in groups of rows that are ranked at once
+    idx* which;                 ///< the same
     idx *offsets, *list, *all;  ///< rows by block; all rows
   };
   slot carve(const attention_problem& p, attention_sizes n, dim tile_rows, arena& mem) const noexcept;
@@ -46,7 +46,9 @@ struct key_blocks {
                      const slot& b, F f) const noexcept;
 
  private:
+  static constexpr dim lanes = arch::detail::rank_rows;  ///< of rows that are ranked at once: [k-1,lanes]
   dim earlier() const noexcept { return k - 1; }
+  dim place(dim r, dim j) const noexcept { return (r / lanes * earlier() + j) * lanes + r % lanes; }
   idx* chosen_by(const attention_problem& p, const detail::attention_tile& t, dim r) const noexcept {
     const dim group = p.heads.group(), token = t.in.query + t.first + r / group;
     return chosen.row(token * p.heads.heads + t.head * group + r % group);
@@ -62,8 +64,8 @@ inline key_blocks::slot key_blocks::carve(const attention_problem&, attention_si
   slot b;
   b.none = reinterpret_cast<dim*>(mem.matrix<std::int64_t>("none", tile_rows, 1).data);
   b.own = reinterpret_cast<dim*>(mem.matrix<std::int64_t>("own", tile_rows, 1).data);
-  b.best = mem.matrix<float>("best", tile_rows, earlier()).data;
-  b.which = indices("which", tile_rows * earlier());
+  b.best = mem.matrix<float>("best", detail::round_up(tile_rows, lanes), earlier()).data;
+  b.which = indices("which", detail::round_up(tile_rows, lanes) * earlier());
   b.offsets = indices("offsets", detail::blocks(n.keys, block) + 2);
   b.list = indices("list", tile_rows * earlier());
   b.all = indices("all", tile_rows);
@@ -76,31 +78,38 @@ inline void key_blocks::find_own(const detail::attention_slot& s, slot& b) const
     b.own[r] = s.end[r] > 0 ? (s.end[r] - 1) / block : -1;
     b.all[r] = static_cast<idx>(r);
     for (dim j = 0; j < earlier(); ++j) {
-      b.which[r * earlier() + j] = j < b.own[r] && b.own[r] <= earlier() ? static_cast<idx>(j) : -1;
-      b.best[r * earlier() + j] = -detail::infinity;
+      b.which[place(r, j)] = j < b.own[r] && b.own[r] <= earlier() ? static_cast<idx>(j) : -1;
+      b.best[place(r, j)] = -detail::infinity;
     }
   }
 }
 /// Keeps the best of blocks first .. first + n, whose scores are in p, with those kept so far, best first.
 inline void key_blocks::rank(const attention_kernels& kernels, dim first, dim n, const detail::attention_slot& s,
                              slot& b) const noexcept {
-  const dim room = earlier();
-  for (dim r = 0; r < s.state.q.rows; ++r) {
-    if (b.own[r] <= room) continue;  // takes them all
-    kernels.rank(s.p + r * attention_pitch, detail::at_most(b.own[r] - first, n), static_cast<idx>(first), b.best + r * room,
-                 b.which + r * room, room);
+  const dim rows_here = s.state.q.rows, room = earlier();
+  for (dim r = 0; r < rows_here; r += lanes) {
+    const float* scores[lanes];
+    idx earlier_here[lanes];
+    for (dim l = 0; l < lanes; ++l) {
+      const dim at = detail::at_most(r + l, rows_here - 1);
+      scores[l] = s.p + at * attention_pitch;
+      const bool takes_all = b.own[at] <= room;
+      earlier_here[l] = takes_all || at < r + l ? 0 : static_cast<idx>(detail::at_most(b.own[at] - first, n));
+    }
+    kernels.rank(scores, earlier_here, static_cast<idx>(first), b.best + r * room, b.which + r * room, room);
   }
 }
 /// The rows of each block, ascending.
 inline void key_blocks::group_by_block(dim rows_here, slot& b) const noexcept {
   const dim last = rows_here > 0 ? b.own[rows_here - 1] : -1;
   for (dim j = 0; j <= last + 1; ++j) b.offsets[j] = 0;
-  for (dim i = 0; i < rows_here * earlier(); ++i)
-    if (b.which[i] >= 0) ++b.offsets[b.which[i] + 1];
+  for (dim r = 0; r < rows_here; ++r)
+    for (dim j = 0; j < earlier(); ++j)
+      if (const idx which = b.which[place(r, j)]; which >= 0) ++b.offsets[which + 1];
   for (dim j = 0; j < last; ++j) b.offsets[j + 1] += b.offsets[j];
   for (dim r = 0; r < rows_here; ++r)
     for (dim j = 0; j < earlier(); ++j)
-      if (const idx which = b.which[r * earlier() + j]; which >= 0) b.list[b.offsets[which]++] = static_cast<idx>(r);
+      if (const idx which = b.which[place(r, j)]; which >= 0) b.list[b.offsets[which]++] = static_cast<idx>(r);
   for (dim j = last; j > 0; --j) b.offsets[j] = b.offsets[j - 1];  // each now ended where the next begins
   b.offsets[0] = 0;
 }
@@ -120,14 +129,14 @@ inline void key_blocks::choose(const attention_kernels& kernels, const attention
       rank(kernels, first, some, s, b);
     });
   for (dim r = 0; chosen && r < n; ++r)
-    for (dim j = 0; j < earlier(); ++j) chosen_by(p, t, r)[j] = b.which[r * earlier() + j];
+    for (dim j = 0; j < earlier(); ++j) chosen_by(p, t, r)[j] = b.which[place(r, j)];
   group_by_block(n, b);
 }
 inline void key_blocks::recall(const attention_problem& p, const detail::attention_tile& t, detail::attention_slot& s,
                                slot& b) const noexcept {
   find_own(s, b);
   for (dim r = 0; r < s.state.q.rows; ++r)
-    for (dim j = 0; j < earlier(); ++j) b.which[r * earlier() + j] = chosen_by(p, t, r)[j];
+    for (dim j = 0; j < earlier(); ++j) b.which[place(r, j)] = chosen_by(p, t, r)[j];
   group_by_block(s.state.q.rows, b);
 }
 template <class F>

@@ -45,23 +45,17 @@ struct attention_avx512 {
     }
   }
   MOE_TARGET(MOE_AVX512)
-  static void rank(float* s, dim n, idx first, float* best, idx* which, dim room) noexcept {
-    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    for (const __m512 least = _mm512_set1_ps(-moe::detail::infinity);;) {  // takes the largest, one after the other
-      __m512 most = least;
-      __m512i at = lane;
-      for (dim j = 0; j < n; j += width) {
-        const __m512 v = _mm512_mask_loadu_ps(least, lanes(0, n - j), s + j);
-        const __mmask16 better = _mm512_cmp_ps_mask(v, most, _CMP_GT_OQ);
-        most = _mm512_mask_mov_ps(most, better, v);
-        at = _mm512_mask_add_epi32(at, better, lane, _mm512_set1_epi32(static_cast<int>(j)));
+  static void rank(const float* const* s, const idx* n, idx first, float* best, idx* which, dim room) noexcept {
+    static_assert(rank_rows == width);
+    const __m512i ends = _mm512_loadu_si512(n);
+    float turned[width * width];
+    for (dim p = 0, end = _mm512_reduce_max_epi32(ends); p < end; p += width) {
+      blocks::template transpose<width>(s, p, turned);
+      for (dim j = p; j < end && j < p + width; ++j) {
+        const __mmask16 seen = _mm512_cmpgt_epi32_mask(ends, _mm512_set1_epi32(static_cast<int>(j)));
+        const __m512 score = _mm512_mask_loadu_ps(_mm512_set1_ps(-moe::detail::infinity), seen, turned + (j - p) * width);
+        insert(score, first + static_cast<idx>(j), best, which, room);
       }
-      const float value = _mm512_reduce_max_ps(most);
-      if (!(value > best[room - 1])) return;
-      const __mmask16 equal = _mm512_cmp_ps_mask(most, _mm512_set1_ps(value), _CMP_EQ_OQ);
-      const idx j = _mm512_mask_reduce_min_epi32(equal, at);
-      s[j] = -moe::detail::infinity;
-      attention_loops<blocks>::insert(value, first + j, best, which, room);
     }
   }
   MOE_TARGET(MOE_AVX512)
@@ -97,6 +91,23 @@ struct attention_avx512 {
   static __m512 seen_floats(const float* p, dim lo, dim hi) noexcept { return _mm512_maskz_loadu_ps(lanes(lo, hi), p); }
 
  private:
+  /// Into the best of each lane: what is below it moves on by one.
+  MOE_TARGET(MOE_AVX512)
+  static void insert(__m512 score, idx number, float* best, idx* which, dim room) noexcept {
+    if (_mm512_cmp_ps_mask(score, _mm512_loadu_ps(best + (room - 1) * width), _CMP_GT_OQ) == 0) return;
+    __m512i numbers = _mm512_set1_epi32(number);
+    __mmask16 below = 0;
+    for (dim at = 0; at < room * width; at += width) {
+      const __m512 old = _mm512_loadu_ps(best + at);
+      const __m512i old_numbers = _mm512_loadu_si512(which + at);
+      below = static_cast<__mmask16>(below | _mm512_cmp_ps_mask(score, old, _CMP_GT_OQ));
+      _mm512_storeu_ps(best + at, _mm512_mask_mov_ps(old, below, score));
+      _mm512_storeu_si512(which + at, _mm512_mask_mov_epi32(old_numbers, below, numbers));
+      score = _mm512_mask_mov_ps(score, below, old);
+      numbers = _mm512_mask_mov_epi32(numbers, below, old_numbers);
+    }
+  }
+
   /// Lanes lo .. hi of a vector.
   MOE_TARGET(MOE_AVX512)
   static __mmask16 lanes(dim lo, dim hi) noexcept {

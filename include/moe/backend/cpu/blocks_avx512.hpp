@@ -64,14 +64,16 @@ struct blocks_avx512 {
   template <int M>
   MOE_TARGET(MOE_AVX512)
   MOE_NO_INLINE static void outer_block(gathered<float> a, dim i, dim first, const float* packed, dim depth,
-                                        const prefetch_list& ahead, float* c, dim ld) noexcept {
+                                        const prefetch_list& ahead, float* c, dim ld, const idx* at = nullptr) noexcept {
     const float* x[M];
+    float* y[M];
     __m512 sum[M][strips];
     MOE_UNROLL
     for (int m = 0; m < M; ++m) {
       x[m] = a.row(i + m) + first;
+      y[m] = c + (at ? at[m] : m) * ld;
       MOE_UNROLL
-      for (int n = 0; n < strips; ++n) sum[m][n] = _mm512_loadu_ps(c + m * ld + n * width);
+      for (int n = 0; n < strips; ++n) sum[m][n] = _mm512_loadu_ps(y[m] + n * width);
     }
     for (dim p = 0; p < depth; ++p, packed += columns) {
       ahead.ask(p);
@@ -88,7 +90,7 @@ struct blocks_avx512 {
     MOE_UNROLL
     for (int m = 0; m < M; ++m) {
       MOE_UNROLL
-      for (int n = 0; n < strips; ++n) _mm512_storeu_ps(c + m * ld + n * width, sum[m][n]);
+      for (int n = 0; n < strips; ++n) _mm512_storeu_ps(y[m] + n * width, sum[m][n]);
     }
   }
 
