@@ -16,6 +16,14 @@ concept passes_for_input = std::convertible_to<const Given&, Input> || (Plain &&
 template <class Given, class Output, bool Plain>
 concept passes_for_output = std::convertible_to<const Given&, Output> || (Plain && std::same_as<Given, matrix_view<bf16>>);
 
+/// The element type that a call asks scratch for: bf16 where one of its views is of it.
+template <class In, class Out>
+using border_of = std::conditional_t<bf16_rows<In> || std::same_as<Out, matrix_view<bf16>>, bf16, float>;
+template <class Border>
+constexpr const char* scratch_sizer() noexcept {
+  return std::same_as<Border, bf16> ? "scratch_bytes<bf16>(T)" : "scratch_bytes(T)";
+}
+
 /// The view that the library works on: a `Wanted`, or one of bf16.
 template <class Wanted, class Given>
 auto at_border(const Given& given) noexcept {

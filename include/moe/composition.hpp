@@ -123,6 +123,7 @@ struct ill_composed {
   std::size_t gradient_bytes() const noexcept { return 0; }
   std::size_t context_bytes(dim) const noexcept { return 0; }
   std::size_t inference_context_bytes(dim) const noexcept { return 0; }
+  template <class = float>
   std::size_t scratch_bytes(dim) const noexcept { return 0; }
   std::vector<slot> catalogue() const { return {}; }
   std::vector<slot> gradient_catalogue() const { return {}; }

@@ -13,7 +13,7 @@
 ///                                                  threads takes a part
 ///   make_backward_scratch(shape[, rows], arena&)   what backward takes from on.scratch
 ///
-/// Steps on the host that go on without a join (docs/policies.md#joins), where both sides offer them:
+/// Steps on the host that go on without a join (docs/policies.md, Joins), where both sides offer them:
 ///   Gate    forward(on, w, x, scores, ctx, then)   calls then(first, n) once for each run of tokens whose scores are final
 ///   Router  forward(on, w, scores, plan, ctx, fill) calls fill(then) for scores; make_choices(shape, arena&) is its scratch
 ///   Expert  forward(on, w, x, rows, ys, ctx, then) calls then(result_part) once for each part that is final in all rows ys

@@ -123,10 +123,12 @@ class layer_impl {
     (void)carve_context(T, false, count);
     return padded(count);
   }
+  /// scratch_bytes<bf16>(T) where forward reads or writes views of bf16.
+  template <class Border = float>
   std::size_t scratch_bytes(dim T) const {
     moe::arena count;
     const shape s = at(T);
-    count_forward(s, count);
+    count_forward<Border>(s, count);
     if constexpr (parts::trainable) count_backward(s, count);
     return padded(count);
   }
@@ -164,7 +166,7 @@ class layer_impl {
   }
 
   /// y[T,d] = layer(x), overwritten. Scratch is taken from `mem` and given back. Where x is a matrix on the host, each of x
-  /// and y may be of bf16: y is what it would be in float, rounded once (docs/backends.md#activations-in-bf16).
+  /// and y may be of bf16: y is what it would be in float, rounded once (docs/backends.md, Activations in bf16).
   template <class In = input, class Out = at_edge<matrix_view<float>>>
   void forward(const weights& w, const In& x, const Out& y, context& ctx, arena_type& mem) const {
     constexpr bool reads = passes_for_input<In, input, plain>, writes = passes_for_output<Out, at_edge<matrix_view<float>>, plain>;
@@ -281,10 +283,12 @@ class layer_impl {
     else return make_plan(s, rows, mem);
   }
 
+  template <class Border>
   void count_forward(shape s, moe::arena& mem) const noexcept {
+    constexpr bool widens = std::same_as<Border, bf16>;
     scratch_frame frame(mem);
     const dim rows = router_.max_rows(s);
-    if constexpr (plain) (void)make_widened(s.tokens, s.d, mem);
+    if constexpr (widens) (void)make_widened(s.tokens, s.d, mem);
     (void)mem.matrix<float>("scores", s.tokens, s.experts);
     {
       scratch_frame inner(mem);
@@ -294,7 +298,7 @@ class layer_impl {
     count_scratch_on(backend_, router_, mem, s);
     (void)experts_.make_output(s, rows, mem);
     count_scratch_on(backend_, experts_, mem, s, rows);
-    if constexpr (plain && !combines_at_once) (void)make_widened(s.tokens, s.d, mem);
+    if constexpr (widens && !combines_at_once) (void)make_widened(s.tokens, s.d, mem);
     count_scratch_on(backend_, combine_, mem, s);
   }
   void count_backward(shape s, moe::arena& mem) const noexcept {
@@ -334,7 +338,8 @@ class layer_impl {
     check_weights(experts_, v.experts, s);
     check_weights(combine_, v.combine, s);
     scratch_frame frame(space::open(mem));
-    if (opened(mem, scratch_bytes(s.tokens), names.arena, "scratch_bytes(T)").counts())
+    using border = border_of<In, View>;
+    if (opened(mem, scratch_bytes<border>(s.tokens), names.arena, scratch_sizer<border>()).counts())
       throw shape_error(std::string(names.arena) + " has no memory, it only counts");
   }
   void check_gradients(const detail::input_grad<G>& dx, const gradient_views& dw, const context& ctx) const {

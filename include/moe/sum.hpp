@@ -68,11 +68,14 @@ class basic_dense {
     return padded(count);
   }
   std::size_t inference_context_bytes(dim) const noexcept { return 0; }
+  /// scratch_bytes<bf16>(T) where forward reads or writes views of bf16.
+  template <class Border = float>
   std::size_t scratch_bytes(dim T) const {
     moe::arena count;
     {
       scratch_frame frame(count);
-      for (int borders = 0; plain && borders < 2; ++borders) (void)detail::make_widened(T, sizes_.d, count);
+      for (int borders = 0; std::same_as<Border, bf16> && borders < 2; ++borders)
+        (void)detail::make_widened(T, sizes_.d, count);
       (void)count.vector<idx>("offsets", 2);
       (void)expert_.make_output(at(T), T, count);
       detail::count_scratch_on(backend_, expert_, count, at(T), T);
@@ -259,7 +262,10 @@ class basic_dense {
     if constexpr (Gated) expect(v.gate, 1, sizes_.d, "moe::dense: gate", "1 x d");
     detail::check_weights(expert_, v.expert, sizes_);
     scratch_frame frame(space::open(mem));
-    if (detail::opened(space::open(mem), scratch_bytes(ctx.sizes.tokens), "moe::dense: the arena", "scratch_bytes(T)").counts())
+    using border = detail::border_of<In, View>;
+    moe::arena& m = detail::opened(space::open(mem), scratch_bytes<border>(ctx.sizes.tokens), "moe::dense: the arena",
+                                   detail::scratch_sizer<border>());
+    if (m.counts())
       throw shape_error("moe::dense: the arena counts, expected one with memory");
   }
 
@@ -312,9 +318,12 @@ class sum {
   std::size_t inference_context_bytes(dim T) const {
     return routed_.inference_context_bytes(T) + shared_.inference_context_bytes(T);
   }
+  /// scratch_bytes<bf16>(T) where forward reads or writes views of bf16.
+  template <class Border = float>
   std::size_t scratch_bytes(dim T) const {
     moe::arena count;
-    for (int borders = 0; plain && borders < 2; ++borders) (void)detail::make_widened(T, sizes().d, count);
+    for (int borders = 0; std::same_as<Border, bf16> && borders < 2; ++borders)
+      (void)detail::make_widened(T, sizes().d, count);
     (void)make_scratch(T, count);
     const std::size_t a = routed_.scratch_bytes(T), b = shared_.scratch_bytes(T);
     return padded(count) + (a > b ? a : b);
@@ -378,7 +387,8 @@ class sum {
     routed_.check_forward(w.routed, x, y, ctx.routed, mem);
     shared_.check_forward(w.shared, x, y, ctx.shared, mem);
     scratch_frame frame(mem);
-    (void)detail::opened(mem, scratch_bytes(y.rows), "moe::sum::forward: the arena", "scratch_bytes(T)");
+    using border = detail::border_of<In, Out>;
+    (void)detail::opened(mem, scratch_bytes<border>(y.rows), "moe::sum::forward: the arena", detail::scratch_sizer<border>());
   }
   void check_backward(const weights& w, const input& x, const context& ctx, const matrix_view<const float>& dy,
                       const input_grad& dx, const gradients& dw, arena_type& mem) const {

@@ -12,7 +12,7 @@ using ffn = moe::layer<moe::linear_gate, moe::top_k<2>, moe::ffn_expert, moe::we
 /// Tokens of bf16 to results of bf16.
 std::vector<moe::bf16> infer(const ffn& layer, const ffn::weights& w, const std::vector<moe::bf16>& tokens) {
   const moe::dim d = layer.sizes().d, T = static_cast<moe::dim>(tokens.size()) / d;
-  moe::buffer work(layer.inference_context_bytes(T) + layer.scratch_bytes(T));
+  moe::buffer work(layer.inference_context_bytes(T) + layer.scratch_bytes<moe::bf16>(T));
   moe::arena mem(work.bytes());
   ffn::context ctx = layer.make_inference_context(T, mem);
 

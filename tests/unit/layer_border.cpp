@@ -47,15 +47,17 @@ void check_border(const L& net, dim T) {
   for (float& v : m.x) v = static_cast<float>(x.emplace_back(v));  // the same numbers in both
   const dim d = net.sizes().d;
   const matrix_view<const bf16> in{x.data(), T, d};
+  const moe::buffer bytes(m.net.template scratch_bytes<bf16>(T));
+  moe::arena scratch(bytes.bytes());
   m.forward();
   std::vector<float> wide(m.y.size());
-  m.net.forward(m.w, in, {wide.data(), T, d}, m.ctx, m.work);
+  m.net.forward(m.w, in, {wide.data(), T, d}, m.ctx, scratch);
   CHECK(wide == m.y);
   std::vector<bf16> rounded, y(m.y.size()), from_float(m.y.size());
   for (const float v : m.y) rounded.push_back(bf16(v));
-  m.net.forward(m.w, in, matrix_view<bf16>{y.data(), T, d}, m.ctx, m.work);
+  m.net.forward(m.w, in, matrix_view<bf16>{y.data(), T, d}, m.ctx, scratch);
   CHECK(y == rounded);
-  m.net.forward(m.w, m.in, matrix_view<bf16>{from_float.data(), T, d}, m.ctx, m.work);
+  m.net.forward(m.w, m.in, matrix_view<bf16>{from_float.data(), T, d}, m.ctx, scratch);
   CHECK(from_float == rounded);
   if (T > 0) CHECK(std::any_of(m.y.begin(), m.y.end(), [](float v) { return v != 0 && v == v; }));
 }
@@ -110,6 +112,10 @@ TEST_SUITE("border") {
     CHECK(refused(in, matrix_view<bf16>{y.data(), 5, 299}) == "moe::layer::forward: y is 5 x 299, expected 5 x 300 (T x d)");
     CHECK(refused(in, matrix_view<bf16>{nullptr, 5, 300}) ==
           "moe::layer::forward: y has no memory, expected 5 x 300 (T x d)");
+    const moe::buffer little(m.net.scratch_bytes(5));
+    moe::arena scratch(little.bytes());
+    CHECK(m.net.scratch_bytes<bf16>(5) > m.net.scratch_bytes(5));
+    CHECK_THROWS_AS(m.net.forward(m.w, in, matrix_view<bf16>{y.data(), 5, sizes.d}, m.ctx, scratch), moe::shape_error);
     CHECK(y == std::vector<bf16>(y.size(), bf16(3.f)));
   }
 }
