@@ -160,7 +160,9 @@ void pack_rows(const stored_rows& m, dim j, float* panel) noexcept {
   constexpr dim columns = A::blocks::columns;
   const dim n = at_most(m.cols - j, columns);
   for (dim i = 0; i < m.rows; ++i, panel += columns) {
-    if (const float* from = floats_of<A>(m, i, j, n, panel); from != panel) A::blocks::widen(from, panel, n);
+    const float* from = floats_of<A>(m, i, j, n, panel);
+    if (from != panel && n == columns) std::memcpy(panel, from, columns * sizeof(float));  // of a size that is known
+    else if (from != panel) A::blocks::widen(from, panel, n);
     for (dim l = n; l < columns; ++l) panel[l] = 0;
   }
 }
@@ -188,12 +190,9 @@ void pack_columns(const stored_rows& m, dim j, float* panel) noexcept {
 class upcoming_walk {
  public:
   explicit upcoming_walk(const attention_step& s) noexcept : left_(s.next_k), after_(s.next_v) {}
-  /// Nothing yet, in pieces that suit those rows; they come into the first cache, since rows far apart arrived late when
-  /// they were asked for the second one alone.
+  /// Nothing yet, in pieces that suit those rows.
   prefetch_list list(const void* near) const noexcept {
-    prefetch_list ahead(near, left_.rows > 0 ? left_.row_bytes : prefetch_list::reach);
-    ahead.first = true;
-    return ahead;
+    return prefetch_list(near, left_.rows > 0 ? left_.row_bytes : prefetch_list::reach);
   }
   /// As much as so many steps of a product may ask for.
   void fill(prefetch_list& ahead, dim steps) noexcept {
@@ -224,6 +223,7 @@ void add_panel(gathered<float> a, dim i, dim m, key_range depth, const float* pa
     for (dim r = 0; r < outer_rows; ++r)
       if (const float* p = soon(r))
         for (dim l = 0; l < width; l += ahead.bytes() / dim{sizeof(float)}) ahead.add(p + l);
+    ahead.first = ahead.count;  // those rows; keys, a page apart where heads are many, would push each other out of it
     next.fill(ahead, n);
     with_constant<outer_rows>(
         m, [&](auto rows) { K::template outer_block<rows>(a, i, lo, panel + lo * K::columns, n, ahead, c, ld, at); });

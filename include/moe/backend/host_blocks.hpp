@@ -31,7 +31,7 @@ struct prefetch_list {
   static constexpr dim reach = 512, line = 64, most = outer_depth / 2;
   const char* piece[most];
   dim count = 0, shift = 3;  ///< log2 of a piece's lines
-  bool first = false;        ///< comes into the first cache, too
+  dim first = 0;  ///< so many pieces come into the first cache, too
 
   /// Starts with memory that is near already.
   explicit prefetch_list(const void* near, dim piece_bytes = reach) noexcept {
@@ -46,7 +46,7 @@ struct prefetch_list {
   }
   void ask(dim step) const noexcept {
     const char* at = piece[step >> shift] + (step & ((dim{1} << shift) - 1)) * line;
-    if (first) moe::detail::prefetch(at);
+    if ((step >> shift) < first) moe::detail::prefetch(at);
     else moe::detail::prefetch_second(at);
   }
 };
