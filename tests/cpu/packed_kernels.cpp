@@ -39,7 +39,7 @@ struct trial {
     moe::prepared_rows a;
     a.rows = rows;
     a.lines = kernels.lines(padded);
-    a.height = kernels.height;
+    a.height = moe::detail::blocks(rows, moe::detail::blocks(rows, kernels.height));  // nearly equal blocks, as in a layer
     a.factor_count = kernels.factor_count(padded);
     moe::buffer lines(at(rows * a.lines * 64)), scratch(at(kernels.scratch_per_k * padded) + 64),
         sums(at(rows * (columns + 16)) * 4);

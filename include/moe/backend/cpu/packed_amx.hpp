@@ -65,7 +65,7 @@ MOE_TARGET(MOE_AMX)
 MOE_NO_INLINE void multiply_tiles(const tile_work& w) noexcept {
   Tiles::compiler_fence();
   auto* c = static_cast<std::byte*>(w.sums);
-  std::byte* below = c + tile_rows * w.stride;
+  std::byte* below = c + w.upper_step / line_bytes * w.stride;  // blocks may be lower than a tile
   const bool two = w.lower != nullptr;
   if (w.add) {
     Tiles::load0(c, w.stride);
