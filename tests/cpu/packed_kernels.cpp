@@ -37,17 +37,18 @@ struct trial {
   std::vector<float> product(const moe::packed_kernels& kernels) const {
     const dim padded = moe::detail::round_up(k, moe::packing<T>::depth), columns = panels * 32;
     moe::prepared_rows a;
-    a.rows = rows;
     a.lines = kernels.lines(padded);
-    a.height = moe::detail::blocks(rows, moe::detail::blocks(rows, kernels.height));  // nearly equal blocks, as in a layer
+    kernels.lay_out(a, rows);
     a.factor_count = kernels.factor_count(padded);
-    moe::buffer lines(at(rows * a.lines * 64)), scratch(at(kernels.scratch_per_k * padded) + 64),
+    moe::buffer lines(at(rows * a.lines * 64)), line(at(a.lines * 64)), scratch(at(kernels.scratch_per_k * padded) + 64),
         sums(at(rows * (columns + 16)) * 4);
     std::vector<float> factors(at(rows * a.factor_count) + 1);
     a.data = lines.bytes().data();
     a.factors = factors.data();
-    for (dim r = 0; r < rows; ++r)
-      kernels.prepare(x.data() + r * k, k, a.line(r, 0), a.stride(r), a.factor(r), kernels.sums_of_32);
+    for (dim r = 0; r < rows; ++r) {
+      kernels.prepare(x.data() + r * k, k, line.bytes().data(), a.factor(r), kernels.sums_of_32);
+      a.take(r, line.bytes().data(), 0, a.lines);
+    }
     const moe::matrix_view<float> c{sums.as<float>().data(), rows, columns, columns + 16};
     for (float& v : sums.as<float>()) v = -77;
     kernels.multiply(a, {reinterpret_cast<const std::byte*>(packed.panel(0)), packed.panel_bytes(k), panels,

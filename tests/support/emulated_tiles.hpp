@@ -39,6 +39,8 @@ class emulated_tiles {
  TESTING_TILE(0)
  TESTING_TILE(1) TESTING_TILE(2) TESTING_TILE(3) TESTING_TILE(4) TESTING_TILE(5) TESTING_TILE(6) TESTING_TILE(7)
 #undef TESTING_TILE
+  static void pass4(const void* p, std::ptrdiff_t stride) noexcept { load(tile[4], p, stride); }
+  static void pass5(const void* p, std::ptrdiff_t stride) noexcept { load(tile[5], p, stride); }
 #define TESTING_TILE(n, a, b)                                                                  \
   static void store##n(void* p, std::ptrdiff_t stride) noexcept { store(tile[n], p, stride); } \
   static void zero##n() noexcept { zero(tile[n]); }                                            \

@@ -25,7 +25,9 @@ inline constexpr dim panels_at_once = 8;
 /// Memory of one thread at work.
 struct packed_slot {
   prepared_rows x, a;
-  matrix_view<float> c;  ///< sums of panels_at_once panels
+  std::byte* row = nullptr;    ///< one of them, before it is laid out
+  matrix_view<float> hidden;  ///< what `a` is made of, where that takes a whole row
+  matrix_view<float> c;      ///< sums of panels_at_once panels
   std::byte* wide = nullptr;
   dim ready = -1;  ///< the chunk whose rows are prepared
 };
@@ -52,9 +54,7 @@ struct packed_tokens {
     return now == ready;
   }
   void copy(dim t, const prepared_rows& to, dim r) const noexcept {
-    const std::byte* from = rows.block(t);
-    for (dim l = 0, stride = to.stride(r); l < rows.lines; ++l)
-      std::memcpy(to.line(r, 0) + l * stride, from + l * line_bytes, static_cast<std::size_t>(line_bytes));
+    to.take(r, rows.block(t), 0, rows.lines);
     std::memcpy(to.factor(r), rows.factor(t), static_cast<std::size_t>(rows.factor_count) * sizeof(float));
   }
 };
@@ -71,7 +71,8 @@ struct packed_scratch {
 inline prepared_rows carve_rows(const packed_kernels& k, dim rows, dim padded, arena& mem) noexcept {
   prepared_rows p;
   p.lines = k.lines(padded);
-  p.height = k.height;
+  p.height = 1;
+  p.stretch = p.lines;
   p.factor_count = k.factor_count(padded);
   p.data = reinterpret_cast<std::byte*>(mem.matrix<std::int8_t>("rows", rows, p.lines * line_bytes).data);
   p.factors = mem.matrix<float>("factors", rows, p.factor_count).data;
@@ -84,7 +85,9 @@ packed_slot carve_slot(const packed_kernels& k, shape s, dim rows, arena& mem) n
   packed_slot slot;
   slot.x = carve_rows(k, chunk, d, mem);
   slot.a = carve_rows(k, chunk, f, mem);
-  slot.c = mem.matrix<float>("c", chunk, panels_at_once * panel_rows);
+  slot.row = reinterpret_cast<std::byte*>(mem.vector<std::int8_t>("row", k.lines(d > f ? d : f) * line_bytes).data());
+  slot.hidden = mem.matrix<float>("hidden", k.activations == operand::i8 ? chunk : 0, s.f);
+  slot.c = mem.matrix<float>("c", chunk, panels_at_once * panel_rows + 16).columns(0, panels_at_once * panel_rows);
   slot.wide = reinterpret_cast<std::byte*>(mem.vector<std::int8_t>("wide", k.scratch_per_k * (d > f ? d : f)).data());
   return slot;
 }
@@ -99,7 +102,6 @@ packed_scratch make_packed_scratch(const B& backend, shape s, dim rows, arena& m
   p.done = mem.vector<std::int32_t>("done", s.experts + rows / k.chunk);
   if (k.activations == operand::f32 || rows <= s.tokens) return p;
   p.tokens.rows = carve_rows(k, s.tokens, round_up(s.d, packing<T>::depth), mem);
-  p.tokens.rows.height = 1;
   p.tokens.rows.rows = s.tokens;
   p.tokens.state = reinterpret_cast<std::atomic<std::uint8_t>*>(mem.vector<std::int8_t>("state", s.tokens).data());
   return p;
@@ -128,37 +130,39 @@ struct packed_ffn_work {
     arena mem = memory.slots[s];
     return carve_slot<T>(kernels, on.sizes, memory.a.rows, mem);
   }
-  void prepare(const float* row, dim k, const prepared_rows& to, dim r) const noexcept {
-    kernels.prepare(row, k, to.line(r, 0), to.stride(r), to.factors ? to.factor(r) : nullptr, kernels.sums_of_32);
+  void prepare(const float* from, dim k, std::byte* to, float* factors) const noexcept {
+    kernels.prepare(from, k, to, factors, kernels.sums_of_32);
   }
   void prepare_tokens(packed_slot& s, dim first, dim n) const noexcept {
-    set_rows(s.x, n);
+    kernels.lay_out(s.x, n);
     const packed_tokens& tokens = memory.tokens;
     for (dim r = 0; r < n; ++r) {
       const dim t = x.token && tokens.rows.rows > 0 ? dim{x.token[first + r]} : -1;
       const float* token = x.row(first + r);
-      if (t >= 0 && tokens.have(t, [&] { prepare(token, d(), tokens.rows, t); })) tokens.copy(t, s.x, r);
-      else prepare(token, d(), s.x, r);
+      if (t >= 0 && tokens.have(t, [&] { prepare(token, d(), tokens.rows.block(t), tokens.rows.factor(t)); })) {
+        tokens.copy(t, s.x, r);
+      } else {
+        prepare(token, d(), s.row, s.x.factor(r));
+        s.x.take(r, s.row, 0, s.x.lines);
+      }
     }
   }
-  /// n rows in blocks of nearly equal height.
-  void set_rows(prepared_rows& p, dim n) const noexcept {
-    p.rows = n;
-    p.height = blocks(n, blocks(n, kernels.height));
-  }
-  void prepare_hidden(packed_slot& s, dim first, dim n) const noexcept {
-    set_rows(s.a, n);
-    for (dim r = 0; r < n; ++r) prepare(memory.a.row(first + r), f(), s.a, r);
+  void prepare_hidden(packed_slot& s, matrix_view<const float> a) const noexcept {
+    kernels.lay_out(s.a, a.rows);
+    for (dim r = 0; r < a.rows; ++r) {
+      prepare(a.row(r), f(), s.row, s.a.factor(r));
+      s.a.take(r, s.row, 0, s.a.lines);
+    }
   }
   /// The prepared rows of a chunk in the place of its activations.
   prepared_rows shared_hidden(dim first, dim n, prepared_rows like) const noexcept {
-    set_rows(like, n);
+    kernels.lay_out(like, n);
     like.data = reinterpret_cast<std::byte*>(memory.a.row(first));
     like.factors = memory.factors.row(first);
     return like;
   }
   void share_hidden(packed_slot& s, dim first, dim n) const noexcept {
-    prepare_hidden(s, first, n);
+    prepare_hidden(s, memory.a.slice(first, n));
     const prepared_rows to = shared_hidden(first, n, s.a);
     std::memcpy(to.data, s.a.data, static_cast<std::size_t>(n * s.a.lines * line_bytes));
     std::memcpy(to.factors, s.a.factors, static_cast<std::size_t>(n * s.a.factor_count) * sizeof(float));
@@ -170,15 +174,29 @@ struct packed_ffn_work {
     if (bias.empty()) return;
     for (dim r = 0; r < c.rows; ++r) axpy(typename B::arch{}, 1.f, bias.data() + first * panel_rows, c.row(r), n * panel_rows);
   }
-  /// a = form(up x) of hidden panels first .. first + n, for rows from `row` on.
-  void up_panels(packed_slot& s, dim e, dim row, dim first, dim n) const noexcept {
+  /// a = form(up x) of hidden panels first .. first + n.
+  void up_panels(packed_slot& s, dim e, dim first, dim n, matrix_view<float> a) const noexcept {
+    multiply_up(s, e, first, n);
+    for (dim r = 0; r < s.x.rows; ++r) activate_panels(s.c.row(r), first, n, a.row(r) + first * panel_rows);
+  }
+  void multiply_up(packed_slot& s, dim e, dim first, dim n) const noexcept {
     multiply(s, s.x, up, up_bias, (e * hidden_panels() + first) * together, n * together, s.c.slice(0, s.x.rows));
-    for (dim r = 0; r < s.x.rows; ++r)
-      for (dim i = 0; i < n; ++i) {
-        const float* z = s.c.row(r) + i * together * panel_rows;
-        const dim column = (first + i) * panel_rows, width = at_most(f() - column, panel_rows);
-        activate(typename B::arch{}, form, z, Form::gated ? z + panel_rows : z, memory.a.row(row + r) + column, width);
-      }
+  }
+  void activate_panels(const float* z, dim first, dim n, float* a) const noexcept {
+    for (dim i = 0; i < n; ++i, z += together * panel_rows, a += panel_rows)
+      activate(typename B::arch{}, form, z, Form::gated ? z + panel_rows : z, a, at_most(f() - (first + i) * panel_rows, panel_rows));
+  }
+  /// The same, straight into the prepared rows.
+  void up_panels_prepared(packed_slot& s, dim e, dim first, dim n) const noexcept {
+    multiply_up(s, e, first, n);
+    const dim depth = line_depth(kernels.activations), column = first * panel_rows, line = column / depth;
+    const dim lines = at_most(s.a.lines - line, n * panel_rows / depth);
+    float a[panels_at_once * panel_rows] = {};
+    for (dim r = 0; r < s.x.rows; ++r) {
+      activate_panels(s.c.row(r), first, n, a);
+      prepare(a, lines * depth, s.row, nullptr);
+      s.a.take(r, s.row, line, lines);
+    }
   }
   void down_panels(packed_slot& s, const prepared_rows& a, dim e, dim row, dim first, dim n) const noexcept {
     const dim column = first * panel_rows, width = at_most(d() - column, n * panel_rows);
@@ -233,9 +251,14 @@ struct packed_ffn_work {
       visit_chunk(unit, [&](dim e, dim row, dim n) {
         prepare_tokens(s, row, n);
         constexpr dim most = panels_at_once / together;
-        for (dim p = 0; p < hidden_panels(); p += most)
-          up_panels(s, e, row, p, at_most(hidden_panels() - p, most));
-        prepare_hidden(s, row, n);
+        const bool whole = s.hidden.rows > 0;
+        kernels.lay_out(s.a, n);
+        for (dim p = 0; p < hidden_panels(); p += most) {
+          const dim panels = at_most(hidden_panels() - p, most);
+          if (whole) up_panels(s, e, p, panels, s.hidden);
+          else up_panels_prepared(s, e, p, panels);
+        }
+        if (whole) prepare_hidden(s, s.hidden.slice(0, n));
         for (dim p = 0; p < output_panels(); p += panels_at_once)
           down_panels(s, s.a, e, row, p, at_most(output_panels() - p, panels_at_once));
       });
@@ -272,7 +295,7 @@ struct packed_ffn_work {
         if (s.ready != unit / runs) prepare_tokens(s, row, n);
         s.ready = unit / runs;
         const dim p = unit % runs * run;
-        up_panels(s, e, row, p, at_most(hidden_panels() - p, run));
+        up_panels(s, e, p, at_most(hidden_panels() - p, run), memory.a.slice(row, n));
         if (done[unit / runs].fetch_add(1, std::memory_order_acq_rel) + 1 == runs) share_hidden(s, row, n);
       });
     });

@@ -19,22 +19,37 @@ enum class operand : std::uint8_t { f32, bf16, i8 };
 constexpr dim line_depth(operand o) noexcept { return o == operand::f32 ? 16 : o == operand::bf16 ? 32 : 64; }
 
 /// Rows ready for a product, in lines of 64 bytes. A block of `height` rows (the last may be lower) holds the first line of
-/// each of its rows, then the second of each, and so on. Quantised rows have factors: scale, the sum of q, and its sums over
-/// 32 k each where four-bit weights want them.
+/// each of its rows, then the second of each, and so on for a stretch of lines; after the last block comes the next stretch.
+/// Quantised rows have factors: scale, the sum of q, and its sums over 32 k each where four-bit weights want them.
 struct prepared_rows {
   std::byte* data = nullptr;
   float* factors = nullptr;
-  dim rows = 0, lines = 0, height = 1, factor_count = 0;
+  dim rows = 0, lines = 0, height = 1, stretch = 1, factor_count = 0;
 
   dim blocks() const noexcept { return detail::blocks(rows, height); }
   dim height_of(dim block) const noexcept { return detail::at_most(rows - block * height, height); }
-  std::byte* block(dim b) const noexcept { return data + b * height * lines * detail::line_bytes; }
-  std::byte* line(dim r, dim l) const noexcept {
-    return block(r / height) + (l * height_of(r / height) + r % height) * detail::line_bytes;
+  /// Lines of the stretch that begins with line l.
+  dim stretch_at(dim l) const noexcept { return detail::at_most(lines - l, stretch); }
+  /// Line l, the first of a stretch, of the first row of a block.
+  std::byte* block(dim b, dim l = 0) const noexcept {
+    return data + (l * rows + b * height * stretch_at(l)) * detail::line_bytes;
   }
-  /// Bytes from a line of row r to its next one.
+  std::byte* line(dim r, dim l) const noexcept {
+    const dim first = l / stretch * stretch, b = r / height;
+    return block(b, first) + ((l - first) * height_of(b) + r % height) * detail::line_bytes;
+  }
+  /// Bytes from a line of row r to its next one in a stretch.
   dim stride(dim r) const noexcept { return height_of(r / height) * detail::line_bytes; }
   float* factor(dim r) const noexcept { return factors + r * factor_count; }
+  /// Lines first .. first + n of row r = those at `from`, one after another.
+  void take(dim r, const std::byte* from, dim first, dim n) const noexcept {
+    for (dim l = first, step = stride(r), last = first + n; l < last;) {
+      std::byte* to = line(r, l);
+      const dim end = detail::at_most(last, (l / stretch + 1) * stretch);
+      for (; l < end; ++l, to += step, from += detail::line_bytes)
+        std::memcpy(to, from, static_cast<std::size_t>(detail::line_bytes));
+    }
+  }
 };
 
 /// c[rows, 32 panels] = a W^T for consecutive panels.
@@ -53,11 +68,18 @@ struct packed_kernels {
   dim chunk;          ///< rows that are prepared together: they stay in the second cache beside the weights
   bool sums_of_32;    ///< factors hold the sums over 32 k
   dim scratch_per_k;  ///< bytes of panel_product::scratch for each k
-  /// k floats into lines at `to`, `stride` bytes apart, the last filled up with zeros; factors where the operand is i8.
-  void (*prepare)(const float* x, dim k, std::byte* to, dim stride, float* factors, bool sums_of_32) noexcept;
+  /// k floats into lines at `to`, the last filled up with zeros; factors where the operand is i8.
+  void (*prepare)(const float* x, dim k, std::byte* to, float* factors, bool sums_of_32) noexcept;
   void (*multiply)(const prepared_rows& a, const panel_product& p) noexcept;
   bool writes_once = true;  ///< a result is written when it is ready, not added to in memory
+  dim stretch = 0;          ///< lines, at most, of a stretch of several blocks; 0: all
 
+  /// How n rows lie: blocks of nearly equal height, and stretches of nearly equal length.
+  void lay_out(prepared_rows& p, dim n) const noexcept {
+    p.rows = n;
+    p.height = detail::blocks(n, detail::blocks(n, height));
+    p.stretch = stretch > 0 && n > height ? detail::blocks(p.lines, detail::blocks(p.lines, stretch)) : p.lines;
+  }
   dim lines(dim padded_k) const noexcept { return padded_k / line_depth(activations); }
   dim factor_count(dim padded_k) const noexcept {
     return activations != operand::i8 ? 0 : 2 + (sums_of_32 ? padded_k / 32 : 0);
@@ -80,20 +102,20 @@ inline constexpr dim from_memory = 8 * tile_bytes, from_second = 2 * tile_bytes;
 
 // The plain rung. Products add up in the order of k, and integers exactly, as on every other rung.
 template <int Build>
-void prepare_f32(const float* x, dim k, std::byte* to, dim stride, float*, bool) noexcept {
-  for (dim i = 0; i < k; i += 16, to += stride) {
+void prepare_f32(const float* x, dim k, std::byte* to, float*, bool) noexcept {
+  for (dim i = 0; i < k; i += 16, to += line_bytes) {
     float line[16] = {};
     std::memcpy(line, x + i, static_cast<std::size_t>(k - i < 16 ? k - i : 16) * sizeof(float));
     std::memcpy(to, line, sizeof line);
   }
 }
 template <int Build>
-void prepare_i8(const float* x, dim k, std::byte* to, dim stride, float* factors, bool sums_of_32) noexcept {
+void prepare_i8(const float* x, dim k, std::byte* to, float* factors, bool sums_of_32) noexcept {
   const float largest = moe::detail::magnitude(x, k), per = moe::detail::to_bytes(largest);
   std::int32_t total = 0, part = 0;
   for (dim i = 0; i < moe::detail::round_up(k, sums_of_32 ? 128 : 64); ++i) {
     const auto q = static_cast<std::int8_t>(i < k && per != 0 ? std::nearbyint(x[i] * per) : 0);
-    std::memcpy(to + i / 64 * stride + i % 64, &q, 1);
+    std::memcpy(to + i, &q, 1);
     total += q;
     part += q;
     if (sums_of_32 && i % 32 == 31) {

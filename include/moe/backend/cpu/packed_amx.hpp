@@ -2,7 +2,8 @@
 /// Products with packed weights on the tile unit of Intel processors: bf16 and bytes.
 ///
 /// A product of up to 32 rows with a panel keeps four tiles of sums. Few rows follow each panel to its end, as it lies in
-/// memory; many rows run over a stretch of two panels that stays in the first cache, while the next stretch comes nearer.
+/// memory; many rows pass, a stretch of them after another, by the stretch of a panel that stays in the first cache, while the
+/// next panel's comes into the second.
 /// `Tiles` are the instructions; tests put a plain C++ copy of them in their place.
 #pragma once
 
@@ -27,6 +28,9 @@ struct hardware_tiles {
   MOE_EACH_TILE(0)
   MOE_EACH_TILE(1) MOE_EACH_TILE(2) MOE_EACH_TILE(3) MOE_EACH_TILE(4) MOE_EACH_TILE(5) MOE_EACH_TILE(6) MOE_EACH_TILE(7)
 #undef MOE_EACH_TILE
+  /// The same, but the first cache keeps what it has.
+  MOE_TARGET(MOE_AMX) static void pass4(const void* p, dim stride) noexcept { _tile_stream_loadd(4, p, stride); }
+  MOE_TARGET(MOE_AMX) static void pass5(const void* p, dim stride) noexcept { _tile_stream_loadd(5, p, stride); }
 #define MOE_EACH_TILE(n, a, b)                                                                           \
   MOE_TARGET(MOE_AMX) static void store##n(void* p, dim stride) noexcept { _tile_stored(n, p, stride); } \
   MOE_TARGET(MOE_AMX) static void zero##n() noexcept { _tile_zero(n); }                                  \
@@ -47,9 +51,9 @@ struct hardware_tiles {
   }
 };
 
-/// One or two blocks of prepared rows against one panel: sums = or += over `steps` steps.
+/// One or two tiles of prepared rows against one panel: sums = or += over `steps` steps.
 struct tile_work {
-  const std::byte *upper, *lower;  ///< lower: null where there is one block
+  const std::byte *upper, *lower;  ///< lower: null where there is one tile
   dim upper_step, lower_step;      ///< bytes from step to step
   const std::byte* weights;
   dim steps;
@@ -58,14 +62,16 @@ struct tile_work {
   void* sums;
   dim stride;  ///< bytes from row to row of the sums
   bool add;
+  dim upper_rows = tile_rows;
 };
 
-template <int Build, class Tiles, bool Bytes>
+/// Rows that `Pass` leave the first cache to the weights.
+template <int Build, class Tiles, bool Bytes, bool Pass = false>
 MOE_TARGET(MOE_AMX)
 MOE_NO_INLINE void multiply_tiles(const tile_work& w) noexcept {
   Tiles::compiler_fence();
   auto* c = static_cast<std::byte*>(w.sums);
-  std::byte* below = c + w.upper_step / line_bytes * w.stride;  // blocks may be lower than a tile
+  std::byte* below = c + w.upper_rows * w.stride;
   const bool two = w.lower != nullptr;
   if (w.add) {
     Tiles::load0(c, w.stride);
@@ -80,8 +86,11 @@ MOE_NO_INLINE void multiply_tiles(const tile_work& w) noexcept {
   }
   const std::byte *a = w.upper, *b = w.lower, *q = w.weights, *ahead = w.ahead;
   for (dim s = 0; s < w.steps; ++s, a += w.upper_step, q += 2 * tile_bytes) {
-    Tiles::load4(a, line_bytes);
     Tiles::load6(q, line_bytes);
+    if constexpr (Pass)
+      Tiles::pass4(a, line_bytes);
+    else
+      Tiles::load4(a, line_bytes);
     if constexpr (Bytes)
       Tiles::add_bytes0();
     else
@@ -91,9 +100,14 @@ MOE_NO_INLINE void multiply_tiles(const tile_work& w) noexcept {
       Tiles::add_bytes1();
     else
       Tiles::add_halves1();
-    for (dim l = 0; l < w.lines_ahead; ++l, ahead += line_bytes) moe::detail::prefetch(ahead);
+    for (dim l = 0; l < w.lines_ahead; ++l, ahead += line_bytes) moe::detail::prefetch_second(ahead);
+    if constexpr (!Pass)
+      for (dim l = 0; l < w.lines_ahead; ++l) moe::detail::prefetch(q + 4 * tile_bytes + l * line_bytes);
     if (!two) continue;
-    Tiles::load5(b, line_bytes);
+    if constexpr (Pass)
+      Tiles::pass5(b, line_bytes);
+    else
+      Tiles::load5(b, line_bytes);
     b += w.lower_step;
     if constexpr (Bytes)
       Tiles::add_bytes2();
@@ -131,49 +145,52 @@ class tile_heights {
   dim upper_ = 0, lower_ = 0;
 };
 
-/// The sums of a product: floats, or integers in their place.
-template <int Build, class Tiles, bool Bytes>
-void multiply_panels(const prepared_rows& a, const panel_product& p) noexcept {
-  constexpr dim stretch = 8, pair = 2;
-  const dim blocks = (a.blocks() + 1) / 2, steps = a.lines;
+/// A product, finish(block, panel) after each of its sums: floats, or integers in their place.
+template <int Build, class Tiles, bool Bytes, class Finish>
+void multiply_panels(const prepared_rows& a, const panel_product& p, Finish finish) noexcept {
+  const dim blocks = a.blocks(), steps = a.lines;
   tile_heights<Tiles> heights;
   const auto work = [&](dim b, dim panel, dim step, dim n) noexcept {
-    const bool two = 2 * b + 1 < a.blocks();
-    const dim upper = a.height_of(2 * b), lower = two ? a.height_of(2 * b + 1) : 1;
-    heights.set(upper, lower);
-    return tile_work{a.block(2 * b) + step * upper * line_bytes,
-                     two ? a.block(2 * b + 1) + step * lower * line_bytes : nullptr,
-                     upper * line_bytes,
-                     lower * line_bytes,
+    const dim height = a.height_of(b), upper = (height + 1) / 2, lower = height - upper, stride = height * line_bytes;
+    const std::byte* rows = a.block(b, step);
+    heights.set(upper, lower > 0 ? lower : 1);
+    return tile_work{rows,
+                     lower > 0 ? rows + upper * line_bytes : nullptr,
+                     stride,
+                     stride,
                      p.weights + panel * p.panel_bytes + step * 2 * tile_bytes,
                      n,
                      nullptr,
                      0,
-                     p.c.row(2 * b * a.height) + panel * panel_rows,
+                     p.c.row(b * a.height) + panel * panel_rows,
                      p.c.ld * dim{sizeof(float)},
-                     step > 0};
+                     step > 0,
+                     upper};
   };
   if (blocks == 1) {
     for (dim j = 0; j < p.panels; ++j) {
       tile_work w = work(0, j, 0, steps);
-      w.ahead = w.weights + 2 * tile_bytes;
+      w.ahead = w.weights + from_memory;
       w.lines_ahead = 2 * tile_rows;
       multiply_tiles<Build, Tiles, Bytes>(w);
+      finish(0, j);
     }
   } else {
-    for (dim step = 0; step < steps; step += stretch)
-      for (dim j = 0; j < p.panels; j += pair) {
-        const dim n = steps - step < stretch ? steps - step : stretch, last = j + pair < p.panels ? j + pair : p.panels;
-        const bool more = last < p.panels, deeper = step + n < steps;  // else the panels after these
-        const dim next = more || !deeper ? last : 0, next_step = more ? step : deeper ? step + n : 0;
-        const dim share = (2 * tile_rows + blocks - 1) / blocks;
-        for (dim b = 0; b < blocks; ++b)
-          for (dim i = j; i < last; ++i) {
-            tile_work w = work(b, i, step, n);
-            w.ahead = p.weights + (next + i - j) * p.panel_bytes + next_step * 2 * tile_bytes + b * n * share * line_bytes;
-            w.lines_ahead = share;
-            multiply_tiles<Build, Tiles, Bytes>(w);
-          }
+    const dim share = moe::detail::blocks(2 * tile_rows, blocks);
+    for (dim step = 0; step < steps; step += a.stretch)
+      for (dim j = 0; j < p.panels; ++j) {
+        const dim n = a.stretch_at(step), next = step + n;
+        // The same stretch of the next panel, else the next stretch of the first one, else what comes after these panels.
+        const bool more = j + 1 < p.panels || next == steps;
+        const std::byte* ahead = p.weights + (more ? j + 1 : 0) * p.panel_bytes +
+                                 (j + 1 < p.panels ? step : more ? 0 : next) * 2 * tile_bytes;
+        for (dim b = 0; b < blocks; ++b) {
+          tile_work w = work(b, j, step, n);
+          w.ahead = ahead + b * n * share * line_bytes;
+          w.lines_ahead = share;
+          multiply_tiles<Build, Tiles, Bytes, true>(w);
+          if (next == steps) finish(b, j);
+        }
       }
   }
   Tiles::release();
@@ -181,21 +198,26 @@ void multiply_panels(const prepared_rows& a, const panel_product& p) noexcept {
 
 template <int Build, class Tiles>
 void multiply_halves_amx(const prepared_rows& a, const panel_product& p) noexcept {
-  multiply_panels<Build, Tiles, false>(a, p);
+  multiply_panels<Build, Tiles, false>(a, p, [](dim, dim) {});
+}
+/// Integers of a block and a panel become floats.
+template <int Build>
+MOE_TARGET(MOE_AVX512)
+MOE_NO_INLINE void scale_sums(const prepared_rows& a, const panel_product& p, dim b, dim panel) noexcept {
+  const float* scale = p.scale + panel * panel_rows;
+  const __m512 left = _mm512_loadu_ps(scale), right = _mm512_loadu_ps(scale + 16);
+  for (dim r = b * a.height, end = r + a.height_of(b); r < end; ++r) {
+    const __m512 unit = _mm512_set1_ps(a.factor(r)[0]), shift = _mm512_set1_ps(128 * a.factor(r)[1]);
+    float* c = p.c.row(r) + panel * panel_rows;
+    const __m512 low = _mm512_maskz_cvtepi32_ps(0xffff, _mm512_loadu_si512(c));
+    const __m512 high = _mm512_maskz_cvtepi32_ps(0xffff, _mm512_loadu_si512(c + 16));
+    _mm512_storeu_ps(c, _mm512_mul_ps(_mm512_mul_ps(unit, left), _mm512_sub_ps(low, shift)));
+    _mm512_storeu_ps(c + 16, _mm512_mul_ps(_mm512_mul_ps(unit, right), _mm512_sub_ps(high, shift)));
+  }
 }
 template <int Build, class Tiles>
-MOE_TARGET(MOE_AVX512)
 void multiply_bytes_amx(const prepared_rows& a, const panel_product& p) noexcept {
-  multiply_panels<Build, Tiles, true>(a, p);
-  for (dim r = 0; r < a.rows; ++r) {
-    const float unit = a.factor(r)[0], shift = 128 * a.factor(r)[1];
-    float* c = p.c.row(r);
-    for (dim j = 0; j < p.panels * panel_rows; j += 16) {
-      const __m512 sum = _mm512_cvtepi32_ps(_mm512_loadu_si512(c + j));
-      _mm512_storeu_ps(c + j, _mm512_mul_ps(_mm512_mul_ps(_mm512_set1_ps(unit), _mm512_loadu_ps(p.scale + j)),
-                                            _mm512_sub_ps(sum, _mm512_set1_ps(shift))));
-    }
-  }
+  multiply_panels<Build, Tiles, true>(a, p, [&](dim b, dim panel) noexcept { scale_sums<Build>(a, p, b, panel); });
 }
 /// Many rows: two panels at a time are widened to bytes.
 inline constexpr dim few_rows_of_groups = 8;
@@ -216,8 +238,8 @@ void multiply_int4_amx(const prepared_rows& a, const panel_product& p) noexcept 
 /// Halves, rounded to nearest even.
 template <int Build>
 MOE_TARGET(MOE_AVX512)
-void prepare_bf16_512(const float* x, dim k, std::byte* to, dim stride, float*, bool) noexcept {
-  for (dim i = 0; i < k; i += 32, to += stride) {
+void prepare_bf16_512(const float* x, dim k, std::byte* to, float*, bool) noexcept {
+  for (dim i = 0; i < k; i += 32, to += line_bytes) {
     bf16 line[32] = {};
     const dim n = k - i < 32 ? k - i : 32;
     for (dim j = 0; j < n; ++j) line[j] = bf16(x[i + j]);
@@ -232,35 +254,38 @@ namespace moe::arch {
 template <int Build, class Tiles = detail::hardware_tiles>
 packed_kernels kernels_of(basic_amx<Build>, weights_of<bf16>, Tiles = {}) noexcept {
   return {operand::bf16,
-          detail::tile_rows,
-          256,
+          2 * detail::tile_rows,
+          320,
           false,
           0,
           detail::prepare_bf16_512<Build>,
           detail::multiply_halves_amx<Build, Tiles>,
-          false};
+          false,
+          16};
 }
 template <int Build, class Tiles = detail::hardware_tiles>
 packed_kernels kernels_of(basic_amx<Build>, weights_of<std::int8_t>, Tiles = {}) noexcept {
   return {operand::i8,
-          detail::tile_rows,
-          256,
+          2 * detail::tile_rows,
+          320,
           false,
           0,
           detail::prepare_i8_512<Build>,
           detail::multiply_bytes_amx<Build, Tiles>,
-          false};
+          false,
+          16};
 }
 template <int Build, int Group, class Scale, class Tiles = detail::hardware_tiles>
 packed_kernels kernels_of(basic_amx<Build>, weights_of<int4_groups<Group, Scale>>, Tiles = {}) noexcept {
   return {operand::i8,
-          detail::tile_rows,
-          256,
+          2 * detail::tile_rows,
+          320,
           true,
           64,
           detail::prepare_groups_512<Build, Group>,
           detail::multiply_int4_amx<Build, Tiles, int4_groups<Group, Scale>>,
-          false};
+          false,
+          16};
 }
 
 }  // namespace moe::arch

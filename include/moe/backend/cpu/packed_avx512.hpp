@@ -195,7 +195,7 @@ void multiply_512(const prepared_rows& a, const panel_product& p) noexcept {
 /// The same as prepare_i8, 16 numbers at a time.
 template <int Build>
 MOE_TARGET(MOE_AVX512)
-void prepare_i8_512(const float* x, dim k, std::byte* to, dim stride, float* factors, bool sums_of_32) noexcept {
+void prepare_i8_512(const float* x, dim k, std::byte* to, float* factors, bool sums_of_32) noexcept {
   const __m512i no_sign = _mm512_set1_epi32(0x7fffffff);
   __m512i largest = _mm512_setzero_si512();  // as integers magnitudes keep their order, and NaN is above all
   for (dim i = 0; i < k; i += 16) {
@@ -217,7 +217,7 @@ void prepare_i8_512(const float* x, dim k, std::byte* to, dim stride, float* fac
       const __mmask16 mask = static_cast<__mmask16>(left >= 16 ? 0xffffu : left > 0 ? (1u << left) - 1 : 0u);
       q[h] = finite ? _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + i + 16 * h), per))
                     : _mm512_setzero_si512();
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i / 64 * stride + i % 64 + 16 * h), _mm512_cvtepi32_epi8(q[h]));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i + 16 * h), _mm512_cvtepi32_epi8(q[h]));
     }
     const __m512i both = _mm512_add_epi32(q[0], q[1]);
     total = _mm512_add_epi32(total, both);

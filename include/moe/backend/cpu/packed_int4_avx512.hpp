@@ -162,16 +162,16 @@ void multiply_int4_512(const prepared_rows& a, const panel_product& p) noexcept 
 /// The same as prepare_i8, but that a group's factor is the integer that its sum starts with, since weights are q + 8.
 template <int Build, int Group>
 MOE_TARGET(MOE_AVX512_VNNI)
-void prepare_groups_512(const float* x, dim k, std::byte* to, dim stride, float* factors, bool) noexcept {
-  prepare_i8_512<Build>(x, k, to, stride, factors, false);
+void prepare_groups_512(const float* x, dim k, std::byte* to, float* factors, bool) noexcept {
+  prepare_i8_512<Build>(x, k, to, factors, false);
   const dim end = moe::detail::round_up(k, 128);
-  if (moe::detail::round_up(k, 64) < end) std::memset(to + (end / 64 - 1) * stride, 0, 64);
+  if (moe::detail::round_up(k, 64) < end) std::memset(to + end - 64, 0, 64);
   const __m512i eights = _mm512_set1_epi8(8);
   for (dim i = 0; i < end; i += Group, ++factors) {
     __m512i sum = _mm512_setzero_si512();
     for (dim j = i; j < i + Group; j += 64) {
       const __mmask64 some = Group == 32 ? (i % 64 ? 0xffffffff00000000u : 0xffffffffu) : ~__mmask64{0};
-      sum = _mm512_dpbusd_epi32(sum, eights, _mm512_maskz_loadu_epi8(some, to + j / 64 * stride));
+      sum = _mm512_dpbusd_epi32(sum, eights, _mm512_maskz_loadu_epi8(some, to + j / 64 * 64));
     }
     const std::int32_t shift = -_mm512_reduce_add_epi32(sum);
     std::memcpy(factors + 2, &shift, 4);

@@ -233,7 +233,7 @@ inline const float* next_32(const float* x, dim i, dim k, float (&spare)[32]) no
 
 /// The same as prepare_i8, 32 numbers at a time. Where one is not finite all are multiplied by 0, and NaN becomes 0.
 template <int Build>
-void prepare_i8_neon(const float* x, dim k, std::byte* to, dim stride, float* factors, bool sums_of_32) noexcept {
+void prepare_i8_neon(const float* x, dim k, std::byte* to, float* factors, bool sums_of_32) noexcept {
   float spare[32];
   uint32x4_t largest = vdupq_n_u32(0);  // as integers magnitudes keep their order, and NaN is above all
   for (dim i = 0; i < k; i += 32) {
@@ -252,7 +252,7 @@ void prepare_i8_neon(const float* x, dim k, std::byte* to, dim stride, float* fa
     for (int v = 0; v < 4; ++v)
       q[v] = vcombine_s16(vqmovn_s32(vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(from + 8 * v), per))),
                           vqmovn_s32(vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(from + 8 * v + 4), per))));
-    std::int8_t* out = reinterpret_cast<std::int8_t*>(to + i / 64 * stride + i % 64);
+    std::int8_t* out = reinterpret_cast<std::int8_t*>(to + i);
     vst1q_s8(out, vcombine_s8(vqmovn_s16(q[0]), vqmovn_s16(q[1])));
     vst1q_s8(out + 16, vcombine_s8(vqmovn_s16(q[2]), vqmovn_s16(q[3])));
     const std::int32_t part = vaddlvq_s16(vaddq_s16(vaddq_s16(q[0], q[1]), vaddq_s16(q[2], q[3])));
