@@ -184,7 +184,8 @@ struct packed_ffn_work {
   }
   void activate_panels(const float* z, dim first, dim n, float* a) const noexcept {
     for (dim i = 0; i < n; ++i, z += together * panel_rows, a += panel_rows)
-      activate(typename B::arch{}, form, z, Form::gated ? z + panel_rows : z, a, at_most(f() - (first + i) * panel_rows, panel_rows));
+      activate(typename B::arch{}, form, z, Form::gated ? z + panel_rows : z, a,
+               at_most(f() - (first + i) * panel_rows, panel_rows));
   }
   /// The same, straight into the prepared rows.
   void up_panels_prepared(packed_slot& s, dim e, dim first, dim n) const noexcept {

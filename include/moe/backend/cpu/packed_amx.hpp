@@ -2,8 +2,8 @@
 /// Products with packed weights on the tile unit of Intel processors: bf16 and bytes.
 ///
 /// A product of up to 32 rows with a panel keeps four tiles of sums. Few rows follow each panel to its end, as it lies in
-/// memory; many rows pass, a stretch of them after another, by the stretch of a panel that stays in the first cache, while the
-/// next panel's comes into the second.
+/// memory; many rows pass, a stretch of them after another, by the stretch of a panel that stays in the first cache, while
+/// the next panel's comes into the second.
 /// `Tiles` are the instructions; tests put a plain C++ copy of them in their place.
 #pragma once
 
@@ -102,7 +102,7 @@ MOE_NO_INLINE void multiply_tiles(const tile_work& w) noexcept {
       Tiles::add_halves1();
     for (dim l = 0; l < w.lines_ahead; ++l, ahead += line_bytes) moe::detail::prefetch_second(ahead);
     if constexpr (!Pass)
-      for (dim l = 0; l < w.lines_ahead; ++l) moe::detail::prefetch(q + 4 * tile_bytes + l * line_bytes);
+      for (dim l = 0; l < 2 * tile_rows; ++l) moe::detail::prefetch(q + 4 * tile_bytes + l * line_bytes);
     if (!two) continue;
     if constexpr (Pass)
       Tiles::pass5(b, line_bytes);
@@ -145,10 +145,13 @@ class tile_heights {
   dim upper_ = 0, lower_ = 0;
 };
 
-/// A product, finish(block, panel) after each of its sums: floats, or integers in their place.
+/// A product, finish(block, panel) after each of its sums: floats, or integers in their place. It asks for `bytes` at `next`
+/// for each of its panels, by default for its own weights and those that come after them.
 template <int Build, class Tiles, bool Bytes, class Finish>
-void multiply_panels(const prepared_rows& a, const panel_product& p, Finish finish) noexcept {
+void multiply_panels(const prepared_rows& a, const panel_product& p, Finish finish, const std::byte* next = nullptr,
+                     dim bytes = 0) noexcept {
   const dim blocks = a.blocks(), steps = a.lines;
+  const dim lines = next ? moe::detail::blocks(bytes, steps * line_bytes) : 2 * tile_rows;  // asked for in a step
   tile_heights<Tiles> heights;
   const auto work = [&](dim b, dim panel, dim step, dim n) noexcept {
     const dim height = a.height_of(b), upper = (height + 1) / 2, lower = height - upper, stride = height * line_bytes;
@@ -170,26 +173,27 @@ void multiply_panels(const prepared_rows& a, const panel_product& p, Finish fini
   if (blocks == 1) {
     for (dim j = 0; j < p.panels; ++j) {
       tile_work w = work(0, j, 0, steps);
-      w.ahead = w.weights + from_memory;
-      w.lines_ahead = 2 * tile_rows;
+      w.ahead = next ? next + j * bytes : w.weights + from_memory;
+      w.lines_ahead = lines;
       multiply_tiles<Build, Tiles, Bytes>(w);
       finish(0, j);
     }
   } else {
-    const dim share = moe::detail::blocks(2 * tile_rows, blocks);
+    const dim share = moe::detail::blocks(lines, blocks);
     for (dim step = 0; step < steps; step += a.stretch)
       for (dim j = 0; j < p.panels; ++j) {
-        const dim n = a.stretch_at(step), next = step + n;
+        const dim n = a.stretch_at(step), end = step + n;
         // The same stretch of the next panel, else the next stretch of the first one, else what comes after these panels.
-        const bool more = j + 1 < p.panels || next == steps;
-        const std::byte* ahead = p.weights + (more ? j + 1 : 0) * p.panel_bytes +
-                                 (j + 1 < p.panels ? step : more ? 0 : next) * 2 * tile_bytes;
+        const bool last = j + 1 == p.panels, over = last && end == steps;
+        const std::byte* ahead = next ? next + j * bytes + step * lines * line_bytes
+                                      : p.weights + (last && !over ? 0 : j + 1) * p.panel_bytes +
+                                            (!last ? step : over ? 0 : end) * 2 * tile_bytes;
         for (dim b = 0; b < blocks; ++b) {
           tile_work w = work(b, j, step, n);
           w.ahead = ahead + b * n * share * line_bytes;
           w.lines_ahead = share;
           multiply_tiles<Build, Tiles, Bytes, true>(w);
-          if (next == steps) finish(b, j);
+          if (end == steps) finish(b, j);
         }
       }
   }
@@ -216,8 +220,13 @@ MOE_NO_INLINE void scale_sums(const prepared_rows& a, const panel_product& p, di
   }
 }
 template <int Build, class Tiles>
+void multiply_bytes_amx(const prepared_rows& a, const panel_product& p, const std::byte* next, dim bytes) noexcept {
+  multiply_panels<Build, Tiles, true>(
+      a, p, [&](dim b, dim panel) noexcept { scale_sums<Build>(a, p, b, panel); }, next, bytes);
+}
+template <int Build, class Tiles>
 void multiply_bytes_amx(const prepared_rows& a, const panel_product& p) noexcept {
-  multiply_panels<Build, Tiles, true>(a, p, [&](dim b, dim panel) noexcept { scale_sums<Build>(a, p, b, panel); });
+  multiply_bytes_amx<Build, Tiles>(a, p, nullptr, 0);
 }
 /// Many rows: two panels at a time are widened to bytes.
 inline constexpr dim few_rows_of_groups = 8;
@@ -231,7 +240,8 @@ void multiply_int4_amx(const prepared_rows& a, const panel_product& p) noexcept 
     for (dim i = 0; i < n; ++i)
       widen_panel<Build, T>(p.weights + (j + i) * p.panel_bytes, k, scale + i * panel_rows, p.scratch + i * panel_rows * k);
     multiply_bytes_amx<Build, Tiles>(
-        a, {p.scratch, panel_rows * k, n, scale, nullptr, p.c.columns(j * panel_rows, n * panel_rows)});
+        a, {p.scratch, panel_rows * k, n, scale, nullptr, p.c.columns(j * panel_rows, n * panel_rows)},
+        p.weights + (j + n) * p.panel_bytes, p.panel_bytes);
   }
 }
 
