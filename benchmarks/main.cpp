@@ -91,7 +91,7 @@ int run(const options& o) {
   std::vector<std::string> processes;
   for (const listed_peer& p : listed)
     if (!p.command.empty()) processes.push_back(p.name);
-  const std::vector<machine_limits> limits = measure_all_limits(o.threads);
+  const std::vector<machine_limits> limits = measure_all_limits(o.fixed ? std::vector<int>{1} : o.threads);
   std::printf("level %s: %s\n", std::string(moe::name(level.level)).c_str(), level.why);
   for (const machine_limits& l : limits) print_limits(l);
   const auto of = [&](int threads) -> const machine_limits& {

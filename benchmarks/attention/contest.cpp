@@ -119,7 +119,7 @@ struct entrant {
   std::unique_ptr<attention_contestant> who;
   std::size_t calls = 1, next = 0;  ///< of a turn, and the number of the next
   std::string disagreement{};
-  std::vector<double> times{};
+  turn_record turns{1};
 
   std::string left_out() const { return who->failure().empty() ? disagreement : who->failure(); }
 };
@@ -133,23 +133,24 @@ class contest {
   }
   attention_row measure(const machine_limits& limits, int rounds) {
     use_threads(limits.threads);
-    for (entrant& e : entrants_) warm_up(e, limits.threads);
-    int noisy = 0;
-    for (int r = 0; r < rounds; ++r) {
-      noisy += !wait_for_quiet(limits.threads, 4 * rounds);
-      for (entrant& e : entrants_) {
-        if (!e.left_out().empty()) continue;
-        e.times.push_back(e.who->seconds_of(e.next, e.calls) / static_cast<double>(e.calls));
-        e.next += e.calls;
-      }
+    for (entrant& e : entrants_) {
+      warm_up(e, limits.threads);
+      e.turns = turn_record(rounds);
     }
-    return result(limits, 2 * noisy < rounds);
+    const auto waits = [](const entrant& e) { return e.left_out().empty() && !e.turns.complete(); };
+    while (std::any_of(entrants_.begin(), entrants_.end(), waits))
+      for (std::size_t i = 0; i < entrants_.size(); ++i)
+        if (entrant& e = entrants_[i]; waits(e))
+          e.turns.take(limits.threads, i >= own_, [&] {
+            e.next += e.calls;
+            return e.who->seconds_of(e.next - e.calls, e.calls) / static_cast<double>(e.calls);
+          });
+    return result(limits);
   }
 
  private:
   /// A call to look at what it gives, one to know how long it takes.
   void warm_up(entrant& e, int threads) const {
-    e.times.clear();
     e.disagreement.clear();
     e.who->prepare(threads);
     std::vector<float> o(static_cast<std::size_t>(case_.queries() * case_.shape.h * case_.shape.d));
@@ -164,14 +165,18 @@ class contest {
     }
     if (e.left_out().empty()) e.calls = static_cast<std::size_t>(std::max(1l, std::lround(turn / e.who->seconds_of(e.next++, 1))));
   }
-  attention_row result(const machine_limits& limits, bool quiet) const {
+  attention_row result(const machine_limits& limits) const {
     const double by_memory = case_.bytes() / limits.dram_read, by_compute = case_.flops() / limits.peak(case_.form.decode ? unit::fma : case_.type.multiplies);
-    attention_row r{case_, limits.threads, median(entrants_[0].times), std::max(by_memory, by_compute), by_memory >= by_compute, quiet, {}, {}, {}};
+    attention_row r{case_, limits.threads, entrants_[0].turns.time(), std::max(by_memory, by_compute), by_memory >= by_compute, entrants_[0].turns.quiet(), {}, {}, {}};
     for (std::size_t i = 1; i < entrants_.size(); ++i) {
       const entrant& e = entrants_[i];
-      if (!e.left_out().empty()) r.left_out.push_back({e.who->name(), e.left_out()});
-      else if (i < own_) r.beside.push_back({e.who->name(), {}, 1 / median(e.times)});
-      else r.peers.push_back({e.who->name(), e.who->version(), static_cast<double>(case_.queries()) / median(e.times)});
+      if (!e.left_out().empty()) {
+        r.left_out.push_back({e.who->name(), e.left_out()});
+        continue;
+      }
+      if (i < own_) r.beside.push_back({e.who->name(), {}, 1 / e.turns.time()});
+      else r.peers.push_back({e.who->name(), e.who->version(), static_cast<double>(case_.queries()) / e.turns.time()});
+      r.quiet = r.quiet && e.turns.quiet();
     }
     return r;
   }

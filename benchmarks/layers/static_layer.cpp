@@ -19,16 +19,6 @@ void fill(std::span<float> to, std::uint64_t stream) {
   const moe::rng random(1, stream);
   for (std::size_t i = 0; i < to.size(); ++i) to[i] = random.normal(i) / 4;
 }
-template <class T>
-void keep(T* p) {
-#if defined(__GNUC__)
-  __asm__ volatile("" : : "r"(p) : "memory");
-#else
-  static T* volatile sink;
-  sink = p;
-#endif
-}
-
 /// One input for each expert.
 std::vector<float> inputs(const net& layer) {
   std::vector<float> x(E * d), one(d);
@@ -76,18 +66,19 @@ row measure_static_layer(int rounds) {
   fill(layer->w.in, 2);
   fill(layer->w.down, 3);
   const std::vector<float> x = inputs(*layer);
-  std::vector<double> times, reads;
-  int noisy = 0;
-  for (int r = 0; r < 8 * rounds; ++r) {
-    noisy += r % 8 == 0 && !wait_for_quiet(1, 4 * rounds);
-    float y[d];
-    times.push_back(time_of([&](dim i) {
-      layer->forward(&x[static_cast<std::size_t>(i * d)], y);
-      keep(y);
-    }));
-    reads.push_back(time_of([&](dim i) { read(layer->w.in.data() + i * expert_floats); }));  // in and down lie together
-  }
-  const double time = median(times), roof = *std::min_element(reads.begin(), reads.end());
+  turn_record turns(2 * rounds);
+  double roof = 1;
+  while (!turns.complete())
+    turns.take(1, false, [&] {
+      // in and down lie together
+      roof = std::min(roof, time_of([&](dim i) { read(layer->w.in.data() + i * expert_floats); }));
+      float y[d];
+      return time_of([&](dim i) {
+        layer->forward(&x[static_cast<std::size_t>(i * d)], y);
+        keep(y);
+      });
+    });
+  const double time = turns.time();
   row r{};
   r.name = "static";
   r.shape = {"d32,f64,E4,k1", d, f, E, 1, {}};
@@ -98,7 +89,7 @@ row measure_static_layer(int rounds) {
   r.weight_bytes_per_s = 4 * static_cast<double>(expert_floats + E * d) / time;
   r.roof_tokens_per_s = 1 / roof;
   r.memory_bound = true;
-  r.quiet = 2 * noisy < rounds;
+  r.quiet = turns.quiet();
   return r;
 }
 

@@ -66,11 +66,10 @@ double relative_error(std::span<const float> y, std::span<const float> wanted, d
 // Takes from Google Benchmark what a run took; prints nothing.
 class collector : public benchmark::BenchmarkReporter {
  public:
-  std::vector<double> seconds_per_call;
+  double seconds_per_call = 0;
   bool ReportContext(const Context&) override { return true; }
   void ReportRuns(const std::vector<Run>& runs) override {
-    for (const Run& r : runs)
-      seconds_per_call.push_back(r.real_accumulated_time / static_cast<double>(r.iterations));
+    for (const Run& r : runs) seconds_per_call = r.real_accumulated_time / static_cast<double>(r.iterations);
   }
 };
 
@@ -80,7 +79,7 @@ struct entrant {
   long calls = 1;        // in a turn
   std::size_t next = 0;  // batch
   std::string disagreement;
-  std::vector<double> times;
+  turn_record turns{1};
 
   std::string left_out() const { return who->failure().empty() ? disagreement : who->failure(); }
   bool competes() const { return left_out().empty(); }
@@ -153,9 +152,11 @@ class contest {
   row measure(dim T, double skew, const machine_limits& limits) {
     use_threads(limits.threads);
     warm_up(T, limits.threads);
-    turns_ = disturbed_ = 0;
-    for (int r = 0; r < options_.rounds; ++r) take_turns(limits.threads);
-    return result(T, skew, limits, 2 * disturbed_ < turns_);
+    const auto waits = [](const entrant& e) { return e.competes() && !e.turns.complete(); };
+    while (std::any_of(entrants_.begin(), entrants_.end(), waits))
+      for (entrant& e : entrants_)
+        if (waits(e)) e.turns.take(limits.threads, e.who->keeps_time(), [&] { return time_of_turn(e); });
+    return result(T, skew, limits);
   }
 
   matrix_view<float> y() const { return {result_.as<float>().data(), batches_[0].x.rows, shape_.d}; }
@@ -164,7 +165,7 @@ class contest {
   void warm_up(dim T, int threads) {
     std::vector<std::vector<float>> outputs;
     for (entrant& e : entrants_) {
-      e.times.clear();
+      e.turns = turn_record(options_.rounds);
       e.next = 0;
       e.disagreement.clear();
       e.who->prepare(batches_, threads);
@@ -184,32 +185,24 @@ class contest {
     }
   }
 
-  // Google Benchmark runs each entrant's loop in the order in which they are registered; a round is one such run, so that
-  // rounds go A B C A B C. (Its own repetitions would go A A B B, or in random order.) Each waits until nobody else is busy.
-  void take_turns(int threads) {
+  // Seconds of a call: one run of Google Benchmark for each turn, so that turns go A B C A B C. (Its own repetitions would
+  // go A A B B, or in random order.)
+  double time_of_turn(entrant& e) {
     collector times;
-    std::vector<entrant*> started;
     benchmark::ClearRegisteredBenchmarks();
-    for (entrant& e : entrants_) {
-      if (!e.competes()) continue;
-      started.push_back(&e);
-      auto* b = benchmark::RegisterBenchmark(e.who->name().c_str(), [&e, threads, this](benchmark::State& state) {
-        ++turns_;
-        disturbed_ += !wait_for_quiet(threads, 2 * options_.rounds);
-        e.who->repeat(state, e.next, batches_.size(), y());
-        e.next += static_cast<std::size_t>(state.iterations());
-      });
-      b->Iterations(e.calls);
-      if (e.who->keeps_time()) b->UseManualTime();
-      else b->UseRealTime();
-    }
+    auto* b = benchmark::RegisterBenchmark(e.who->name().c_str(), [&](benchmark::State& state) {
+      e.who->repeat(state, e.next, batches_.size(), y());
+      e.next += static_cast<std::size_t>(state.iterations());
+    });
+    b->Iterations(e.calls);
+    if (e.who->keeps_time()) b->UseManualTime();
+    else b->UseRealTime();
     benchmark::RunSpecifiedBenchmarks(&times);
-    auto time = times.seconds_per_call.begin();
-    for (entrant* e : started) e->times.push_back(*time++);
+    return times.seconds_per_call;
   }
 
-  row result(dim T, double skew, const machine_limits& limits, bool quiet) const {
-    const double tokens = static_cast<double>(T), time = median(entrants_[0].times), router = 4 * shape_.router_weights();
+  row result(dim T, double skew, const machine_limits& limits) const {
+    const double tokens = static_cast<double>(T), time = entrants_[0].turns.time(), router = 4 * shape_.router_weights();
     const double weights = active_ * shape_.expert_weights() * type_.bytes + router;
     const double gradients = active_ * shape_.expert_weights() * 4 + router, rows = 4 * tokens * static_cast<double>(shape_.d);
     const double moved = options_.backward ? 2 * weights + 2 * gradients + 4 * rows : weights + 2 * rows;
@@ -217,11 +210,15 @@ class contest {
     const double by_memory = moved / limits.dram_read, by_compute = flops / limits.peak(type_.multiplies);
     row r{shape_, type_, T, limits.threads, skew, options_.backward, tokens / time, flops / time,
           (options_.backward ? 2 : 1) * weights / time, tokens / std::max(by_memory, by_compute), by_memory >= by_compute,
-          quiet, {}};
+          entrants_[0].turns.quiet(), {}};
     for (std::size_t i = 1; i < entrants_.size(); ++i) {
       const entrant& e = entrants_[i];
-      if (e.competes()) r.peers.push_back({e.who->name(), e.who->version(), tokens / median(e.times)});
-      else r.left_out.push_back({e.who->name(), e.left_out()});
+      if (!e.competes()) {
+        r.left_out.push_back({e.who->name(), e.left_out()});
+        continue;
+      }
+      r.peers.push_back({e.who->name(), e.who->version(), tokens / e.turns.time()});
+      r.quiet = r.quiet && e.turns.quiet();
     }
     return r;
   }
@@ -235,7 +232,6 @@ class contest {
   std::vector<float> biases_;
   std::vector<batch> batches_;
   double active_ = 0;  // experts that a call uses, on average
-  int turns_ = 0, disturbed_ = 0;
 };
 
 }  // namespace

@@ -38,7 +38,7 @@ other implementations of them, all in turn in one process; prints medians.
                     (several gigabytes the first time) and drives in processes of their own; they are handed the routing. What
                     cannot be installed or does not run here is named with the reason
   --peer-list FILE  peers in processes of their own, as benchmarks/peers/peer_list.hpp has it
-  --rounds N        turns that each implementation gets. Default: 5
+  --rounds N        turns that each implementation gets, each of about 10 ms, or one call. Default: 15
   --rotate MIB      weights of other layers that are used before those of a layer come again. Default: 1024. With less, what is
                     measured is a cache
   --help
@@ -48,7 +48,9 @@ moved once at the speed of memory, or the multiply-adds of the experts at the pe
 longer. A training step moves the weights twice, for forward and for backward, and reads and writes the gradients once.
 Operations of attention are those of pairs of a query and a key that it sees, 4 d for each head, and 2.5 times as many for
 gradients.
-A `!` marks a row during which other programs had the processor.
+A turn counts where nobody else slowed the processor down right before and right after it; each implementation waits for such
+moments, 0.2 s a turn at most. A `!` marks a row where one of them had fewer than three: there all turns count. It marks limits
+of which one was not reached again at other times.
 )";
 
 namespace {

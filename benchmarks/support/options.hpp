@@ -23,7 +23,7 @@ struct options {
   std::string json;         ///< empty: none
   std::string peer_list;    ///< empty: none
   double rotate = 1 << 30;  ///< bytes of other layers between two calls of one
-  int rounds = 5;
+  int rounds = 15;
   bool backward = false, fixed = false, help = false;
   std::vector<attention_shape> attention;  ///< instead of layers, where there is one
   attention_form form{};                   ///< `backward` as above
