@@ -224,15 +224,17 @@ void multiply_bytes_amx(const prepared_rows& a, const panel_product& p, const st
   multiply_panels<Build, Tiles, true>(
       a, p, [&](dim b, dim panel) noexcept { scale_sums<Build>(a, p, b, panel); }, next, bytes);
 }
+/// Up to so many rows of bytes read weights faster without tiles.
+inline constexpr dim few_rows = 8;
 template <int Build, class Tiles>
 void multiply_bytes_amx(const prepared_rows& a, const panel_product& p) noexcept {
+  if (a.rows <= few_rows) return multiply_512<Build, std::int8_t>(a, p);
   multiply_bytes_amx<Build, Tiles>(a, p, nullptr, 0);
 }
 /// Many rows: two panels at a time are widened to bytes.
-inline constexpr dim few_rows_of_groups = 8;
 template <int Build, class Tiles, class T>
 void multiply_int4_amx(const prepared_rows& a, const panel_product& p) noexcept {
-  if (a.rows <= few_rows_of_groups) return multiply_int4_512<Build, T>(a, p);
+  if (a.rows <= few_rows) return multiply_int4_512<Build, T>(a, p);
   const dim k = a.lines * 64;
   for (dim j = 0; j < p.panels; j += 2) {
     const dim n = p.panels - j < 2 ? p.panels - j : 2;
