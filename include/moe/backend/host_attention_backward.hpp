@@ -80,7 +80,7 @@ inline attention_halves carve_backward_halves(const attention_kernels& k, const 
   b.key_rows = block("key_rows", attention_keys, h.d);
   b.row_pairs = block("row_pairs", round_up(rows, pair), h.d);
   b.gradient_pairs = block("gradient_pairs", round_up(rows, pair), h.dv);
-  b.turned = block("turned", attention_keys, rows);
+  b.turned = block("turned", 2 * attention_keys, round_up(rows, pair));
   return b;
 }
 

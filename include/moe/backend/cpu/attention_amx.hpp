@@ -10,38 +10,109 @@
 
 namespace moe::arch::detail {
 
+/// 2^x; 0 where x is -inf, and NaN stays.
+MOE_TARGET(MOE_AVX512)
+inline __m512 exp2_of_any(__m512 x) noexcept {
+  constexpr __mmask16 all = 0xffff;
+  constexpr int down = 0x09;
+  // Off by at most 8.3e-8 of the value.
+  constexpr float terms[] = {0.6931512951850891f, 0.24016444385051727f, 0.05579991266131401f, 0.009017030708491802f,
+                             0.0018671300495043397f};
+  const __m512 part = _mm512_maskz_reduce_ps(all, x, down);
+  __m512 p = _mm512_set1_ps(terms[4]);
+  p = _mm512_fmadd_ps(p, part, _mm512_set1_ps(terms[3]));
+  p = _mm512_fmadd_ps(p, part, _mm512_set1_ps(terms[2]));
+  p = _mm512_fmadd_ps(p, part, _mm512_set1_ps(terms[1]));
+  p = _mm512_fmadd_ps(p, part, _mm512_set1_ps(terms[0]));
+  p = _mm512_fmadd_ps(p, part, _mm512_set1_ps(1.f));
+  return _mm512_maskz_scalef_ps(all, p, x);
+}
+/// Lanes of a and b as halves side by side, halfway cases away from zero. A NaN stays one: tiles give none that is close to
+/// infinity.
+MOE_TARGET(MOE_AVX512)
+inline __m512i halves_beside(__m512 a, __m512 b) noexcept {
+  const __m512i half = _mm512_set1_epi32(0x8000);
+  const __m512i low = _mm512_srli_epi32(_mm512_add_epi32(_mm512_castps_si512(a), half), 16);
+  return _mm512_mask_mov_epi16(low, 0xaaaaaaaa, _mm512_add_epi32(_mm512_castps_si512(b), half));
+}
+
 /// One step of forward.
 template <int Build, class Tiles>
 class attention_tiles : public attention_tile_step<Build, Tiles, attention_step> {
   using base = attention_tile_step<Build, Tiles, attention_step>;
-  using base::s_, base::h_;
-  using typename base::rules;
+  using base::s_, base::h_, base::pair, base::block_bytes;
+  using typename base::rules, typename base::row_pair;
 
  public:
   using base::base;
 
-  /// A value that is not finite is left out of the tiles and added at the end.
+  /// While a pair of blocks is scored the one before gets its weights and the one before that adds up its values. A value
+  /// that is not finite is left out of the tiles and added at the end.
   void run() noexcept {
     const bool finite = base::pack_rows(h_.v, h_.values);
     base::pack_columns(h_.k, h_.keys);
-    base::score(h_.rows, h_.k.cols, h_.keys, s_.p);
-    for (dim i = 0; i < s_.rows; ++i) take_weights(i);
-    base::weigh(h_.values, h_.v.cols, s_.state.o);
-    if (!finite) base::add_strange_keys(s_.p, h_.v, s_.state.o);
+    const dim pairs = base::steps_of(s_.rows), ahead = base::steps_of(h_.k.cols) + base::steps_of(h_.v.cols);
+    for (dim t = 0; t < pairs + 2; ++t) {
+      const row_pair before = base::pair_at(t > 0 && t <= pairs ? t - 1 : 0);
+      const dim rows = t > 0 && t <= pairs && !before.seen.empty() ? before.rows : 0;
+      const auto unit = [&](dim r) noexcept {
+        const key_range seen = seen_by(s_, before.first + r);
+        if (seen.lo == 0 && seen.hi == attention_keys)
+          take_weights<true>(before, seen, r);
+        else
+          take_weights<false>(before, seen, r);
+      };
+      typename base::template beside<decltype(unit)> weights{unit, rows, moe::detail::blocks(rows, ahead * base::key_steps)};
+      if (t < pairs) base::score(base::pair_at(t), h_.rows, h_.k.cols, h_.keys, scores_of(t), weights);
+      if (t > 1) {
+        const row_pair at = base::pair_at(t - 2);
+        base::weigh(at, weights_of(t), h_.values, h_.v.cols, s_.state.o, weights);
+        if (!finite) base::add_strange_keys(at, weights_of(t), h_.v, s_.state.o);
+      }
+      weights.finish();
+    }
+    Tiles::release();
   }
 
  private:
-  /// Weights of row i as halves, from its scores; the sums are of the floats.
-  void take_weights(dim i) noexcept {
-    float* p = s_.p + i * attention_pitch;
-    const key_range seen = seen_by(s_, i);
-    if (!seen.empty()) {
-      const dim r = s_.at(i), first = seen.lo / tile_rows * tile_rows;
-      rules::scale(p + first, h_.scale, seen.hi - first);
-      const float fade = rules::softmax(p, seen.lo, seen.hi, s_.state.largest[r], s_.state.sum[r]);
-      if (fade != 1) rules::scale(s_.state.o.row(r), fade, s_.state.o.cols);
+  float* scores_of(dim t) const noexcept { return s_.p + t % 2 * pair * attention_pitch; }
+  std::byte* weights_of(dim t) const noexcept { return h_.weights + t % 2 * 2 * base::key_steps * block_bytes; }
+
+  /// Weights of row r of a pair as halves, from its scores; the sums are of the floats.
+  template <bool Whole>
+  MOE_TARGET(MOE_AVX512)
+  MOE_NO_INLINE void take_weights(const row_pair& at, key_range seen, dim r) noexcept {
+    constexpr dim width = 16, vectors = attention_keys / width;
+    const dim row = s_.at(at.first + r), t = at.first / pair;
+    const dim first = Whole ? 0 : at.near().lo / width, end = Whole ? vectors : at.near().hi / width;
+    const float* scores = scores_of(t) + r * attention_pitch;
+    const __m512 scale = _mm512_set1_ps(h_.scale), none = _mm512_set1_ps(-moe::detail::infinity);
+    __m512 x[vectors], most = _mm512_set1_ps(s_.state.largest[row]);
+    MOE_UNROLL
+    for (dim j = first; j < end; ++j) {
+      x[j] = _mm512_mul_ps(_mm512_loadu_ps(scores + j * width), scale);
+      if constexpr (!Whole) x[j] = _mm512_mask_mov_ps(none, rules::lanes(seen.lo - j * width, seen.hi - j * width), x[j]);
+      most = _mm512_max_ps(most, x[j]);
     }
-    base::round_row(p, seen.lo, seen.hi, base::key_chunks() * 32, base::key_steps, i, h_.weights);
+    const float found = _mm512_reduce_max_ps(most), base_score = found == -moe::detail::infinity ? 0.f : found;
+    const __m512 shift = _mm512_set1_ps(base_score);
+    __m512 total = _mm512_setzero_ps();
+    std::byte* to = weights_of(t) + base::place(r, base::key_steps);
+    MOE_UNROLL
+    for (dim j = first; j < end; j += 2) {
+      const __m512 left = exp2_of_any(_mm512_sub_ps(x[j], shift)), right = exp2_of_any(_mm512_sub_ps(x[j + 1], shift));
+      total = _mm512_add_ps(total, _mm512_add_ps(left, right));
+      _mm512_storeu_si512(to + j / 2 * block_bytes, halves_beside(left, right));
+    }
+    float& sum = s_.state.sum[row];
+    float& largest = s_.state.largest[row];
+    if (found != largest) {
+      const float fade = _mm512_cvtss_f32(exp2_512(_mm512_set1_ps(largest - base_score)));
+      rules::scale(s_.state.o.row(row), fade, s_.state.o.cols);
+      sum *= fade;
+      largest = found;
+    }
+    sum += _mm512_reduce_add_ps(total);
   }
 };
 
@@ -50,27 +121,54 @@ template <int Build, class Tiles>
 class attention_backward_tiles : public attention_tile_step<Build, Tiles, attention_backward_step> {
   using base = attention_tile_step<Build, Tiles, attention_backward_step>;
   using base::s_, base::h_, base::pair, base::block_bytes, base::steps_of;
-  using typename base::rules;
+  using typename base::rules, typename base::row_pair;
 
  public:
   using base::base;
 
-  /// What is not finite is left out of the right operands and added at the end.
+  /// Pairs of blocks of rows as in forward, then the sums by key over all of them. What is not finite is left out of the
+  /// right operands and added at the end.
   void run() noexcept {
     const bool finite = base::pack_rows(h_.k, h_.key_rows);
     if (!h_.paired) pair_rows();
     base::pack_columns(h_.k, h_.keys);
-    base::score(h_.rows, h_.k.cols, h_.keys, s_.p);
     base::pack_columns(h_.v, h_.values);
-    base::score(h_.gradients, h_.v.cols, h_.values, s_.ds);
-    for (dim i = 0; i < s_.rows; ++i) take_slopes(i);
-    base::weigh(h_.key_rows, h_.k.cols, s_.dq);
-    if (!finite) base::add_strange_keys(s_.ds, h_.k, s_.dq);
-    sum_by_key(s_.p, h_.gradients, h_.gradient_pairs, h_.v.cols, s_.dv);
-    sum_by_key(s_.ds, h_.rows, h_.row_pairs, h_.k.cols, s_.dk);
+    const dim pairs = steps_of(s_.rows), ahead = 2 * steps_of(h_.k.cols) + steps_of(h_.v.cols);
+    for (dim t = 0; t < pairs + 2; ++t) {
+      const row_pair before = base::pair_at(t > 0 && t <= pairs ? t - 1 : 0);
+      const key_range near = before.near();
+      const dim units = t > 0 && t <= pairs && !near.empty() ? tile_rows + (near.hi - near.lo) / tile_rows : 0;
+      const auto unit = [&](dim u) noexcept {
+        if (u < tile_rows)
+          take_slopes(before, u);
+        else
+          turn(before, near.lo + (u - tile_rows) * tile_rows);
+      };
+      typename base::template beside<decltype(unit)> slopes{unit, units, moe::detail::blocks(units, ahead * base::key_steps)};
+      if (t < pairs) {
+        const row_pair at = base::pair_at(t);
+        base::score(at, h_.rows, h_.k.cols, h_.keys, s_.p + slot(t), slopes);
+        base::score(at, h_.gradients, h_.v.cols, h_.values, s_.ds + slot(t), slopes);
+      }
+      if (t > 1) {
+        const row_pair at = base::pair_at(t - 2);
+        base::weigh(at, weights_of(t), h_.key_rows, h_.k.cols, s_.dq, slopes);
+        if (!finite) base::add_strange_keys(at, weights_of(t), h_.k, s_.dq);
+      }
+      slopes.finish();
+    }
+    sum_by_key(turned(0), h_.gradients, h_.gradient_pairs, h_.v.cols, s_.dv);
+    sum_by_key(turned(1), h_.rows, h_.row_pairs, h_.k.cols, s_.dk);
+    Tiles::release();
   }
 
  private:
+  static dim slot(dim t) noexcept { return t % 2 * pair * attention_pitch; }
+  std::byte* weights_of(dim t) const noexcept { return h_.weights + t % 2 * 2 * base::key_steps * block_bytes; }
+  /// The transpose of p, or of ds, as a left operand.
+  std::byte* turned(dim which) const noexcept {
+    return h_.turned + which * attention_keys / tile_rows * steps_of(s_.rows) * block_bytes;
+  }
   /// Column j of the step's row i in a left operand of the tile.
   auto row_of(const std::byte* blocks, dim steps) const noexcept {
     return [this, blocks, steps](dim i, dim j) noexcept {
@@ -85,66 +183,75 @@ class attention_backward_tiles : public attention_tile_step<Build, Tiles, attent
     h_.finite = rows && gradients;
     h_.paired = s_.row == nullptr;
   }
-  /// p and ds of row i, of which ds becomes halves.
-  void take_slopes(dim i) noexcept {
-    const key_range seen = seen_by(s_, i);
-    const dim r = s_.at(i), row = i * attention_pitch, n = base::key_chunks() * 32, first = seen.lo / tile_rows * tile_rows;
-    if (!seen.empty()) rules::scale(s_.p + row + first, h_.scale, seen.hi - first);
-    rules::slopes(s_.p + row, s_.ds + row, seen.lo, seen.hi, n, s_.state.largest[r], s_.state.sum[r]);
-    base::round_row(s_.ds + row, 0, n, n, base::key_steps, i, h_.weights);
-  }
-  /// turned = the transpose of the weights of 16 keys, as a left operand.
+  /// p and ds of rows r and r + 16 of a pair as halves: side by side, and those of ds as a left operand.
   MOE_TARGET(MOE_AVX512)
-  void turn(const float* weights, dim key) noexcept {
-    alignas(64) float pairs[tile_rows * tile_rows];
-    const float* row[tile_rows];
-    for (dim q = 0; q < tile_rows; ++q) row[q] = pairs + q * tile_rows;
-    std::byte* to = h_.turned + key * steps_of(s_.rows) * line_bytes;
-    for (dim i = 0; i < s_.rows; i += 32, to += block_bytes) {
-      for (dim q = 0; q < tile_rows; ++q) {
-        const float* upper = weights + (i + 2 * q) * attention_pitch + key;
-        const dim left = s_.rows - i - 2 * q;
-        const __m512 low = first_floats(upper, left > 0 ? tile_rows : 0);
-        const __m512 high = first_floats(upper + attention_pitch, left > 1 ? tile_rows : 0);
-        _mm512_store_si512(pairs + q * tile_rows, paired_halves(low, high));
+  MOE_NO_INLINE void take_slopes(const row_pair& at, dim r) noexcept {
+    constexpr dim width = 16;
+    const key_range near = at.near();
+    const __m512 scale = _mm512_set1_ps(h_.scale);
+    for (dim key = near.lo; key < near.hi; key += 2 * width) {
+      __m512 p[2][2], ds[2][2];
+      MOE_UNROLL
+      for (dim half = 0; half < 2; ++half) {
+        const dim i = r + half * tile_rows, row = s_.at(at.first + (i < at.rows ? i : 0));
+        const key_range seen = i < at.rows ? seen_by(s_, at.first + i) : key_range{0, 0};
+        const __m512 lse = _mm512_set1_ps(s_.state.largest[row]), delta = _mm512_set1_ps(s_.state.sum[row]);
+        const dim from = slot(at.first / pair) + i * attention_pitch + key;
+        MOE_UNROLL
+        for (dim l = 0; l < 2; ++l) {
+          const __mmask16 lanes = rules::lanes(seen.lo - key - l * width, seen.hi - key - l * width);
+          const __m512 x = _mm512_fmsub_ps(_mm512_loadu_ps(s_.p + from + l * width), scale, lse);
+          p[half][l] = _mm512_maskz_mov_ps(lanes, exp2_of_any(x));
+          ds[half][l] = _mm512_maskz_mul_ps(lanes, p[half][l], _mm512_sub_ps(_mm512_loadu_ps(s_.ds + from + l * width), delta));
+        }
+        std::byte* to = weights_of(at.first / pair) + base::place(i, base::key_steps) + key / 32 * block_bytes;
+        _mm512_storeu_si512(to, halves_beside(ds[half][0], ds[half][1]));
       }
+      MOE_UNROLL
+      for (dim l = 0; l < 2; ++l) {
+        const dim to = r * attention_pitch + key + l * width;
+        _mm512_store_si512(beside_[0] + to, halves_beside(p[0][l], p[1][l]));
+        _mm512_store_si512(beside_[1] + to, halves_beside(ds[0][l], ds[1][l]));
+      }
+    }
+  }
+  /// Turns a pair's weights of keys key .. key + 16.
+  void turn(const row_pair& at, dim key) noexcept {
+    for (dim which = 0; which < 2; ++which) {
+      const float* row[tile_rows];
+      for (dim q = 0; q < tile_rows; ++q) row[q] = beside_[which] + q * attention_pitch + key;
+      std::byte* to = turned(which) + base::place(key, steps_of(s_.rows)) + at.first / pair * block_bytes;
       blocks_avx512<Build>::template transpose<tile_rows>(row, 0, reinterpret_cast<float*>(to));
     }
   }
-  /// to(key, .) += the sum over the step's rows that see it of weights(row, key) m(row, .), whose rows are in `pairs`.
-  void sum_by_key(const float* weights, const std::byte* m, const std::byte* pairs, dim width,
+  /// to(key, .) += the sum over the step's rows that see it of weights(key, row) m(row, .), whose rows are in `right`.
+  void sum_by_key(const std::byte* weights, const std::byte* m, const std::byte* right, dim width,
                   matrix_view<float> to) noexcept {
     const dim chunks = steps_of(s_.rows);
-    for (dim key = 0; key < to.rows; key += tile_rows) turn(weights, key);
-    tile_heights<Tiles> heights;
+    const auto nothing = []() noexcept {};
     for (dim key = 0; key < to.rows; key += pair) {
-      const dim keys = moe::detail::at_most(to.rows - key, pair);
-      const key_range seeing = rows_seeing(key, keys);
+      key_range seeing{chunks, 0};
+      for (dim t = 0; t < chunks; ++t)
+        if (const key_range near = base::pair_at(t).near(); near.lo <= key && near.hi > key)
+          seeing = {t < seeing.lo ? t : seeing.lo, t + 1};
       if (seeing.empty()) continue;
-      const dim first = seeing.lo / 32, n = steps_of(seeing.hi) - first;
-      const std::byte* upper = h_.turned + key * chunks * line_bytes + first * block_bytes;
-      const std::byte* lower = keys > tile_rows ? upper + chunks * block_bytes : nullptr;
-      base::set_heights(heights, keys);
+      const dim keys = moe::detail::at_most(to.rows - key, pair);
+      const std::byte* upper = weights + base::place(key, chunks) + seeing.lo * block_bytes;
+      base::set_heights(keys);
       for (dim j = 0; j < width; j += pair)
-        multiply_tiles<Build, Tiles, false>({upper, lower, block_bytes, block_bytes,
-                                             pairs + (j / pair * chunks + first) * 2 * tile_bytes, n, upper, 0,
-                                             to.row(key) + j, to.ld * dim{sizeof(float)}, true});
+        base::multiply({upper, keys > tile_rows ? upper + chunks * block_bytes : nullptr,
+                        right + (j / pair * chunks + seeing.lo) * 2 * tile_bytes, seeing.hi - seeing.lo, to.row(key) + j, to.ld,
+                        true},
+                       nothing);
     }
-    Tiles::release();
     if (h_.finite) return;
     base::for_each_strange(s_.rows, width, row_of(m, steps_of(width)), [&](dim i, dim j, float value) noexcept {
       const key_range seen = seen_by(s_, i);
-      for (dim key = seen.lo; key < seen.hi; ++key) to(key, j) += weights[i * attention_pitch + key] * value;
+      for (dim key = seen.lo; key < seen.hi; ++key) to(key, j) += base::weight_at(weights, chunks, key, i) * value;
     });
   }
-  /// From the first row of the step that sees one of the keys to the last.
-  key_range rows_seeing(dim key, dim keys) const noexcept {
-    key_range rows{s_.rows, 0};
-    for (dim i = 0; i < s_.rows; ++i)
-      if (const key_range seen = seen_by(s_, i); seen.lo < key + keys && seen.hi > key && !seen.empty())
-        rows = {i < rows.lo ? i : rows.lo, i + 1};
-    return rows;
-  }
+
+  alignas(64) float beside_[2][tile_rows * attention_pitch];  ///< pairs of halves: of p and of ds
 };
 
 template <int Build, class Tiles>

@@ -9,6 +9,8 @@
 
 #if defined(MOE_X86_KERNELS)
 
+#define MOE_AMX_AVX512 MOE_AMX "," MOE_AVX512
+
 namespace moe::arch::detail {
 
 /// Left operands lie in blocks of 16 rows by 32 columns, right ones in pairs of tiles: 32 of the reduced dimension down, two
@@ -84,20 +86,22 @@ class attention_tile_step {
           blocks_avx512<Build>::template transpose<tile_rows>(row, 0, reinterpret_cast<float*>(to));
         }
   }
-  /// The same of a right operand's rows, over which it reduces: columns at(i, j) .. of row i, of `cols` that there are. What
-  /// is not finite would reach columns and rows that do not see it and is left out; whether there was nothing such.
+  /// The same of a right operand's rows, over which it reduces: columns at(i, j) .. of row i, of `cols` that there are; 16
+  /// rows lie beside the 16 after them. What is not finite would reach columns and rows that do not see it and is left out;
+  /// whether there was nothing such.
   template <class At>
   MOE_TARGET(MOE_AVX512)
   static bool pack_rows(dim rows, dim cols, At at, std::byte* to) noexcept {
     const dim chunks = steps_of(rows);
     __mmask32 strange = 0;
     for (dim j = 0; j < cols; j += 32)
-      for (dim i = 0; i < chunks * 32; i += 2) {
-        const bf16 *upper = i < rows ? at(i, j) : nullptr, *lower = i + 1 < rows ? at(i + 1, j) : nullptr;
-        const __m512i a = upper ? finite_halves(upper, cols - j, strange) : _mm512_setzero_si512();
-        const __m512i b = lower ? finite_halves(lower, cols - j, strange) : _mm512_setzero_si512();
-        store_pairs(a, b, to + ((j / 32 * chunks + i / 32) * 2 * tile_rows + i % 32 / 2) * line_bytes);
-      }
+      for (dim chunk = 0; chunk < chunks; ++chunk, to += tile_bytes)
+        for (dim i = chunk * 32; i < chunk * 32 + tile_rows; ++i, to += line_bytes) {
+          const bf16 *upper = i < rows ? at(i, j) : nullptr, *lower = i + tile_rows < rows ? at(i + tile_rows, j) : nullptr;
+          const __m512i a = upper ? finite_halves(upper, cols - j, strange) : _mm512_setzero_si512();
+          const __m512i b = lower ? finite_halves(lower, cols - j, strange) : _mm512_setzero_si512();
+          store_pairs(a, b, to);
+        }
     return strange == 0;
   }
   static bool pack_rows(matrix_view<const bf16> m, std::byte* to) noexcept {
@@ -110,69 +114,146 @@ class attention_tile_step {
       for (dim j = 0; j < cols; ++j)
         if (const float value = static_cast<float>(*at(i, j)); value - value != 0) f(i, j, value);
   }
-  /// to(row, .) += weights(row, key) times what pack_rows left out of row `key` of m, for the rows that see it.
-  void add_strange_keys(const float* weights, matrix_view<const bf16> m, matrix_view<float> to) const noexcept {
-    const auto at = [&](dim i, dim j) noexcept { return m.row(i) + j; };
-    for_each_strange(m.rows, m.cols, at, [&](dim key, dim j, float value) noexcept {
-      for (dim i = 0; i < s_.rows; ++i)
-        if (sees(i, key)) to(s_.at(i), j) += weights[i * attention_pitch + key] * value;
-    });
+  /// Element c of row r of a left operand that reduces over what pack_rows made.
+  static float weight_at(const std::byte* weights, dim steps, dim r, dim c) noexcept {
+    const auto* line = reinterpret_cast<const bf16*>(weights + place(r, steps) + c / 32 * block_bytes);
+    return static_cast<float>(line[c % tile_rows * 2 + c % 32 / tile_rows]);
   }
   bool sees(dim i, dim key) const noexcept {
     const key_range seen = seen_by(s_, i);
     return key >= seen.lo && key < seen.hi;
   }
 
-  /// f(first row, rows, what they see) for pairs of blocks of the step's rows.
-  template <class F>
-  void for_each_pair(F f) noexcept {
-    tile_heights<Tiles> heights;
-    for (dim i = 0; i < s_.rows; i += pair) {
-      const dim n = moe::detail::at_most(s_.rows - i, pair);
-      const key_range seen = seen_by_any(s_, i, n);
-      if (seen.empty()) continue;
-      set_heights(heights, n);
-      f(i, n, seen);
+  /// Rows i .. i + n of the step, which fill one or two blocks, and the keys that the first to the last of them see.
+  struct row_pair {
+    dim first, rows;
+    key_range seen;
+
+    /// From where a chunk of 32 keys begins to where one ends.
+    key_range near() const noexcept {
+      return seen.empty() ? key_range{0, 0} : key_range{seen.lo / 32 * 32, moe::detail::round_up(seen.hi, 32)};
     }
-    Tiles::release();
+    dim lower_rows() const noexcept { return rows > tile_rows ? rows - tile_rows : 0; }
+  };
+  /// Pair number t. Rows ascend, and so do the keys that they see.
+  row_pair pair_at(dim t) const noexcept {
+    const dim i = t * pair, n = moe::detail::at_most(s_.rows - i, pair);
+    return {i, n, {seen_by(s_, i).lo, seen_by(s_, i + n - 1).hi}};
   }
-  /// Of two blocks that n rows fill.
-  static void set_heights(tile_heights<Tiles>& heights, dim n) noexcept {
-    heights.set(moe::detail::at_most(n, tile_rows), n > tile_rows ? n - tile_rows : tile_rows);
+  void set_heights(dim rows) noexcept {
+    heights_.set(moe::detail::at_most(rows, tile_rows), rows > tile_rows ? rows - tile_rows : tile_rows);
   }
-  /// scores(i, key) = row i of a left operand, the tile's, with `width` columns, times the columns that pack_columns made.
-  void score(const std::byte* rows, dim width, const std::byte* packed, float* scores) noexcept {
-    const dim steps = steps_of(width);
-    for_each_pair([&](dim i, dim n, key_range seen) noexcept {
-      const std::byte* upper = rows_at(rows, steps, i);
-      const std::byte* lower = n > tile_rows ? rows_at(rows, steps, i + tile_rows) : nullptr;
-      for (dim key = seen.lo / pair * pair; key < seen.hi; key += pair)
-        multiply_tiles<Build, Tiles, false>(
-            {upper, lower, block_bytes, block_bytes, packed + key / pair * steps * 2 * tile_bytes, steps, upper, 0,
-             scores + i * attention_pitch + key, attention_pitch * dim{sizeof(float)}, false});
-    });
-  }
-  /// to(row, .) += the step's weights times the rows that pack_rows made of `width` columns.
-  void weigh(const std::byte* packed, dim width, matrix_view<float> to) noexcept {
-    for_each_pair([&](dim i, dim rows, key_range seen) noexcept {
-      const dim first = seen.lo / 32, n = moe::detail::blocks(seen.hi, 32) - first;
-      const std::byte* upper = h_.weights + (i / tile_rows * key_steps + first) * block_bytes;
-      const std::byte* lower = rows > tile_rows ? upper + key_steps * block_bytes : nullptr;
-      const bool together = s_.at(i + rows - 1) - s_.at(i) == rows - 1;
-      for (dim j = 0; j < width; j += pair) {
-        float near[pair * pair];
-        constexpr std::size_t bytes = pair * sizeof(float);
-        for (dim r = 0; !together && r < rows; ++r) std::memcpy(near + r * pair, to.row(s_.at(i + r)) + j, bytes);
-        multiply_tiles<Build, Tiles, false>(
-            {upper, lower, block_bytes, block_bytes, packed + (j / pair * key_chunks() + first) * 2 * tile_bytes, n, upper,
-             0, together ? to.row(s_.at(i)) + j : near, (together ? to.ld : pair) * dim{sizeof(float)}, true});
-        for (dim r = 0; !together && r < rows; ++r) std::memcpy(to.row(s_.at(i + r)) + j, near + r * pair, bytes);
+
+  /// One or two blocks of a left operand by a pair of tiles of a right one: sums = or += over `steps` steps.
+  struct product {
+    const std::byte *upper, *lower, *right;  ///< lower: null where there is one block
+    dim steps;
+    float* sums;
+    dim ld;
+    bool add;
+  };
+  /// beside() runs once a step: what it does on vectors overlaps with the tile unit.
+  template <class Beside>
+  MOE_TARGET(MOE_AMX_AVX512)
+  MOE_NO_INLINE static void multiply(const product& w, Beside&& beside) noexcept {
+    Tiles::compiler_fence();
+    const dim stride = w.ld * dim{sizeof(float)};
+    auto* c = reinterpret_cast<std::byte*>(w.sums);
+    std::byte* below = c + tile_rows * stride;
+    const std::byte *a = w.upper, *b = w.lower, *q = w.right;
+    if (w.add) {
+      Tiles::load0(c, stride);
+      Tiles::load1(c + line_bytes, stride);
+      if (b) Tiles::load2(below, stride);
+      if (b) Tiles::load3(below + line_bytes, stride);
+    } else {
+      Tiles::zero0();
+      Tiles::zero1();
+      Tiles::zero2();
+      Tiles::zero3();
+    }
+    for (dim s = 0; s < w.steps; ++s, a += block_bytes, q += 2 * tile_bytes) {
+      Tiles::load4(a, line_bytes);
+      Tiles::load6(q, line_bytes);
+      Tiles::add_halves0();
+      Tiles::load7(q + tile_bytes, line_bytes);
+      Tiles::add_halves1();
+      if (b) {
+        Tiles::load5(b, line_bytes);
+        b += block_bytes;
+        Tiles::add_halves2();
+        Tiles::add_halves3();
       }
+      beside();
+    }
+    Tiles::store0(c, stride);
+    Tiles::store1(c + line_bytes, stride);
+    if (w.lower) Tiles::store2(below, stride);
+    if (w.lower) Tiles::store3(below + line_bytes, stride);
+    Tiles::compiler_fence();
+  }
+
+  /// scores(i, key) = row i of a left operand, the tile's, with `width` columns, times the columns that pack_columns made.
+  template <class Beside>
+  void score(const row_pair& at, const std::byte* rows, dim width, const std::byte* packed, float* scores,
+             Beside& beside) noexcept {
+    if (at.seen.empty()) return;
+    const dim steps = steps_of(width);
+    set_heights(at.rows);
+    const std::byte* upper = rows_at(rows, steps, at.first);
+    const std::byte* lower = at.lower_rows() > 0 ? rows_at(rows, steps, at.first + tile_rows) : nullptr;
+    for (dim key = at.seen.lo / pair * pair; key < at.seen.hi; key += pair)
+      multiply({upper, lower, packed + key / pair * steps * 2 * tile_bytes, steps, scores + key, attention_pitch, false},
+               beside);
+  }
+  /// to(row, .) += weights, a left operand of one pair, times the rows that pack_rows made of `width` columns.
+  template <class Beside>
+  void weigh(const row_pair& at, const std::byte* weights, const std::byte* packed, dim width, matrix_view<float> to,
+             Beside& beside) noexcept {
+    if (at.seen.empty()) return;
+    const dim first = at.seen.lo / 32, n = steps_of(at.seen.hi) - first;
+    set_heights(at.rows);
+    const std::byte* upper = weights + first * block_bytes;
+    const std::byte* lower = at.lower_rows() > 0 ? upper + key_steps * block_bytes : nullptr;
+    const bool together = s_.at(at.first + at.rows - 1) - s_.at(at.first) == at.rows - 1;
+    for (dim j = 0; j < width; j += pair) {
+      float near[pair * pair];
+      constexpr std::size_t bytes = pair * sizeof(float);
+      const auto row = [&](dim r) noexcept { return to.row(s_.at(at.first + r)) + j; };
+      for (dim r = 0; !together && r < at.rows; ++r) std::memcpy(near + r * pair, row(r), bytes);
+      multiply({upper, lower, packed + (j / pair * key_chunks() + first) * 2 * tile_bytes, n, together ? row(0) : near,
+                       together ? to.ld : pair, true},
+               beside);
+      for (dim r = 0; !together && r < at.rows; ++r) std::memcpy(row(r), near + r * pair, bytes);
+    }
+  }
+
+  /// The same of what pack_rows left out of the rows of m, for the rows that see it.
+  void add_strange_keys(const row_pair& at, const std::byte* weights, matrix_view<const bf16> m,
+                        matrix_view<float> to) const noexcept {
+    const auto row = [&](dim i, dim j) noexcept { return m.row(i) + j; };
+    for_each_strange(m.rows, m.cols, row, [&](dim key, dim j, float value) noexcept {
+      for (dim r = 0; r < at.rows; ++r)
+        if (sees(at.first + r, key)) to(s_.at(at.first + r), j) += weight_at(weights, key_steps, r, key) * value;
     });
   }
 
+  /// Work on vectors in units, so many after each step of the products that run meanwhile.
+  template <class Unit>
+  struct beside {
+    Unit unit;
+    dim end, each, next = 0;
+
+    void operator()() noexcept {
+      for (dim n = 0; n < each && next < end; ++n) unit(next++);
+    }
+    void finish() noexcept {
+      while (next < end) unit(next++);
+    }
+  };
   const Step& s_;
   attention_halves& h_;
+  tile_heights<Tiles> heights_;
 
  private:
   /// Halves of a and b side by side: columns 0 .. 16 to one tile, 16 .. 32 to the next.

@@ -86,6 +86,13 @@ struct attention_avx512 {
     }
   }
 
+  /// Lanes lo .. hi of a vector.
+  MOE_TARGET(MOE_AVX512)
+  static __mmask16 lanes(dim lo, dim hi) noexcept {
+    const unsigned below_hi = hi < width ? (hi > 0 ? (1u << hi) - 1 : 0u) : 0xffffu;
+    const unsigned below_lo = lo > 0 ? (lo < width ? (1u << lo) - 1 : 0xffffu) : 0u;
+    return static_cast<__mmask16>(below_hi & ~below_lo);
+  }
   /// Lanes lo .. hi of the floats at p, and zeros.
   MOE_TARGET(MOE_AVX512)
   static __m512 seen_floats(const float* p, dim lo, dim hi) noexcept { return _mm512_maskz_loadu_ps(lanes(lo, hi), p); }
@@ -106,14 +113,6 @@ struct attention_avx512 {
       score = _mm512_mask_mov_ps(score, below, old);
       numbers = _mm512_mask_mov_epi32(numbers, below, old_numbers);
     }
-  }
-
-  /// Lanes lo .. hi of a vector.
-  MOE_TARGET(MOE_AVX512)
-  static __mmask16 lanes(dim lo, dim hi) noexcept {
-    const unsigned below_hi = hi < width ? (hi > 0 ? (1u << hi) - 1 : 0u) : 0xffffu;
-    const unsigned below_lo = lo > 0 ? (lo < width ? (1u << lo) - 1 : 0xffffu) : 0u;
-    return static_cast<__mmask16>(below_hi & ~below_lo);
   }
 };
 
