@@ -15,12 +15,10 @@ MOE_TARGET(MOE_AVX512)
 inline __m512 exp2_of_any(__m512 x) noexcept {
   constexpr __mmask16 all = 0xffff;
   constexpr int down = 0x09;
-  // Off by at most 8.3e-8 of the value.
-  constexpr float terms[] = {0.6931512951850891f, 0.24016444385051727f, 0.05579991266131401f, 0.009017030708491802f,
-                             0.0018671300495043397f};
+  // Off by at most 2.9e-6 of the value.
+  constexpr float terms[] = {0.6930448412895203f, 0.241280198097229f, 0.052242472767829895f, 0.013426683843135834f};
   const __m512 part = _mm512_maskz_reduce_ps(all, x, down);
-  __m512 p = _mm512_set1_ps(terms[4]);
-  p = _mm512_fmadd_ps(p, part, _mm512_set1_ps(terms[3]));
+  __m512 p = _mm512_set1_ps(terms[3]);
   p = _mm512_fmadd_ps(p, part, _mm512_set1_ps(terms[2]));
   p = _mm512_fmadd_ps(p, part, _mm512_set1_ps(terms[1]));
   p = _mm512_fmadd_ps(p, part, _mm512_set1_ps(terms[0]));
@@ -57,7 +55,7 @@ class attention_tiles : public attention_tile_step<Build, Tiles, attention_step>
       const dim rows = t > 0 && t <= pairs && !before.seen.empty() ? before.rows : 0;
       const auto unit = [&](dim r) noexcept {
         const key_range seen = seen_by(s_, before.first + r);
-        if (seen.lo == 0 && seen.hi == attention_keys)
+        if (seen.lo == 0 && seen.hi == attention_keys && h_.scale > 0)
           take_weights<true>(before, seen, r);
         else
           take_weights<false>(before, seen, r);
@@ -87,32 +85,38 @@ class attention_tiles : public attention_tile_step<Build, Tiles, attention_step>
     const dim first = Whole ? 0 : at.near().lo / width, end = Whole ? vectors : at.near().hi / width;
     const float* scores = scores_of(t) + r * attention_pitch;
     const __m512 scale = _mm512_set1_ps(h_.scale), none = _mm512_set1_ps(-moe::detail::infinity);
-    __m512 x[vectors], most = _mm512_set1_ps(s_.state.largest[row]);
+    __m512 x[vectors], most = none;
     MOE_UNROLL
     for (dim j = first; j < end; ++j) {
-      x[j] = _mm512_mul_ps(_mm512_loadu_ps(scores + j * width), scale);
-      if constexpr (!Whole) x[j] = _mm512_mask_mov_ps(none, rules::lanes(seen.lo - j * width, seen.hi - j * width), x[j]);
+      x[j] = _mm512_loadu_ps(scores + j * width);
+      if constexpr (!Whole)
+        x[j] = _mm512_mask_mul_ps(none, rules::lanes(seen.lo - j * width, seen.hi - j * width), x[j], scale);
       most = _mm512_max_ps(most, x[j]);
     }
-    const float found = _mm512_reduce_max_ps(most), base_score = found == -moe::detail::infinity ? 0.f : found;
-    const __m512 shift = _mm512_set1_ps(base_score);
+    if constexpr (Whole) most = _mm512_mul_ps(most, scale);
+    const __m512 largest = _mm512_set1_ps(s_.state.largest[row]);
+    if (_mm512_cmp_ps_mask(most, largest, _CMP_NLE_UQ) != 0) raise(row, _mm512_reduce_max_ps(_mm512_max_ps(largest, most)));
+    const __m512 shift = _mm512_set1_ps(finite_or_zero(s_.state.largest[row]));
     __m512 total = _mm512_setzero_ps();
     std::byte* to = weights_of(t) + base::place(r, base::key_steps);
     MOE_UNROLL
     for (dim j = first; j < end; j += 2) {
-      const __m512 left = exp2_of_any(_mm512_sub_ps(x[j], shift)), right = exp2_of_any(_mm512_sub_ps(x[j + 1], shift));
+      const __m512 left = exp2_of_any(Whole ? _mm512_fmsub_ps(x[j], scale, shift) : _mm512_sub_ps(x[j], shift));
+      const __m512 right = exp2_of_any(Whole ? _mm512_fmsub_ps(x[j + 1], scale, shift) : _mm512_sub_ps(x[j + 1], shift));
       total = _mm512_add_ps(total, _mm512_add_ps(left, right));
       _mm512_storeu_si512(to + j / 2 * block_bytes, halves_beside(left, right));
     }
-    float& sum = s_.state.sum[row];
+    s_.state.sum[row] += _mm512_reduce_add_ps(total);
+  }
+  static float finite_or_zero(float largest) noexcept { return largest == -moe::detail::infinity ? 0.f : largest; }
+  /// The largest score of a row becomes `found`.
+  MOE_TARGET(MOE_AVX512)
+  MOE_NO_INLINE void raise(dim row, float found) noexcept {
     float& largest = s_.state.largest[row];
-    if (found != largest) {
-      const float fade = _mm512_cvtss_f32(exp2_512(_mm512_set1_ps(largest - base_score)));
-      rules::scale(s_.state.o.row(row), fade, s_.state.o.cols);
-      sum *= fade;
-      largest = found;
-    }
-    sum += _mm512_reduce_add_ps(total);
+    const float fade = _mm512_cvtss_f32(exp2_512(_mm512_set1_ps(largest - finite_or_zero(found))));
+    rules::scale(s_.state.o.row(row), fade, s_.state.o.cols);
+    s_.state.sum[row] *= fade;
+    largest = found;
   }
 };
 
