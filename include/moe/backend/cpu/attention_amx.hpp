@@ -94,8 +94,8 @@ class attention_tiles : public attention_tile_step<Build, Tiles, attention_step>
       most = _mm512_max_ps(most, x[j]);
     }
     if constexpr (Whole) most = _mm512_mul_ps(most, scale);
-    const __m512 largest = _mm512_set1_ps(s_.state.largest[row]);
-    if (_mm512_cmp_ps_mask(most, largest, _CMP_NLE_UQ) != 0) raise(row, _mm512_reduce_max_ps(_mm512_max_ps(largest, most)));
+    const __m512 enough = _mm512_set1_ps(s_.state.largest[row] + slack);
+    if (_mm512_cmp_ps_mask(most, enough, _CMP_NLE_UQ) != 0) raise(row, _mm512_reduce_max_ps(most));
     const __m512 shift = _mm512_set1_ps(finite_or_zero(s_.state.largest[row]));
     __m512 total = _mm512_setzero_ps();
     std::byte* to = weights_of(t) + base::place(r, base::key_steps);
@@ -109,12 +109,14 @@ class attention_tiles : public attention_tile_step<Build, Tiles, attention_step>
     s_.state.sum[row] += _mm512_reduce_add_ps(total);
   }
   static float finite_or_zero(float largest) noexcept { return largest == -moe::detail::infinity ? 0.f : largest; }
-  /// The largest score of a row becomes `found`.
+  /// Weights are relative to the largest score of the first step, until one is 2^slack times as heavy: floats have room.
+  static constexpr float slack = 8;
+  /// The score of a row that its weights are relative to becomes `found`.
   MOE_TARGET(MOE_AVX512)
   MOE_NO_INLINE void raise(dim row, float found) noexcept {
     float& largest = s_.state.largest[row];
     const float fade = _mm512_cvtss_f32(exp2_512(_mm512_set1_ps(largest - finite_or_zero(found))));
-    rules::scale(s_.state.o.row(row), fade, s_.state.o.cols);
+    if (s_.state.sum[row] != 0) rules::scale(s_.state.o.row(row), fade, s_.state.o.cols);
     s_.state.sum[row] *= fade;
     largest = found;
   }
