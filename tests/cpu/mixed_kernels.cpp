@@ -50,11 +50,30 @@ struct trial {
   std::vector<float> run(const moe::arch::mixed_kernels& kernels) const {
     std::vector<float> result = start;
     const matrix_view<float> c{result.data(), m, n, n + 2};
-    if (what == product::nt) kernels.gemm_nt(a(), w(), c);
-    else if (what == product::packed) kernels.gemm_nt_packed(a(), w(), c);
-    else if (what == product::nn) kernels.gemm_nn(a(), w(), c);
-    else kernels.gemm_tn(a(), gathered<float>{b()}, k, c);
+    add(kernels, k, c);
     return result;
+  }
+  /// c += the product, a gradient over `depth` rows; rows are rounded where the level does not take them as they are.
+  void add(const moe::arch::mixed_kernels& kernels, dim depth, matrix_view<float> c) const {
+    if (what == product::nt) return kernels.gemm_nt(a(), w(), c);
+    if (!kernels.halves.round) {
+      if (what == product::packed) kernels.gemm_nt_packed(a(), w(), c);
+      else if (what == product::nn) kernels.gemm_nn(a(), w(), c);
+      else kernels.gemm_tn(a(), gathered<float>{b()}, depth, c);
+      return;
+    }
+    std::vector<bf16> memory[2];
+    const auto rounded = [&](gathered<float> from, dim rows, int i) {
+      const dim gap = 5;
+      memory[i].assign(static_cast<std::size_t>(rows * (from.cols() + gap)), bf16(NAN));
+      const matrix_view<bf16> to{memory[i].data(), rows, from.cols(), from.cols() + gap};
+      for (dim r = 0; r < rows; ++r) kernels.halves.round(from.row(r), to.row(r), to.cols);
+      return matrix_view<const bf16>(to);
+    };
+    const auto left = rounded(a(), what == product::tn ? depth : m, 0);
+    if (what == product::packed) kernels.halves.gemm_nt(left, w(), c);
+    else if (what == product::nn) kernels.halves.gemm_nn(left, w(), c);
+    else kernels.halves.gemm_tn(left, rounded(gathered<float>{b()}, depth, 1), c);
   }
   /// Largest |c - wanted| of an element over the sum of its |terms|; infinite where the gap between rows was written to.
   double error(const std::vector<float>& got) const {
@@ -189,7 +208,7 @@ TEST_SUITE("backend/cpu/mixed") {
       CAPTURE(rung);
       const trial t(product::tn, 33, 17, 1, false);
       std::vector<float> result = t.start;
-      kernels.gemm_tn(t.a(), gathered<float>{t.b()}, 0, {result.data(), 33, 17, 19});
+      t.add(kernels, 0, {result.data(), 33, 17, 19});
       CHECK(result == t.start);
     });
   }

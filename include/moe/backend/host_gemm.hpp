@@ -2,12 +2,34 @@
 /// Products on the host: how they are cut into tiles and shared between threads.
 #pragma once
 
+#include <type_traits>
 #include <utility>
 
 #include "moe/backend/host_products.hpp"
+#include "moe/backend/host_rows.hpp"
 #include "moe/backend/host_tiles.hpp"
 
 namespace moe {
+
+/// Rows that are multiplied by bf16 weights. Where the level rounds rows, products read `halves`, which may lie where the
+/// floats lay; else that is empty. Forward, few rows of an expert meet its weights as floats at every level.
+struct mixed_rows {
+  gathered<float> floats;
+  matrix_view<bf16> halves{};
+
+  mixed_rows from(dim first) const noexcept {
+    return {floats.from(first), halves.slice(first, halves.rows - first)};
+  }
+  mixed_rows columns(dim first, dim n) const noexcept {
+    mixed_rows part = *this;
+    part.floats.source = floats.source.columns(first, n);
+    part.halves = halves.columns(first, n);
+    return part;
+  }
+};
+/// Rows that are multiplied by weights of type W.
+template <class W>
+using rows_for = std::conditional_t<std::same_as<W, bf16>, mixed_rows, gathered<float>>;
 
 namespace detail {
 
@@ -15,7 +37,11 @@ namespace detail {
 struct tile_result {
   float data[row_block * panel];
   matrix_view<float> view(const tile& t) noexcept { return {data, t.rows, t.columns}; }
+  static bool holds(const tile& t) noexcept { return t.columns <= panel && t.rows * t.columns <= row_block * panel; }
 };
+inline matrix_view<bf16> part_of(matrix_view<bf16> m, const tile& t) noexcept {
+  return m.slice(t.row, t.rows).columns(t.column, t.columns);
+}
 inline matrix_view<float> part_of(matrix_view<float> m, const tile& t) noexcept {
   return m.slice(t.row, t.rows).columns(t.column, t.columns);
 }
@@ -23,33 +49,51 @@ inline matrix_view<float> part_of(matrix_view<float> m, const tile& t) noexcept 
 /// The products of one tile with weights of type W, and how large tiles are.
 template <class Arch, class W>
 struct tile_products {
-  static constexpr dim columns = panel, gradient_rows = arch::detail::gradient_rows;
+  static constexpr dim gradient_rows = arch::detail::gradient_rows;
+  static constexpr dim columns(dim) noexcept { return panel; }
+  static constexpr dim rows() noexcept { return row_block; }
   static void nt(gathered<float> a, matrix_view<const W> b, matrix_view<float> c) noexcept { gemm_nt(Arch{}, a, b, c); }
   static void nt_packed(gathered<float> a, matrix_view<const W> b, matrix_view<float> c) noexcept {
     gemm_nt_packed(Arch{}, a, b, c);
   }
   static void nn(gathered<float> a, matrix_view<const W> b, matrix_view<float> c) noexcept { gemm_nn(Arch{}, a, b, c); }
-  static void tn(gathered<float> a, gathered<float> b, dim depth, matrix_view<float> c) noexcept {
+  static void tn(gathered<float> a, gathered<float> b, dim i, dim j, dim depth, matrix_view<float> c) noexcept {
+    a.source = a.source.columns(i, c.rows);
+    b.source = b.source.columns(j, c.cols);
     gemm_tn(Arch{}, a, b, depth, c);
   }
 };
 template <class Arch>
 struct tile_products<Arch, bf16> {
   arch::mixed_kernels kernels = mixed_kernels_of(Arch{});
-  dim columns = kernels.columns, gradient_rows = kernels.gradient_rows;
-  void nt(gathered<float> a, matrix_view<const bf16> b, matrix_view<float> c) const noexcept { kernels.gemm_nt(a, b, c); }
-  void nt_packed(gathered<float> a, matrix_view<const bf16> b, matrix_view<float> c) const noexcept {
-    kernels.gemm_nt_packed(a, b, c);
+  arch::half_kernels halves = kernels.halves;
+  dim gradient_rows = kernels.gradient_rows;
+
+  /// Rounded rows pass by packed weights again for every 32 columns. Where a chunk of them is larger than the second cache,
+  /// tiles are wide, and pass a piece of the rows by all their columns before the next.
+  dim columns(dim depth) const noexcept { return !halves.round ? kernels.columns : depth > 2048 ? 512 : 32; }
+  dim rows() const noexcept { return halves.round ? 384 : row_block; }
+  void nt(const mixed_rows& a, matrix_view<const bf16> b, matrix_view<float> c) const noexcept {
+    kernels.gemm_nt(a.floats, b, c);
   }
-  void nn(gathered<float> a, matrix_view<const bf16> b, matrix_view<float> c) const noexcept { kernels.gemm_nn(a, b, c); }
-  void tn(gathered<float> a, gathered<float> b, dim depth, matrix_view<float> c) const noexcept {
-    kernels.gemm_tn(a, b, depth, c);
+  void nt_packed(const mixed_rows& a, matrix_view<const bf16> b, matrix_view<float> c) const noexcept {
+    if (halves.round) halves.gemm_nt(a.halves.slice(0, c.rows), b, c);
+    else kernels.gemm_nt_packed(a.floats, b, c);
+  }
+  void nn(const mixed_rows& a, matrix_view<const bf16> b, matrix_view<float> c) const noexcept {
+    if (halves.round) halves.gemm_nn(a.halves.slice(0, c.rows), b, c);
+    else kernels.gemm_nn(a.floats, b, c);
+  }
+  void tn(const mixed_rows& a, const mixed_rows& b, dim i, dim j, dim depth, matrix_view<float> c) const noexcept {
+    const mixed_rows left = a.columns(i, c.rows), right = b.columns(j, c.cols);
+    if (halves.round) halves.gemm_tn(left.halves.slice(0, depth), right.halves.slice(0, depth), c);
+    else kernels.gemm_tn(left.floats, right.floats, depth, c);
   }
 };
 
 /// c += a b[e]^T for one tile.
-template <class Products, class W>
-void multiply_nt(const Products& products, const tile& t, gathered<float> a, matrix_stack<W> b, matrix_view<float> c) noexcept {
+template <class Products, class Rows, class W>
+void multiply_nt(const Products& products, const tile& t, const Rows& a, matrix_stack<W> b, matrix_view<float> c) noexcept {
   const auto w = b[t.expert].slice(t.column, t.columns);
   if (!t.is_tall()) return products.nt(a.from(t.row), w, c);
   products.nt_packed(a.from(t.row), w, c);
@@ -87,12 +131,13 @@ inline std::pair<dim, dim> gradient_tile(dim experts, dim rows, dim cols, dim he
 /// out = start + a b[e]^T over the tiles of a result, which run(grid, f) visits; start(c, tile) sets what is added to.
 /// Narrow tiles grow close together, wide ones where they belong.
 template <class Arch, class W, class Start, class Run>
-void for_each_product(Arch arch, const bank_rows& rows, gathered<float> a, matrix_stack<const W> b, matrix_view<float> out,
-                      Start start, Run run) noexcept {
+void for_each_product(Arch arch, const bank_rows& rows, const rows_for<W>& a, matrix_stack<const W> b,
+                      matrix_view<float> out, Start start, Run run) noexcept {
   const tile_products<Arch, W> products;
-  run(tile_grid(rows.offsets, b.first.rows, b.first.cols, 16, products.columns), [&](const tile& t) {
+  const dim depth = b.first.cols;
+  run(tile_grid(rows.offsets, b.first.rows, depth, 16, products.columns(depth), products.rows()), [&](const tile& t) {
     tile_result near;
-    const matrix_view<float> to = part_of(out, t), c = t.columns > panel ? to : near.view(t);
+    const matrix_view<float> to = part_of(out, t), c = near.holds(t) ? near.view(t) : to;
     start(c, t);
     multiply_nt(products, t, a, b, c);
     if (c.data != to.data) copy_tile(arch, c, to);
@@ -101,6 +146,30 @@ void for_each_product(Arch arch, const bank_rows& rows, gathered<float> a, matri
 
 }  // namespace detail
 
+/// Rounds the rows of a bank to their halves.
+template <HostBackend B>
+void round_rows(const call<B>& on, const bank_rows& rows, const mixed_rows& x) noexcept {
+  const auto round = mixed_kernels_of(typename B::arch{}).halves.round;
+  if (!round) return;
+  for_each_row(on, rows, [&](dim, dim r) { round(x.floats.row(r), x.halves.row(r), x.halves.cols); });
+}
+/// The floats of `m` as rows for bf16 weights, rounded where the level does that.
+template <HostBackend B>
+mixed_rows mixed(const call<B>&, matrix_view<float> m) noexcept {
+  mixed_rows rows{gathered<float>{m}};
+  if (mixed_kernels_of(typename B::arch{}).halves.round)
+    rows.halves = {reinterpret_cast<bf16*>(m.data), m.rows, m.cols, 2 * m.ld};
+  return rows;
+}
+/// The same of rows of a bank, which are rounded into `room`, half as wide.
+template <HostBackend B>
+mixed_rows mixed(const call<B>& on, const bank_rows& rows, gathered<float> x, matrix_view<float> room) noexcept {
+  mixed_rows to = mixed(on, room);
+  to.floats = x;
+  to.halves.cols = x.cols();
+  round_rows(on, rows, to);
+  return to;
+}
 /// out[r] += a[r] b[e]^T for every row of a bank: a[A,k] read through the plan, b[e] of n x k, out[A,n]. Weights of type W
 /// are float or bf16 here, results are floats.
 template <HostBackend B>
@@ -116,7 +185,7 @@ void grouped_gemm_nt(const call<B>& on, const bank_rows& rows, gathered<float> a
 /// out[r] = a[r] b[e]^T + bias[e], the bias a column per expert or empty. Where there is a `then`, it is called as
 /// then(result_part) once for every part of the columns that is there in all rows, from any thread.
 template <HostBackend B, class W, class... Then>
-void grouped_gemm_nt(const call<B>& on, const bank_rows& rows, gathered<float> a, matrix_stack<const W> b,
+void grouped_gemm_nt(const call<B>& on, const bank_rows& rows, const rows_for<W>& a, matrix_stack<const W> b,
                      matrix_stack<const float> bias, matrix_view<float> out, const Then&... then) noexcept {
   const auto start = [&](matrix_view<float> c, const detail::tile& t) { detail::start(typename B::arch{}, c, t, bias); };
   const auto run = [&](const detail::tile_grid& grid, const auto& f) {
@@ -138,14 +207,14 @@ void grouped_gemm_nn(const call<B>& on, const bank_rows& rows, gathered<float> a
 /// dx[r] = dz[r] w[e] + dz2[r] w2[e] for every row of a bank, the second product only where there is a w2: both w[e] of
 /// k x n, dx[A,n] overwritten.
 template <HostBackend B, class W>
-void grouped_dgrad(const call<B>& on, const bank_rows& rows, gathered<float> dz, matrix_stack<const W> w,
-                   gathered<float> dz2, matrix_stack<const W> w2, matrix_view<float> dx) noexcept {
+void grouped_dgrad(const call<B>& on, const bank_rows& rows, const rows_for<W>& dz, matrix_stack<const W> w,
+                   const rows_for<W>& dz2, matrix_stack<const W> w2, matrix_view<float> dx) noexcept {
   const detail::tile_products<typename B::arch, W> products;
   const dim depth = w.first.rows * (w2.first ? 2 : 1);
-  const detail::tile_grid grid(rows.offsets, w.first.cols, depth, detail::panel, products.columns);
+  const detail::tile_grid grid(rows.offsets, w.first.cols, depth, detail::panel, products.columns(depth), products.rows());
   detail::for_each_tile(on, grid, [&](const detail::tile& t) {
     detail::tile_result near;
-    const matrix_view<float> to = detail::part_of(dx, t), c = t.columns > detail::panel ? to : near.view(t);
+    const matrix_view<float> to = detail::part_of(dx, t), c = near.holds(t) ? near.view(t) : to;
     detail::start(typename B::arch{}, c, t, {});
     products.nn(dz.from(t.row), w[t.expert].columns(t.column, t.columns), c);
     if (w2.first) products.nn(dz2.from(t.row), w2[t.expert].columns(t.column, t.columns), c);
@@ -155,7 +224,7 @@ void grouped_dgrad(const call<B>& on, const bank_rows& rows, gathered<float> dz,
 /// c[e] += the sum over e's rows of a[r]^T b[r]: a[A,m] and b[A,n] read through the plan, c[e] of m x n. The gradient of
 /// weights of type W: with bf16, levels that multiply bf16 round a and b to it.
 template <class W, HostBackend B>
-void grouped_wgrad(const call<B>& on, const bank_rows& rows, gathered<float> a, gathered<float> b,
+void grouped_wgrad(const call<B>& on, const bank_rows& rows, const rows_for<W>& a, const rows_for<W>& b,
                    matrix_stack<float> c) noexcept {
   const detail::tile_products<typename B::arch, W> products;
   const auto [h, w] = detail::gradient_tile(rows.experts(), c.first.rows, c.first.cols, products.gradient_rows);
@@ -165,10 +234,7 @@ void grouped_wgrad(const call<B>& on, const bank_rows& rows, gathered<float> a, 
       const dim e = unit / (panels * bands), i = unit / bands % panels * height, j = unit % bands * breadth;
       const dim m = detail::at_most(c.first.rows - i, height), n = detail::at_most(c.first.cols - j, breadth);
       const dim r = rows.offsets[static_cast<std::size_t>(e)], depth = rows.offsets[static_cast<std::size_t>(e) + 1] - r;
-      gathered<float> left = a.from(r), right = b.from(r);
-      left.source = left.source.columns(i, m);
-      right.source = right.source.columns(j, n);
-      products.tn(left, right, depth, c[e].slice(i, m).columns(j, n));
+      products.tn(a.from(r), b.from(r), i, j, depth, c[e].slice(i, m).columns(j, n));
     }
   });
 }

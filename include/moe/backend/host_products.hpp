@@ -226,8 +226,19 @@ void product_tn(gathered<float> a, gathered<float> b, dim depth, matrix_view<flo
 
 }  // namespace detail
 
+/// Products with bf16 weights of rows that were rounded to bf16 before, and gradients of such weights: c[m,n] += a[m,k]
+/// b[n,k]^T, a[m,k] b[k,n], a[k,m]^T b[k,n].
+struct half_kernels {
+  /// To nearest even, the halves may lie where the floats lay. Null: this level multiplies floats.
+  void (*round)(const float*, bf16*, dim) noexcept = nullptr;
+  void (*gemm_nt)(matrix_view<const bf16>, matrix_view<const bf16>, matrix_view<float>) noexcept = nullptr;
+  void (*gemm_nn)(matrix_view<const bf16>, matrix_view<const bf16>, matrix_view<float>) noexcept = nullptr;
+  void (*gemm_tn)(matrix_view<const bf16>, matrix_view<const bf16>, matrix_view<float>) noexcept = nullptr;
+};
+
 /// What a level computes products of float32 rows with bf16 weights with, and the float32 gradients of such weights: the
-/// products of float32 by another type of weights, chosen at run time. Results add to c.
+/// products of float32 by another type of weights, chosen at run time. Results add to c. A level that rounds rows has the
+/// first of them, for few rows, and half_kernels.
 struct mixed_kernels {
   void (*gemm_nt)(gathered<float>, matrix_view<const bf16>, matrix_view<float>) noexcept;
   void (*gemm_nt_packed)(gathered<float>, matrix_view<const bf16>, matrix_view<float>) noexcept;
@@ -235,6 +246,7 @@ struct mixed_kernels {
   void (*gemm_tn)(gathered<float>, gathered<float>, dim, matrix_view<float>) noexcept;
   dim columns;        ///< most columns of a tile of a product
   dim gradient_rows;  ///< most rows of a tile of gemm_tn's result
+  half_kernels halves = {};
 };
 
 namespace detail {

@@ -26,11 +26,12 @@ struct tile {
 /// cache, so in small batches each weight is read once, by one thread, and an expert with many rows feeds all of them.
 class tile_grid {
  public:
-  /// Over results of `width` columns, each a sum of `depth` products, in panels of `widest` columns. Where there are few
-  /// tiles, wide panels are halved, then chunks cut, then panels halved down to `narrowest`, as long as a tile is worth
-  /// handing out.
-  tile_grid(std::span<const idx> offsets, dim width, dim depth, dim narrowest, dim widest = panel) noexcept
-      : offsets_(offsets), width_(width), panel_(widest) {
+  /// Over results of `width` columns, each a sum of `depth` products, in panels of `widest` columns and chunks of at most
+  /// `tallest` rows. Where there are few tiles, wide panels are halved, then chunks cut, then panels halved down to
+  /// `narrowest`, as long as a tile is worth handing out.
+  tile_grid(std::span<const idx> offsets, dim width, dim depth, dim narrowest, dim widest = panel,
+            dim tallest = row_block) noexcept
+      : offsets_(offsets), width_(width), panel_(widest), chunk_(tallest) {
     constexpr dim enough = 64, worthwhile = 1 << 15;
     const dim products = rows() * width * depth;
     const auto finer = [&] { return tiles() < enough && products >= 2 * worthwhile * tiles(); };
@@ -76,7 +77,7 @@ class tile_grid {
   }
 
   std::span<const idx> offsets_;
-  dim width_, panel_, chunk_ = row_block, chunks_ = 0;
+  dim width_, panel_, chunk_, chunks_ = 0;
   bool serial_ = false;
 };
 

@@ -69,7 +69,7 @@ struct basic_ffn_expert {
   output make_output(shape s, dim rows, arena& mem) const noexcept { return mem.matrix<float>("ys", rows, s.d); }
   scratch make_scratch(shape s, dim rows, arena& mem) const noexcept { return {apart("a", rows, s.f, mem)}; }
   backward_scratch make_backward_scratch(shape s, dim rows, arena& mem) const noexcept {
-    return {apart("a", rows, s.f, mem), apart("dz", rows, width(s), mem), mem.matrix<float>("dx", rows, s.d)};
+    return {apart("a", rows, s.f, mem), apart("dz", rows, width(s), mem), apart("dx", rows, s.d, mem)};
   }
 
   /// Rows of gate and up of each expert, and their biases, wherever the layout has them.
@@ -93,9 +93,9 @@ struct basic_ffn_expert {
     const dim f = on.sizes.f, d = on.sizes.d;
     const scratch s = make_scratch(on.sizes, ys.rows, on.scratch);
     const matrix_stack<const W> gate = gate_of(w, f), up = up_of(w, f);
-    grouped_up(on, rows, rows.gather(x), form, gate, matrix_stack<const float>(gate_bias_of(w, f)), up,
-               matrix_stack<const float>(up_bias_of(w, f)), ctx.z, s.a);
-    grouped_gemm_nt(on, rows, gathered<float>{s.a}, stack<const W>(w.down, d), stack<const float>(w.down_bias, d), ys,
+    grouped_up(on, rows, to_multiply(on, rows, rows.gather(x), ys), form, gate,
+               matrix_stack<const float>(gate_bias_of(w, f)), up, matrix_stack<const float>(up_bias_of(w, f)), ctx.z, s.a);
+    grouped_gemm_nt(on, rows, to_multiply(on, s.a), stack<const W>(w.down, d), stack<const float>(w.down_bias, d), ys,
                     then...);
   }
 
@@ -105,17 +105,29 @@ struct basic_ffn_expert {
     scratch_frame frame(on.scratch);
     const dim f = on.sizes.f, d = on.sizes.d;
     const backward_scratch s = make_backward_scratch(on.sizes, ctx.z.rows, on.scratch);
-    grouped_dgrad(on, rows, dys, stack<const W>(w.down, d), {}, {}, s.a);
+    const dim half = d / 2 + 1;  // room for a row of bf16
+    const auto xs = to_multiply(on, rows, rows.gather(x), s.dx.columns(0, half)),
+               dy = to_multiply(on, rows, dys, s.dx.columns(half, half));
+    const auto a = to_multiply(on, s.a), dz = to_multiply(on, s.dz);
+    const auto dgate = columns(dz, 0, f), dup = columns(dz, gated ? f : 0, f);
+    const matrix_stack<const W> gate = gate_of(w, f), up = up_of(w, f);
+    grouped_dgrad(on, rows, dy, stack<const W>(w.down, d), {}, {}, s.a);
     if constexpr (Biased) add_bias_share(on, rows, dys, w.down_bias, dweight);
     grouped_up_backward(on, rows, form, dys.weight, ctx.z, s.a, s.dz, dweight);
-    if (dw.down) grouped_wgrad<W>(on, rows, dys, gathered<float>{s.a}, stack(dw.down, d));
-    if (dw.down_bias) sum_rows(on, rows, dys, stack(dw.down_bias, d));
-
-    const gathered<float> dgate{s.dz.columns(0, f)}, dup{s.dz.columns(gated ? f : 0, f)};
-    add_gradient(on, rows, dup, x, up_of(dw, f), up_bias_of(dw, f));
-    if constexpr (gated) add_gradient(on, rows, dgate, x, gate_of(dw, f), gate_bias_of(dw, f));
+    if constexpr (Biased) {
+      if (dw.down_bias) sum_rows(on, rows, dys, stack(dw.down_bias, d));
+      add_bias_gradient(on, rows, s.dz.columns(gated ? f : 0, f), up_bias_of(dw, f));
+      if constexpr (gated) add_bias_gradient(on, rows, s.dz.columns(0, f), gate_bias_of(dw, f));
+    }
+    if constexpr (!std::same_as<W, float>) {  // in place: nobody reads the floats any more
+      round_rows(on, rows, a);
+      round_rows(on, rows, dz);
+    }
+    if (dw.down) grouped_wgrad<W>(on, rows, dy, a, stack(dw.down, d));
+    if (const auto to = up_of(dw, f); to.first) grouped_wgrad<W>(on, rows, dup, xs, to);
+    if constexpr (gated)
+      if (const auto to = gate_of(dw, f); to.first) grouped_wgrad<W>(on, rows, dgate, xs, to);
     if (!dx) return;
-    const matrix_stack<const W> gate = gate_of(w, f), up = up_of(w, f);
     grouped_dgrad(on, rows, dup, up, dgate, gated ? gate : matrix_stack<const W>{}, s.dx);
     scatter_add_rows(on, rows, gathered<float>{s.dx}, dx);
   }
@@ -153,11 +165,27 @@ struct basic_ffn_expert {
     if constexpr (fused) return Layout::up(both, f);
     else return stack(alone, f);
   }
+  /// Rows as products with weights of type W read them: gathered floats, or mixed_rows that may be rounded into `room`.
   template <class B>
-  static void add_gradient(const call<B>& on, const bank_rows& rows, gathered<float> dz, const input& x,
-                           matrix_stack<float> dw, matrix_stack<float> dbias) noexcept {
-    if (dw.first) grouped_wgrad<W>(on, rows, dz, rows.gather(x), dw);
-    if (dbias.first) sum_rows(on, rows, dz, dbias);
+  static auto to_multiply(const call<B>& on, const bank_rows& rows, gathered<float> x, matrix_view<float> room) noexcept {
+    if constexpr (std::same_as<W, float>) return x;
+    else return mixed(on, rows, x, room);
+  }
+  template <class B>
+  static auto to_multiply(const call<B>& on, matrix_view<float> m) noexcept {
+    if constexpr (std::same_as<W, float>) return gathered<float>{m};
+    else return mixed(on, m);
+  }
+  template <class Rows>
+  static Rows columns(Rows m, dim first, dim n) noexcept {
+    if constexpr (std::same_as<W, float>) m.source = m.source.columns(first, n);
+    else m = m.columns(first, n);
+    return m;
+  }
+  template <class B>
+  static void add_bias_gradient(const call<B>& on, const bank_rows& rows, matrix_view<float> dz,
+                                matrix_stack<float> dbias) noexcept {
+    if (dbias.first) sum_rows(on, rows, gathered<float>{dz}, dbias);
   }
   /// dweight[r] += <dy, down_bias[e]>
   template <class B>
