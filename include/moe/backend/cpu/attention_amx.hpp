@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 /// Attention over bf16 on the tile unit of Intel processors: both products of forward, all five of backward. Scores, their
 /// exponentials and sums are float32; the weights of the values are rounded to bf16, and in backward also the gradients of
-/// scores and of outputs. `Tiles` as in packed_amx.hpp.
+/// scores and of outputs. Vectors work on one pair of blocks of rows while tiles multiply others. `Tiles` as in
+/// packed_amx.hpp.
 #pragma once
 
 #include "moe/backend/cpu/attention_amx_blocks.hpp"
@@ -150,7 +151,8 @@ class attention_backward_tiles : public attention_tile_step<Build, Tiles, attent
         else
           turn(before, near.lo + (u - tile_rows) * tile_rows);
       };
-      typename base::template beside<decltype(unit)> slopes{unit, units, moe::detail::blocks(units, ahead * base::key_steps)};
+      typename base::template beside<decltype(unit)> slopes{unit, units,
+                                                            moe::detail::blocks(units, ahead * base::key_steps)};
       if (t < pairs) {
         const row_pair at = base::pair_at(t);
         base::score(at, h_.rows, h_.k.cols, h_.keys, s_.p + slot(t), slopes);
@@ -208,7 +210,8 @@ class attention_backward_tiles : public attention_tile_step<Build, Tiles, attent
           const __mmask16 lanes = rules::lanes(seen.lo - key - l * width, seen.hi - key - l * width);
           const __m512 x = _mm512_fmsub_ps(_mm512_loadu_ps(s_.p + from + l * width), scale, lse);
           p[half][l] = _mm512_maskz_mov_ps(lanes, exp2_of_any(x));
-          ds[half][l] = _mm512_maskz_mul_ps(lanes, p[half][l], _mm512_sub_ps(_mm512_loadu_ps(s_.ds + from + l * width), delta));
+          ds[half][l] =
+              _mm512_maskz_mul_ps(lanes, p[half][l], _mm512_sub_ps(_mm512_loadu_ps(s_.ds + from + l * width), delta));
         }
         std::byte* to = weights_of(at.first / pair) + base::place(i, base::key_steps) + key / 32 * block_bytes;
         _mm512_storeu_si512(to, halves_beside(ds[half][0], ds[half][1]));
@@ -245,10 +248,10 @@ class attention_backward_tiles : public attention_tile_step<Build, Tiles, attent
       const std::byte* upper = weights + base::place(key, chunks) + seeing.lo * block_bytes;
       base::set_heights(keys);
       for (dim j = 0; j < width; j += pair)
-        base::multiply({upper, keys > tile_rows ? upper + chunks * block_bytes : nullptr,
-                        right + (j / pair * chunks + seeing.lo) * 2 * tile_bytes, seeing.hi - seeing.lo, to.row(key) + j, to.ld,
-                        true},
-                       nothing);
+        base::multiply(
+            {upper, keys > tile_rows ? upper + chunks * block_bytes : nullptr,
+             right + (j / pair * chunks + seeing.lo) * 2 * tile_bytes, seeing.hi - seeing.lo, to.row(key) + j, to.ld, true},
+            nothing);
     }
     if (h_.finite) return;
     base::for_each_strange(s_.rows, width, row_of(m, steps_of(width)), [&](dim i, dim j, float value) noexcept {

@@ -124,7 +124,7 @@ class attention_tile_step {
     return key >= seen.lo && key < seen.hi;
   }
 
-  /// Rows i .. i + n of the step, which fill one or two blocks, and the keys that the first to the last of them see.
+  /// Rows of the step that fill one or two blocks, and the keys that the first to the last of them see.
   struct row_pair {
     dim first, rows;
     key_range seen;
@@ -222,7 +222,7 @@ class attention_tile_step {
       const auto row = [&](dim r) noexcept { return to.row(s_.at(at.first + r)) + j; };
       for (dim r = 0; !together && r < at.rows; ++r) std::memcpy(near + r * pair, row(r), bytes);
       multiply({upper, lower, packed + (j / pair * key_chunks() + first) * 2 * tile_bytes, n, together ? row(0) : near,
-                       together ? to.ld : pair, true},
+                together ? to.ld : pair, true},
                beside);
       for (dim r = 0; !together && r < at.rows; ++r) std::memcpy(row(r), near + r * pair, bytes);
     }
