@@ -110,7 +110,7 @@ std::vector<float> exact_weights(dim n, dim k, std::uint64_t seed) {
 template <class T>
 bool widened(dim rows, std::string_view rung) {
   if (!moe::packing<T>::scaled || std::same_as<T, std::int8_t>) return false;
-  return rung.starts_with("amx") ? rows > 8 : rung == "avx512_vnni" && rows >= 40;
+  return rung.starts_with("amx") ? rows > 12 : rung == "avx512_vnni" && rows >= 40;
 }
 
 struct sizes {

@@ -224,17 +224,16 @@ void multiply_bytes_amx(const prepared_rows& a, const panel_product& p, const st
   multiply_panels<Build, Tiles, true>(
       a, p, [&](dim b, dim panel) noexcept { scale_sums<Build>(a, p, b, panel); }, next, bytes);
 }
-/// Up to so many rows of bytes read weights faster without tiles.
-inline constexpr dim few_rows = 8;
+/// A block of lanes reads weights from memory faster than tiles do.
 template <int Build, class Tiles>
 void multiply_bytes_amx(const prepared_rows& a, const panel_product& p) noexcept {
-  if (a.rows <= few_rows) return multiply_512<Build, std::int8_t>(a, p);
+  if (a.rows <= rows_512) return multiply_512<Build, std::int8_t>(a, p);
   multiply_bytes_amx<Build, Tiles>(a, p, nullptr, 0);
 }
 /// Many rows: two panels at a time are widened to bytes.
 template <int Build, class Tiles, class T>
 void multiply_int4_amx(const prepared_rows& a, const panel_product& p) noexcept {
-  if (a.rows <= few_rows) return multiply_int4_512<Build, T>(a, p);
+  if (a.rows <= rows_512) return multiply_int4_512<Build, T>(a, p);
   const dim k = a.lines * 64;
   for (dim j = 0; j < p.panels; j += 2) {
     const dim n = p.panels - j < 2 ? p.panels - j : 2;
