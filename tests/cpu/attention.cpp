@@ -243,7 +243,7 @@ TEST_SUITE("backend/host_attention memory") {
   TEST_CASE("forward takes a tile and a step for each thread, whatever the number of tokens") {
     for (const dim d : {64, 128, 256}) {
       const moe::attention_problem p{{8, 2, d, d}};
-      constexpr dim rows = 768, pitch = 128 + 16;
+      constexpr dim rows = 384, pitch = 128 + 16;
       const dim panel = std::max<dim>(128, d) * columns_of(moe::arch::scalar{});
       const std::size_t floats = at(rows * (2 * d + 2 + 2 * 2 + pitch) + panel), bytes = scratch_of(p, {512, 4096}, false);
       CHECK(bytes >= 4 * floats);
@@ -266,7 +266,7 @@ TEST_SUITE("backend/host_attention memory") {
     CHECK(bytes(32768) - bytes(16384) == 16384 * 8 * key);       // eight parts of the queries
     CHECK(bytes(1 << 22) - bytes(1 << 21) == (std::size_t{1} << 21) * 8 * key);
     const std::size_t tile = bytes(256) - 256 * key;
-    constexpr dim rows = 384, pitch = 128 + 16;
+    constexpr dim rows = 192, pitch = 128 + 16;
     const std::size_t floats = at(rows * (64 + 128 + 2 + 2 * 2 + pitch) + 128 * columns_of(moe::arch::scalar{}) +  // as forward
                                   rows * 64 + rows * pitch + rows * 128 + 128 * 128);
     CHECK(tile >= 4 * floats);

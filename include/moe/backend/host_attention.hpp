@@ -193,7 +193,7 @@ void for_each_key_step(dim first, dim end, F f) noexcept {
 /// A selection says which keys the rows of a tile meet. This one: all that its mask shows.
 struct every_key {
   /// Of a tile: as many as make packing keys cheap.
-  dim rows(const attention_heads&) const noexcept { return 768; }
+  dim rows(const attention_heads&) const noexcept { return 384; }
 
   struct slot {};
   slot carve(const attention_problem&, attention_sizes, dim, arena&) const noexcept { return {}; }
