@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <algorithm>
+
 #include "moe/backend/cpu.hpp"
 #include "moe/expert/packed_ffn.hpp"
 #include "moe/moe.hpp"
@@ -54,11 +56,13 @@ template <class T>
 std::vector<float> run_attention() {
   constexpr moe::dim d = 12, N = 37;
   const moe::self_attention<moe::attention_features, moe::cpu<>> net(d, {.heads = 4, .kv_heads = 2, .d = 8, .dv = 6});
-  const moe::buffer params(net.weight_bytes()), cached(net.template cache_bytes<T>(1, N)), work(1 << 20);
-  moe::arena p(params.bytes()), c(cached.bytes()), mem(work.bytes());
+  const moe::buffer params(net.weight_bytes()), cached(net.template cache_bytes<T>(1, N));
+  moe::arena p(params.bytes()), c(cached.bytes());
   const auto w = net.make_weights(p);
   testing::randomise(net.catalogue(), params.template as<float>(), 3);
   auto cache = net.template make_cache<T>(1, N, c);
+  const moe::buffer work(std::max(net.scratch_bytes(N), net.scratch_bytes(1, cache)));
+  moe::arena mem(work.bytes());
   const std::vector<float> x = testing::normals(N * d, 5);
   std::vector<float> y(2 * N * d);
   net.forward(w, {{x.data(), N, d}, {}, {}}, {y.data(), N, d}, mem);
