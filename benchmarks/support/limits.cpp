@@ -149,8 +149,6 @@ bool repeated(const std::vector<way>& ways, double machine_limits::* limit, doub
   return tenths.size() >= 3;
 }
 
-}  // namespace
-
 // Of tries that began undisturbed, where there are any: what memory gives changes with what others of the host ask of it, and
 // rows are medians, too.
 double median_rate(const way& w) {
@@ -161,6 +159,8 @@ double median_rate(const way& w) {
   }
   return median(rates.empty() ? all : rates);
 }
+
+}  // namespace
 
 // All ways in turn, over and over, since others may have half of the processor for seconds. The best try of a unit counts.
 machine_limits measure_limits(int threads) {

@@ -25,9 +25,9 @@ inline constexpr dim panels_at_once = 8;
 /// Memory of one thread at work.
 struct packed_slot {
   prepared_rows x, a;
-  std::byte* row = nullptr;    ///< one of them, before it is laid out
+  std::byte* row = nullptr;   ///< one of them, before it is laid out
   matrix_view<float> hidden;  ///< what `a` is made of, where that takes a whole row
-  matrix_view<float> c;      ///< sums of panels_at_once panels
+  matrix_view<float> c;       ///< sums of panels_at_once panels
   std::byte* wide = nullptr;
   dim ready = -1;  ///< the chunk whose rows are prepared
 };
@@ -87,6 +87,7 @@ packed_slot carve_slot(const packed_kernels& k, shape s, dim rows, arena& mem) n
   slot.a = carve_rows(k, chunk, f, mem);
   slot.row = reinterpret_cast<std::byte*>(mem.vector<std::int8_t>("row", k.lines(d > f ? d : f) * line_bytes).data());
   slot.hidden = mem.matrix<float>("hidden", k.activations == operand::i8 ? chunk : 0, s.f);
+  // A line between rows: with a power of two from row to row their sums would meet in a few sets of the first cache.
   slot.c = mem.matrix<float>("c", chunk, panels_at_once * panel_rows + 16).columns(0, panels_at_once * panel_rows);
   slot.wide = reinterpret_cast<std::byte*>(mem.vector<std::int8_t>("wide", k.scratch_per_k * (d > f ? d : f)).data());
   return slot;

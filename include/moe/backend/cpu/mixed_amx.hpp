@@ -21,20 +21,6 @@ inline __m512i rounded_halves(__m512 v) noexcept {
   const __m512i near = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
   return _mm512_mask_or_epi32(near, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), u, _mm512_set1_epi32(0x400000));
 }
-/// The first n floats at p, and zeros.
-MOE_TARGET(MOE_AVX512)
-inline __m512 first_floats(const float* p, dim n) noexcept {
-  if (n <= 0) return _mm512_setzero_ps();
-  return _mm512_maskz_loadu_ps(static_cast<__mmask16>(n < 16 ? (1u << n) - 1 : 0xffff), p);
-}
-/// Lanes of two rows rounded to halves side by side: the upper row's first.
-MOE_TARGET(MOE_AVX512)
-inline __m512i paired_halves(__m512 upper, __m512 lower) noexcept {
-  constexpr int second = 0xca;  // of a where the mask is set, else of b
-  return _mm512_ternarylogic_epi32(_mm512_set1_epi32(static_cast<int>(0xffff0000u)), rounded_halves(lower),
-                                   _mm512_srli_epi32(rounded_halves(upper), 16), second);
-}
-
 /// to[j] = from[j], rounded. `to` may be where `from` is.
 template <int Build>
 MOE_TARGET(MOE_AVX512)

@@ -54,7 +54,7 @@ struct hardware_tiles {
 /// One or two tiles of prepared rows against one panel: sums = or += over `steps` steps.
 struct tile_work {
   const std::byte *upper, *lower;  ///< lower: null where there is one tile
-  dim upper_step, lower_step;      ///< bytes from step to step
+  dim step;                        ///< bytes from step to step, of both
   const std::byte* weights;
   dim steps;
   const std::byte* ahead;  ///< asked for while this runs, `lines_ahead` lines a step
@@ -62,10 +62,10 @@ struct tile_work {
   void* sums;
   dim stride;  ///< bytes from row to row of the sums
   bool add;
-  dim upper_rows = tile_rows;
+  dim upper_rows;  ///< the sums of `lower` start so many rows down
 };
 
-/// Rows that `Pass` leave the first cache to the weights.
+/// Rows that `Pass` leave the first cache to the weights; else the weights come from memory and are asked for there, too.
 template <int Build, class Tiles, bool Bytes, bool Pass = false>
 MOE_TARGET(MOE_AMX)
 MOE_NO_INLINE void multiply_tiles(const tile_work& w) noexcept {
@@ -85,7 +85,7 @@ MOE_NO_INLINE void multiply_tiles(const tile_work& w) noexcept {
     Tiles::zero3();
   }
   const std::byte *a = w.upper, *b = w.lower, *q = w.weights, *ahead = w.ahead;
-  for (dim s = 0; s < w.steps; ++s, a += w.upper_step, q += 2 * tile_bytes) {
+  for (dim s = 0; s < w.steps; ++s, a += w.step, q += 2 * tile_bytes) {
     Tiles::load6(q, line_bytes);
     if constexpr (Pass)
       Tiles::pass4(a, line_bytes);
@@ -108,7 +108,7 @@ MOE_NO_INLINE void multiply_tiles(const tile_work& w) noexcept {
       Tiles::pass5(b, line_bytes);
     else
       Tiles::load5(b, line_bytes);
-    b += w.lower_step;
+    b += w.step;
     if constexpr (Bytes)
       Tiles::add_bytes2();
     else
@@ -154,13 +154,12 @@ void multiply_panels(const prepared_rows& a, const panel_product& p, Finish fini
   const dim lines = next ? moe::detail::blocks(bytes, steps * line_bytes) : 2 * tile_rows;  // asked for in a step
   tile_heights<Tiles> heights;
   const auto work = [&](dim b, dim panel, dim step, dim n) noexcept {
-    const dim height = a.height_of(b), upper = (height + 1) / 2, lower = height - upper, stride = height * line_bytes;
+    const dim height = a.height_of(b), upper = (height + 1) / 2, lower = height - upper;
     const std::byte* rows = a.block(b, step);
     heights.set(upper, lower > 0 ? lower : 1);
     return tile_work{rows,
                      lower > 0 ? rows + upper * line_bytes : nullptr,
-                     stride,
-                     stride,
+                     height * line_bytes,
                      p.weights + panel * p.panel_bytes + step * 2 * tile_bytes,
                      n,
                      nullptr,
