@@ -20,7 +20,8 @@ struct machine_limits {
   }
 };
 
-/// A limit is the most that was seen in several tries, so that no share of it is flattered by a bad one.
+/// The limit of a unit is the most that was seen in many tries, so that no share of it is flattered by a bad one; that of
+/// memory is the median of undisturbed ones, since others of the host use it, too.
 machine_limits measure_limits(int threads);
 
 }  // namespace bench

@@ -65,8 +65,8 @@ class attention_tiles : public attention_tile_step<Build, Tiles, attention_step>
       if (t < pairs) base::score(base::pair_at(t), h_.rows, h_.k.cols, h_.keys, scores_of(t), weights);
       if (t > 1) {
         const row_pair at = base::pair_at(t - 2);
-        base::weigh(at, weights_of(t), h_.values, h_.v.cols, s_.state.o, weights);
-        if (!finite) base::add_strange_keys(at, weights_of(t), h_.v, s_.state.o);
+        base::weigh(at, base::weights_of(t), h_.values, h_.v.cols, s_.state.o, weights);
+        if (!finite) base::add_strange_keys(at, base::weights_of(t), h_.v, s_.state.o);
       }
       weights.finish();
     }
@@ -75,7 +75,6 @@ class attention_tiles : public attention_tile_step<Build, Tiles, attention_step>
 
  private:
   float* scores_of(dim t) const noexcept { return s_.p + t % 2 * pair * attention_pitch; }
-  std::byte* weights_of(dim t) const noexcept { return h_.weights + t % 2 * 2 * base::key_steps * block_bytes; }
 
   /// Weights of row r of a pair as halves, from its scores; the sums are of the floats.
   template <bool Whole>
@@ -99,7 +98,7 @@ class attention_tiles : public attention_tile_step<Build, Tiles, attention_step>
     if (_mm512_cmp_ps_mask(most, enough, _CMP_NLE_UQ) != 0) raise(row, _mm512_reduce_max_ps(most));
     const __m512 shift = _mm512_set1_ps(finite_or_zero(s_.state.largest[row]));
     __m512 total = _mm512_setzero_ps();
-    std::byte* to = weights_of(t) + base::place(r, base::key_steps);
+    std::byte* to = base::weights_of(t) + base::place(r, base::key_steps);
     MOE_UNROLL
     for (dim j = first; j < end; j += 2) {
       const __m512 left = exp2_of_any(Whole ? _mm512_fmsub_ps(x[j], scale, shift) : _mm512_sub_ps(x[j], shift));
@@ -160,8 +159,8 @@ class attention_backward_tiles : public attention_tile_step<Build, Tiles, attent
       }
       if (t > 1) {
         const row_pair at = base::pair_at(t - 2);
-        base::weigh(at, weights_of(t), h_.key_rows, h_.k.cols, s_.dq, slopes);
-        if (!finite) base::add_strange_keys(at, weights_of(t), h_.k, s_.dq);
+        base::weigh(at, base::weights_of(t), h_.key_rows, h_.k.cols, s_.dq, slopes);
+        if (!finite) base::add_strange_keys(at, base::weights_of(t), h_.k, s_.dq);
       }
       slopes.finish();
     }
@@ -172,7 +171,6 @@ class attention_backward_tiles : public attention_tile_step<Build, Tiles, attent
 
  private:
   static dim slot(dim t) noexcept { return t % 2 * pair * attention_pitch; }
-  std::byte* weights_of(dim t) const noexcept { return h_.weights + t % 2 * 2 * base::key_steps * block_bytes; }
   /// The transpose of p, or of ds, as a left operand.
   std::byte* turned(dim which) const noexcept {
     return h_.turned + which * attention_keys / tile_rows * steps_of(s_.rows) * block_bytes;
@@ -213,7 +211,7 @@ class attention_backward_tiles : public attention_tile_step<Build, Tiles, attent
           ds[half][l] =
               _mm512_maskz_mul_ps(lanes, p[half][l], _mm512_sub_ps(_mm512_loadu_ps(s_.ds + from + l * width), delta));
         }
-        std::byte* to = weights_of(at.first / pair) + base::place(i, base::key_steps) + key / 32 * block_bytes;
+        std::byte* to = base::weights_of(at.first / pair) + base::place(i, base::key_steps) + key / 32 * block_bytes;
         _mm512_storeu_si512(to, halves_beside(ds[half][0], ds[half][1]));
       }
       MOE_UNROLL

@@ -48,13 +48,11 @@ class attention_tile_step {
  protected:
   /// Where row r of a left operand begins that is `steps` blocks wide.
   static dim place(dim r, dim steps) noexcept { return (r / tile_rows * steps * tile_rows + r % tile_rows) * line_bytes; }
+  /// Where the weights of pair t of blocks lie: two pairs are at work at a time.
+  std::byte* weights_of(dim t) const noexcept { return h_.weights + t % 2 * 2 * key_steps * block_bytes; }
   static dim steps_of(dim columns) noexcept { return moe::detail::blocks(columns, 32); }
   dim key_chunks() const noexcept { return steps_of(h_.k.rows); }
 
-  MOE_TARGET(MOE_AVX512)
-  static __m512i first_halves(const bf16* p, dim n) noexcept {
-    return _mm512_maskz_loadu_epi16(n < 32 ? (1u << n) - 1 : 0xffffffffu, p);
-  }
   /// Zero where they are not finite, which `strange` is told.
   MOE_TARGET(MOE_AVX512)
   static __m512i finite_halves(const bf16* p, dim n, __mmask32& strange) noexcept {
