@@ -21,6 +21,7 @@ namespace moe {
 namespace detail {
 
 inline constexpr dim panels_at_once = 8;
+inline constexpr dim many_results = dim{1} << 20;  ///< floats, more than second caches hold
 
 /// Memory of one thread at work.
 struct packed_slot {
@@ -205,7 +206,9 @@ struct packed_ffn_work {
     const matrix_view<float> to = ys.slice(row, a.rows).columns(column, width), near = s.c.slice(0, a.rows);
     const bool in_place = kernels.writes_once && width == n * panel_rows;
     multiply(s, a, down, down_bias, e * output_panels() + first, n, in_place ? to : near);
-    for (dim r = 0; r < to.rows && !in_place; ++r)
+    if (in_place) return;
+    if (kernels.write_past && ys.rows * ys.cols >= many_results) return kernels.write_past(near.columns(0, width), to);
+    for (dim r = 0; r < to.rows; ++r)
       std::memcpy(to.row(r), near.row(r), static_cast<std::size_t>(width) * sizeof(float));
   }
 

@@ -27,8 +27,9 @@ struct tile {
 class tile_grid {
  public:
   /// Over results of `width` columns, each a sum of `depth` products, in panels of `widest` columns and chunks of at most
-  /// `tallest` rows. Where there are few tiles, wide panels are halved, then chunks cut, then panels halved down to
-  /// `narrowest`, as long as a tile is worth handing out.
+  /// `tallest` rows. Where there are few tiles, wide panels are halved, then chunks cut, then, where experts have few rows,
+  /// panels halved down to `narrowest`, as long as a tile is worth handing out. Blocks of many rows are a panel wide: a
+  /// narrower tile would take as long.
   tile_grid(std::span<const idx> offsets, dim width, dim depth, dim narrowest, dim widest = panel,
             dim tallest = row_block) noexcept
       : offsets_(offsets), width_(width), panel_(widest), chunk_(tallest) {
@@ -41,7 +42,8 @@ class tile_grid {
       chunk_ = 2 * few_rows;
       count();
     }
-    while (panel_ > narrowest && finer()) panel_ /= 2;
+    const bool few = rows() < few_rows * (static_cast<dim>(offsets.size()) - 1);
+    while (few && panel_ > narrowest && finer()) panel_ /= 2;
     serial_ = products < 2 * worthwhile;
   }
 

@@ -73,6 +73,8 @@ struct packed_kernels {
   void (*multiply)(const prepared_rows& a, const panel_product& p) noexcept;
   bool writes_once = true;  ///< a result is written when it is ready, not added to in memory
   dim stretch = 0;          ///< lines, at most, of a stretch of several blocks; 0: all
+  /// Copies results that are too many for the caches; null: as any others are.
+  void (*write_past)(matrix_view<const float> from, matrix_view<float> to) noexcept = nullptr;
 
   /// How n rows lie: blocks of nearly equal height, and stretches of nearly equal length.
   void lay_out(prepared_rows& p, dim n) const noexcept {

@@ -14,23 +14,6 @@
 
 namespace moe::arch::detail {
 
-/// Bits of v rounded to bf16, in the upper half of each lane; a NaN stays one. The lower halves hold anything.
-MOE_TARGET(MOE_AVX512)
-inline __m512i rounded_halves(__m512 v) noexcept {
-  const __m512i u = _mm512_castps_si512(v), odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
-  const __m512i near = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
-  return _mm512_mask_or_epi32(near, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), u, _mm512_set1_epi32(0x400000));
-}
-/// to[j] = from[j], rounded. `to` may be where `from` is.
-template <int Build>
-MOE_TARGET(MOE_AVX512)
-void round_floats(const float* from, bf16* to, dim n) noexcept {
-  for (dim j = 0; j < n; j += 16) {
-    const __mmask16 some = static_cast<__mmask16>(n - j < 16 ? (1u << (n - j)) - 1 : 0xffff);
-    const __m512i halves = _mm512_srli_epi32(rounded_halves(_mm512_maskz_loadu_ps(some, from + j)), 16);
-    _mm512_mask_cvtepi32_storeu_epi16(to + j, some, halves);
-  }
-}
 /// The first n halves at p, and zeros.
 MOE_TARGET(MOE_AVX512)
 inline __m512i first_halves(const bf16* p, dim n) noexcept {

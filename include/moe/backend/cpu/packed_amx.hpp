@@ -26,19 +26,27 @@ struct hardware_tiles {
 #define MOE_EACH_TILE(n) \
   MOE_TARGET(MOE_AMX) static void load##n(const void* p, dim stride) noexcept { _tile_loadd(n, p, stride); }
   MOE_EACH_TILE(0)
-  MOE_EACH_TILE(1) MOE_EACH_TILE(2) MOE_EACH_TILE(3) MOE_EACH_TILE(4) MOE_EACH_TILE(5) MOE_EACH_TILE(6) MOE_EACH_TILE(7)
+  MOE_EACH_TILE(1)
+  MOE_EACH_TILE(2)
+  MOE_EACH_TILE(3)
+  MOE_EACH_TILE(4) MOE_EACH_TILE(5) MOE_EACH_TILE(6) MOE_EACH_TILE(7)
 #undef MOE_EACH_TILE
-  /// The same, but the first cache keeps what it has.
-  MOE_TARGET(MOE_AMX) static void pass4(const void* p, dim stride) noexcept { _tile_stream_loadd(4, p, stride); }
+      /// The same, but the first cache keeps what it has.
+      MOE_TARGET(MOE_AMX) static void pass4(const void* p, dim stride) noexcept {
+    _tile_stream_loadd(4, p, stride);
+  }
   MOE_TARGET(MOE_AMX) static void pass5(const void* p, dim stride) noexcept { _tile_stream_loadd(5, p, stride); }
 #define MOE_EACH_TILE(n, a, b)                                                                           \
   MOE_TARGET(MOE_AMX) static void store##n(void* p, dim stride) noexcept { _tile_stored(n, p, stride); } \
   MOE_TARGET(MOE_AMX) static void zero##n() noexcept { _tile_zero(n); }                                  \
   MOE_TARGET(MOE_AMX) static void add_halves##n() noexcept { _tile_dpbf16ps(n, a, b); }                  \
   MOE_TARGET(MOE_AMX) static void add_bytes##n() noexcept { _tile_dpbsud(n, a, b); }
-      MOE_EACH_TILE(0, 4, 6) MOE_EACH_TILE(1, 4, 7) MOE_EACH_TILE(2, 5, 6) MOE_EACH_TILE(3, 5, 7)
+  MOE_EACH_TILE(0, 4, 6)
+  MOE_EACH_TILE(1, 4, 7)
+  MOE_EACH_TILE(2, 5, 6)
+  MOE_EACH_TILE(3, 5, 7)
 #undef MOE_EACH_TILE
-          MOE_TARGET(MOE_AMX) static void shape(const tile_shapes& s) noexcept {
+      MOE_TARGET(MOE_AMX) static void shape(const tile_shapes& s) noexcept {
     compiler_fence();  // GCC 12 takes the operand for eight bytes
     _tile_loadconfig(&s);
   }
@@ -51,21 +59,29 @@ struct hardware_tiles {
   }
 };
 
+/// Memory that is asked for while tiles are multiplied: in each step the next `lines` lines of `runs` pieces of memory that
+/// follow each other, each `run_bytes` long; after `window` steps the pieces after those begin. Several pieces at once, in
+/// pages of their own, let the hardware's prefetching run ahead in each: a line that is asked for is then mostly on its way
+/// already, and frees its buffer of the first cache, which tiles need too, early.
+struct tiles_ahead {
+  const std::byte* at = nullptr;
+  dim runs = 0, run_bytes = 0, lines = 1, window = 1 << 20;
+};
+
 /// One or two tiles of prepared rows against one panel: sums = or += over `steps` steps.
 struct tile_work {
   const std::byte *upper, *lower;  ///< lower: null where there is one tile
   dim step;                        ///< bytes from step to step, of both
   const std::byte* weights;
   dim steps;
-  const std::byte* ahead;  ///< asked for while this runs, `lines_ahead` lines a step
-  dim lines_ahead;
+  tiles_ahead ahead;
   void* sums;
   dim stride;  ///< bytes from row to row of the sums
   bool add;
   dim upper_rows;  ///< the sums of `lower` start so many rows down
 };
 
-/// Rows that `Pass` leave the first cache to the weights; else the weights come from memory and are asked for there, too.
+/// Rows that `Pass` leave the first cache to the weights.
 template <int Build, class Tiles, bool Bytes, bool Pass = false>
 MOE_TARGET(MOE_AMX)
 MOE_NO_INLINE void multiply_tiles(const tile_work& w) noexcept {
@@ -84,7 +100,8 @@ MOE_NO_INLINE void multiply_tiles(const tile_work& w) noexcept {
     Tiles::zero2();
     Tiles::zero3();
   }
-  const std::byte *a = w.upper, *b = w.lower, *q = w.weights, *ahead = w.ahead;
+  const std::byte *a = w.upper, *b = w.lower, *q = w.weights, *window = w.ahead.at, *ahead = window;
+  dim left = w.ahead.window;
   for (dim s = 0; s < w.steps; ++s, a += w.step, q += 2 * tile_bytes) {
     Tiles::load6(q, line_bytes);
     if constexpr (Pass)
@@ -100,9 +117,13 @@ MOE_NO_INLINE void multiply_tiles(const tile_work& w) noexcept {
       Tiles::add_bytes1();
     else
       Tiles::add_halves1();
-    for (dim l = 0; l < w.lines_ahead; ++l, ahead += line_bytes) moe::detail::prefetch_second(ahead);
-    if constexpr (!Pass)
-      for (dim l = 0; l < 2 * tile_rows; ++l) moe::detail::prefetch(q + 4 * tile_bytes + l * line_bytes);
+    for (dim r = 0; r < w.ahead.runs; ++r)
+      for (dim l = 0; l < w.ahead.lines; ++l) moe::detail::prefetch_second(ahead + r * w.ahead.run_bytes + l * line_bytes);
+    ahead += w.ahead.lines * line_bytes;
+    if (--left == 0) {
+      left = w.ahead.window;
+      ahead = window += w.ahead.runs * w.ahead.run_bytes;
+    }
     if (!two) continue;
     if constexpr (Pass)
       Tiles::pass5(b, line_bytes);
@@ -152,6 +173,7 @@ void multiply_panels(const prepared_rows& a, const panel_product& p, Finish fini
                      dim bytes = 0) noexcept {
   const dim blocks = a.blocks(), steps = a.lines;
   const dim lines = next ? moe::detail::blocks(bytes, steps * line_bytes) : 2 * tile_rows;  // asked for in a step
+  constexpr dim pages = 4, page_bytes = 4096;
   tile_heights<Tiles> heights;
   const auto work = [&](dim b, dim panel, dim step, dim n) noexcept {
     const dim height = a.height_of(b), upper = (height + 1) / 2, lower = height - upper;
@@ -162,8 +184,7 @@ void multiply_panels(const prepared_rows& a, const panel_product& p, Finish fini
                      height * line_bytes,
                      p.weights + panel * p.panel_bytes + step * 2 * tile_bytes,
                      n,
-                     nullptr,
-                     0,
+                     {},
                      p.c.row(b * a.height) + panel * panel_rows,
                      p.c.ld * dim{sizeof(float)},
                      step > 0,
@@ -172,8 +193,11 @@ void multiply_panels(const prepared_rows& a, const panel_product& p, Finish fini
   if (blocks == 1) {
     for (dim j = 0; j < p.panels; ++j) {
       tile_work w = work(0, j, 0, steps);
-      w.ahead = next ? next + j * bytes : w.weights + from_memory;
-      w.lines_ahead = lines;
+      if (next)
+        w.ahead = {next + j * bytes, 1, 0, lines};
+      else
+        w.ahead = {w.weights + pages * page_bytes, pages, page_bytes, 2 * tile_rows / pages,
+                   page_bytes / tile_bytes * pages / 2};
       multiply_tiles<Build, Tiles, Bytes>(w);
       finish(0, j);
     }
@@ -186,11 +210,13 @@ void multiply_panels(const prepared_rows& a, const panel_product& p, Finish fini
         const bool last = j + 1 == p.panels, over = last && end == steps;
         const std::byte* ahead = next ? next + j * bytes + step * lines * line_bytes
                                       : p.weights + (last && !over ? 0 : j + 1) * p.panel_bytes +
-                                            (!last ? step : over ? 0 : end) * 2 * tile_bytes;
+                                            (!last  ? step
+                                             : over ? 0
+                                                    : end) *
+                                                2 * tile_bytes;
         for (dim b = 0; b < blocks; ++b) {
           tile_work w = work(b, j, step, n);
-          w.ahead = ahead + b * n * share * line_bytes;
-          w.lines_ahead = share;
+          w.ahead = {ahead + b * n * line_bytes, share, blocks * n * line_bytes};
           multiply_tiles<Build, Tiles, Bytes, true>(w);
           if (end == steps) finish(b, j);
         }
@@ -245,16 +271,52 @@ void multiply_int4_amx(const prepared_rows& a, const panel_product& p) noexcept 
   }
 }
 
-/// Halves, rounded to nearest even.
+/// Bits of v rounded to bf16, in the upper half of each lane; a NaN stays one. The lower halves hold anything.
+MOE_TARGET(MOE_AVX512)
+inline __m512i rounded_halves(__m512 v) noexcept {
+  const __m512i u = _mm512_castps_si512(v), odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  const __m512i near = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
+  return _mm512_mask_or_epi32(near, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), u, _mm512_set1_epi32(0x400000));
+}
+/// to[j] = from[j], rounded. `to` may be where `from` is.
 template <int Build>
 MOE_TARGET(MOE_AVX512)
-void prepare_bf16_512(const float* x, dim k, std::byte* to, float*, bool) noexcept {
-  for (dim i = 0; i < k; i += 32, to += line_bytes) {
-    bf16 line[32] = {};
-    const dim n = k - i < 32 ? k - i : 32;
-    for (dim j = 0; j < n; ++j) line[j] = bf16(x[i + j]);
-    std::memcpy(to, line, sizeof line);
+void round_floats(const float* from, bf16* to, dim n) noexcept {
+  alignas(64) static constexpr std::uint16_t upper[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+                                                          33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+  dim j = 0;
+  for (const __m512i order = _mm512_load_si512(upper); j + 32 <= n; j += 32) {
+    const __m512i low = rounded_halves(_mm512_loadu_ps(from + j)), high = rounded_halves(_mm512_loadu_ps(from + j + 16));
+    _mm512_storeu_si512(to + j, _mm512_permutex2var_epi16(low, order, high));
   }
+  for (; j < n; j += 16) {
+    const __mmask16 some = static_cast<__mmask16>(n - j < 16 ? (1u << (n - j)) - 1 : 0xffff);
+    const __m512i halves = _mm512_srli_epi32(rounded_halves(_mm512_maskz_loadu_ps(some, from + j)), 16);
+    _mm512_mask_cvtepi32_storeu_epi16(to + j, some, halves);
+  }
+}
+
+/// Halves, the last line filled up with zeros.
+template <int Build>
+void prepare_bf16_512(const float* x, dim k, std::byte* to, float*, bool) noexcept {
+  const dim padded = moe::detail::round_up(k, 32);
+  auto* halves = reinterpret_cast<bf16*>(to);
+  round_floats<Build>(x, halves, k);
+  std::memset(static_cast<void*>(halves + k), 0, static_cast<std::size_t>(padded - k) * sizeof(bf16));
+}
+
+/// to = from, past the caches: memory need not be read before it is written. Others see it after their next join.
+template <int Build>
+MOE_TARGET(MOE_AVX512)
+void write_past_caches(matrix_view<const float> from, matrix_view<float> to) noexcept {
+  for (dim r = 0; r < to.rows; ++r) {
+    float* row = to.row(r);
+    dim j = 0;
+    if (reinterpret_cast<std::uintptr_t>(row) % line_bytes == 0)
+      for (; j + 16 <= to.cols; j += 16) _mm512_stream_ps(row + j, _mm512_loadu_ps(from.row(r) + j));
+    std::memcpy(row + j, from.row(r) + j, static_cast<std::size_t>(to.cols - j) * sizeof(float));
+  }
+  _mm_sfence();
 }
 
 }  // namespace moe::arch::detail
@@ -271,7 +333,8 @@ packed_kernels kernels_of(basic_amx<Build>, weights_of<bf16>, Tiles = {}) noexce
           detail::prepare_bf16_512<Build>,
           detail::multiply_halves_amx<Build, Tiles>,
           false,
-          16};
+          16,
+          detail::write_past_caches<Build>};
 }
 template <int Build, class Tiles = detail::hardware_tiles>
 packed_kernels kernels_of(basic_amx<Build>, weights_of<std::int8_t>, Tiles = {}) noexcept {
@@ -283,7 +346,8 @@ packed_kernels kernels_of(basic_amx<Build>, weights_of<std::int8_t>, Tiles = {})
           detail::prepare_i8_512<Build>,
           detail::multiply_bytes_amx<Build, Tiles>,
           false,
-          16};
+          16,
+          detail::write_past_caches<Build>};
 }
 template <int Build, int Group, class Scale, class Tiles = detail::hardware_tiles>
 packed_kernels kernels_of(basic_amx<Build>, weights_of<int4_groups<Group, Scale>>, Tiles = {}) noexcept {
@@ -295,7 +359,8 @@ packed_kernels kernels_of(basic_amx<Build>, weights_of<int4_groups<Group, Scale>
           detail::prepare_groups_512<Build, Group>,
           detail::multiply_int4_amx<Build, Tiles, int4_groups<Group, Scale>>,
           false,
-          16};
+          16,
+          detail::write_past_caches<Build>};
 }
 
 }  // namespace moe::arch
