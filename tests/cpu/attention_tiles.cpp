@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <doctest/doctest.h>
 
+#include <limits>
+
 #include "moe/backend/cpu.hpp"
 #include "support/attention_checks.hpp"
 #include "support/emulated_tiles.hpp"
@@ -130,6 +132,65 @@ TEST_SUITE("cpu/attention_amx" * doctest::skip(!has_512())) {
     CHECK(worst < largest / 512);
     check_gradients(got, floats);
     CHECK(testing::emulated_tiles::faults == 0);
+  }
+  // Many heads and long rows make tiles of few queries, so that keys and values are packed once for all of them.
+  TEST_CASE("blocks on tiles are those of floats, packed for all tiles or by the one that meets them") {
+    testing::emulated_tiles::faults = 0;
+    struct trial {
+      reference::attention_shape shape;
+      dim block, k;
+    };
+    // Packed for all; in steps; more blocks than are ranked at once, and as many choices; more than that.
+    for (const auto& [shape, block, k] :
+         {trial{sizes(170, 180, 16, 1, 256, 256), 32, 3}, trial{sizes(330, 330, 16, 1, 256, 256), 160, 2},
+          trial{sizes(420, 420, 2, 1, 32, 32), 3, 9}, trial{sizes(400, 410, 2, 2, 32, 48), 32, 10}}) {
+      CAPTURE(shape.m);
+      const testing::attention_trial<moe::bf16> trial(shape);
+      std::vector<moe::idx> chosen, wanted;
+      const auto got = trial.blocks(on_tiles{}, block, k, &chosen), floats = trial.blocks(moe::cpu<>{}, block, k, &wanted);
+      CHECK(chosen == wanted);
+      check(got, floats, trial.v);
+    }
+    CHECK(testing::emulated_tiles::faults == 0);
+  }
+  TEST_CASE("packed keys and values take 2 (d + dv) bytes for each key and key head, and one for each 32 keys") {
+    const moe::attention_problem p{{8, 2, 64, 64}};
+    const auto bytes = [&](dim n) {
+      moe::arena mem;
+      count_attend(on_tiles{}, p, {n, n}, moe::key_blocks{128, 8}, mem);
+      return mem.peak();
+    };
+    constexpr std::size_t n = 1 << 19, one_number_a_block = n / 128 * sizeof(moe::idx);
+    CHECK(bytes(2 * n) - bytes(n) == one_number_a_block + n * 2 * (2 * 128) + n / 32 * 2);
+  }
+  TEST_CASE("packed sequences in blocks on tiles do not see one another") {
+    auto s = sizes(180, 210, 64, 1, 256, 256);
+    s.query_offsets = {0, 3, 3, 90, 100, 180};
+    s.key_offsets = {0, 20, 25, 112, 130, 210};
+    const testing::attention_trial<moe::bf16> trial(s);
+    check(trial.blocks(on_tiles{}, 32, 2), trial.blocks(moe::cpu<>{}, 32, 2), trial.v);
+  }
+  TEST_CASE("a value in a block that is not finite reaches the queries that meet it, and no other") {
+    constexpr dim n = 170, h = 16, dv = 256, block = 32;
+    const testing::attention_trial<moe::bf16> trial(sizes(n, n, h, 1, 256, dv));
+    std::vector<moe::idx> chosen;
+    const auto before = trial.blocks(on_tiles{}, block, 3, &chosen);
+    for (const dim key : {40, 165}) {  // in a whole block, which is packed before; in the last one
+      testing::attention_trial<moe::bf16> later = trial;
+      later.v[static_cast<std::size_t>(key * dv + 5)] = moe::bf16(std::numeric_limits<float>::infinity());
+      const auto after = later.blocks(on_tiles{}, block, 3);
+      dim wrong = 0;
+      for (dim row = 0; row < n * h; ++row) {
+        const auto* earlier = chosen.data() + row * 2;
+        const dim own = row / h / block;
+        const bool meets = earlier[0] == key / block || earlier[1] == key / block || (own == key / block && row / h >= key);
+        for (dim j = 0; j < dv; ++j) {
+          const auto i = static_cast<std::size_t>(row * dv + j);
+          wrong += meets && j == 5 ? std::isfinite(after.o[i]) : after.o[i] != before.o[i];
+        }
+      }
+      CHECK(wrong == 0);
+    }
   }
   TEST_CASE("a prompt in pieces gives the bits of the whole, wherever a piece ends") {
     const testing::attention_trial<moe::bf16> all(sizes(200, 200, 2, 1, 40, 32));

@@ -36,6 +36,57 @@ struct attention_halves {
   bool paired, finite;  ///< row_pairs and gradient_pairs hold the tile already; every number in them
 };
 
+/// Memory that is asked for while something else is computed.
+struct attention_ahead {
+  const std::byte* at = nullptr;
+  dim rows = 0, stride = 0, bytes = 0, done = 0;  ///< bytes of a row, of them asked for
+};
+/// Rows of a tile that meet keys `key` .. `key` + k.rows of their sequence, which pack_halves packed.
+struct attention_visit {
+  const idx* row;  ///< ascending
+  dim rows, key;
+  matrix_view<const bf16> k, v;
+  const std::byte* packed;  ///< stays as it is until depth - 1 more visits have been met
+  bool finite;              ///< every value
+  attention_ahead next[2];  ///< what the visit after this one reads
+};
+/// A tile's rows on their way through visits, a pair of blocks at a time: the pair that came last is gathered while the one
+/// before is scored, the one before that adds up its values and the first of four is merged. Its rows are as in
+/// attention_halves.
+struct attention_stream {
+  struct pair {
+    static constexpr dim most = 32;
+    dim rows = 0, keys, lo, hi;  ///< keys lo .. hi, multiples of 32, are seen by some row
+    const std::byte* packed;
+    matrix_view<const bf16> v;
+    bool finite;
+    idx at[most], first[most], end[most];  ///< rows, and the keys of the visit that they see
+    float fade[most];                      ///< by what earlier sums are multiplied
+  };
+  static constexpr dim depth = 4;
+  attention_rows_state state;
+  dim d, dv;
+  float scale;  ///< of the scores, log2(e) included
+  std::byte *rows, *gathered, *weights;
+  float *scores, *sums;
+  attention_ahead next[2];
+  pair pairs[depth];  ///< the last one first
+  bool idle = true;   ///< none is under way
+};
+
+/// Rows of a tile and the means of blocks `first` .. `first` + means.rows, at most attention_keys: best and which as in
+/// rank.
+struct attention_ranking {
+  const std::byte* rows;  ///< as in attention_halves
+  std::byte *parts, *turned;
+  float* scores;
+  dim count, first, room;
+  matrix_view<const float> means;
+  const dim* own;  ///< ascending: a row may choose the blocks before its own, where they are more than `room`
+  float* best;
+  idx* which;
+};
+
 /// Rows of float, bf16 or f16 as they lie.
 struct stored_rows {
   enum class element { f32, bf16, f16 };
@@ -102,6 +153,12 @@ struct attention_kernels {
   void (*round_halves)(const float* row, dim d, dim r, std::byte* blocks) noexcept = nullptr;
   void (*attend_halves)(const attention_step&) noexcept = nullptr;
   void (*backward_halves)(const attention_backward_step&) noexcept = nullptr;
+  /// Where rows meet blocks of keys: a step's keys and values packed, whether every value is finite; the rows that meet
+  /// them; the end of a tile.
+  bool (*pack_halves)(matrix_view<const bf16> k, matrix_view<const bf16> v, std::byte* to) noexcept = nullptr;
+  void (*rank_halves)(const attention_ranking&) noexcept = nullptr;
+  void (*meet_halves)(attention_stream&, const attention_visit&) noexcept = nullptr;
+  void (*end_halves)(attention_stream&) noexcept = nullptr;
 };
 
 namespace arch {
@@ -161,8 +218,10 @@ void pack_rows(const stored_rows& m, dim j, float* panel) noexcept {
   const dim n = at_most(m.cols - j, columns);
   for (dim i = 0; i < m.rows; ++i, panel += columns) {
     const float* from = floats_of<A>(m, i, j, n, panel);
-    if (from != panel && n == columns) std::memcpy(panel, from, columns * sizeof(float));  // of a size that is known
-    else if (from != panel) A::blocks::widen(from, panel, n);
+    if (from != panel && n == columns)
+      std::memcpy(panel, from, columns * sizeof(float));  // of a size that is known
+    else if (from != panel)
+      A::blocks::widen(from, panel, n);
     for (dim l = n; l < columns; ++l) panel[l] = 0;
   }
 }

@@ -70,9 +70,10 @@ inline attention_backward_slot carve_attention_backward_slot(const attention_ker
 }
 
 /// What a step on halves takes in backward, where the level has them.
-inline attention_halves carve_backward_halves(const attention_kernels& k, const attention_heads& h, dim rows,
+inline attention_halves carve_backward_halves(const attention_kernels& k, const attention_problem& p, dim rows,
                                               arena& mem) noexcept {
-  attention_halves b = carve_halves(k, h, rows, mem);
+  const attention_heads& h = p.heads;
+  attention_halves b = carve_halves(k, p, rows, mem);
   if (!k.backward_halves) return b;
   constexpr dim pair = 32;
   const auto block = [&](const char* name, dim n, dim width) { return carve_blocks_of_halves(name, n, width, mem); };
@@ -101,7 +102,7 @@ void start_gradients(const attention_kernels& k, const attention_tile& t, dim gr
 template <HeadViews Q>
 void take_gradient_halves(const attention_kernels& k, const attention_problem& p, const attention_tile& t, const Q& q,
                           const attention_backward_slot& s, attention_halves& b) noexcept {
-  take_halves(k, p, t, q, b);
+  take_halves(k, p, t, q, b.rows);
   for (dim r = 0; r < s.state.o.rows; ++r) k.round_halves(s.state.o.row(r), p.heads.dv, r, b.gradients);
   b.paired = false;
 }
@@ -112,7 +113,7 @@ slot_memory make_attention_backward_slots(const B& backend, const attention_prob
     const attention_kernels k = attention_kernels_of(typename B::arch{});
     (void)carve_attention_backward_slot(k, p.heads, rows, a);
     (void)selection.carve(p, n, rows, a);
-    (void)carve_backward_halves(k, p.heads, rows, a);
+    (void)carve_backward_halves(k, p, rows, a);
   });
 }
 /// dk, scaled, and dv from the sums of all parts, in order.
@@ -177,7 +178,7 @@ void attend_backward(const call<B>& on, const attention_problem& p, const Q& q, 
   detail::share_units(on, slots, parts.units(), [&](arena mem, auto take) {
     detail::attention_backward_slot s = detail::carve_attention_backward_slot(kernels, p.heads, grid.rows(), mem);
     typename Selection::slot chosen = selection.carve(p, n, grid.rows(), mem);
-    [[maybe_unused]] attention_halves halves = detail::carve_backward_halves(kernels, p.heads, grid.rows(), mem);
+    [[maybe_unused]] attention_halves halves = detail::carve_backward_halves(kernels, p, grid.rows(), mem);
     for (dim unit; take(unit);) {
       const dim g = unit % parts.heads, part = parts.count - 1 - unit / parts.heads % parts.count, group = p.heads.group();
       const detail::attention_part of = parts.part(p.sequence(unit / (parts.heads * parts.count), n), part);
@@ -185,7 +186,8 @@ void attend_backward(const call<B>& on, const attention_problem& p, const Q& q, 
       own.clear();
       for (dim first = of.first; first < of.end; first += grid.height()) {
         const detail::attention_tile t{of.in, g, first, detail::at_most(of.end - first, grid.height())};
-        detail::start_rows(kernels, p, t, q, s);
+        detail::start_rows(p, t, s);
+        detail::load_queries(kernels, p, t, q, s);
         detail::start_gradients(kernels, t, group, dout, lse, delta, s);
         selection.recall(p, t, s, chosen);
         if constexpr (detail::all_halves<Q, K, V>)

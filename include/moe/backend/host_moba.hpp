@@ -14,6 +14,7 @@ namespace moe {
 /// whose mean key has the largest product with it (the lower block where two are equal); all of them where there are fewer.
 /// A causal mask without a window.
 struct key_blocks {
+  static constexpr bool gathers = true;
   /// Of a tile: as many as make packing keys cheap, for a block meets a part of them only.
   dim rows(const attention_heads& h) const noexcept {
     constexpr dim floats = 1 << 19, least = 384;
@@ -122,6 +123,17 @@ inline void key_blocks::choose(const attention_kernels& kernels, const attention
     detail::for_each_key_step(0, blocks_before, [&](dim first, dim some) {
       const matrix_view<float> means =
           centroids.columns(t.head * p.heads.d, p.heads.d).slice(first_centroid(t.in) + first, some);
+      if (s.ranking) {
+        attention_ranking of = *s.ranking;
+        of.count = n;
+        of.first = first;
+        of.room = earlier();
+        of.means = means;
+        of.own = b.own;
+        of.best = b.best;
+        of.which = b.which;
+        return kernels.rank_halves(of);
+      }
       attention_step step{s.state, nullptr, n, stored_rows(means), {}, first, s.panel, s.p};
       step.state.first = b.none;
       step.state.end = b.own;

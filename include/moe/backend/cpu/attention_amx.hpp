@@ -269,16 +269,6 @@ template <int Build, class Tiles>
 void attend_backward_halves(const attention_backward_step& s) noexcept {
   attention_backward_tiles<Build, Tiles>(s).run();
 }
-template <int Build, class Tiles>
-constexpr attention_kernels attention_on_tiles() noexcept {
-  attention_kernels k = attention_of<attention_avx512<Build>>;
-  k.take_halves = &attention_tiles<Build, Tiles>::take_row;
-  k.round_halves = &attention_tiles<Build, Tiles>::take_floats;
-  k.attend_halves = &attend_halves<Build, Tiles>;
-  k.backward_halves = &attend_backward_halves<Build, Tiles>;
-  return k;
-}
-
 }  // namespace moe::arch::detail
 
 #endif

@@ -15,15 +15,13 @@ namespace moe::arch::detail {
 
 /// Left operands lie in blocks of 16 rows by 32 columns, right ones in pairs of tiles: 32 of the reduced dimension down, two
 /// side by side, by 32 columns.
-template <int Build, class Tiles, class Step>
-class attention_tile_step {
+template <int Build, class Tiles>
+class attention_tile_blocks {
  protected:
   using rules = attention_avx512<Build>;
   static constexpr dim pair = 2 * tile_rows, block_bytes = tile_rows * line_bytes, key_steps = attention_keys / 32;
 
  public:
-  explicit attention_tile_step(const Step& s) noexcept : s_(s), h_(*s.halves) {}
-
   /// Row r of a left operand: the floats lo .. hi of the first n, a multiple of 32, rounded to nearest even; zeros beside.
   MOE_TARGET(MOE_AVX512)
   static void round_row(const float* from, dim lo, dim hi, dim n, dim steps, dim r, std::byte* blocks) noexcept {
@@ -48,10 +46,7 @@ class attention_tile_step {
  protected:
   /// Where row r of a left operand begins that is `steps` blocks wide.
   static dim place(dim r, dim steps) noexcept { return (r / tile_rows * steps * tile_rows + r % tile_rows) * line_bytes; }
-  /// Where the weights of pair t of blocks lie: two pairs are at work at a time.
-  std::byte* weights_of(dim t) const noexcept { return h_.weights + t % 2 * 2 * key_steps * block_bytes; }
   static dim steps_of(dim columns) noexcept { return moe::detail::blocks(columns, 32); }
-  dim key_chunks() const noexcept { return steps_of(h_.k.rows); }
 
   /// Zero where they are not finite, which `strange` is told.
   MOE_TARGET(MOE_AVX512)
@@ -71,17 +66,20 @@ class attention_tile_step {
   MOE_TARGET(MOE_AVX512)
   static void pack_columns(matrix_view<const bf16> m, std::byte* to) noexcept {
     alignas(64) std::byte near[tile_rows * line_bytes];
-    const float* row[tile_rows];
-    for (dim r = 0; r < tile_rows; ++r) row[r] = reinterpret_cast<const float*>(near + r * line_bytes);
     for (dim first = 0; first < m.rows; first += pair)
       for (dim j = 0; j < m.cols; j += 32)
         for (dim half = 0; half < 2; ++half, to += tile_bytes) {
+          const dim above = first + half * tile_rows;
+          if (above + tile_rows <= m.rows && j + 32 <= m.cols) {
+            turn_pairs(m.row(above) + j, m.ld, reinterpret_cast<float*>(to));
+            continue;
+          }
           for (dim r = 0; r < tile_rows; ++r) {
-            const dim at = first + half * tile_rows + r;
-            const __m512i line = at < m.rows ? first_halves(m.row(at) + j, m.cols - j) : _mm512_setzero_si512();
+            const __m512i line =
+                above + r < m.rows ? first_halves(m.row(above + r) + j, m.cols - j) : _mm512_setzero_si512();
             _mm512_store_si512(near + r * line_bytes, line);
           }
-          blocks_avx512<Build>::template transpose<tile_rows>(row, 0, reinterpret_cast<float*>(to));
+          turn_pairs(reinterpret_cast<const bf16*>(near), 32, reinterpret_cast<float*>(to));
         }
   }
   /// The same of a right operand's rows, over which it reduces: columns at(i, j) .. of row i, of `cols` that there are; 16
@@ -117,29 +115,14 @@ class attention_tile_step {
     const auto* line = reinterpret_cast<const bf16*>(weights + place(r, steps) + c / 32 * block_bytes);
     return static_cast<float>(line[c % tile_rows * 2 + c % 32 / tile_rows]);
   }
-  bool sees(dim i, dim key) const noexcept {
-    const key_range seen = seen_by(s_, i);
-    return key >= seen.lo && key < seen.hi;
-  }
-
-  /// Rows of the step that fill one or two blocks, and the keys that the first to the last of them see.
-  struct row_pair {
-    dim first, rows;
-    key_range seen;
-
-    /// From where a chunk of 32 keys begins to where one ends.
-    key_range near() const noexcept {
-      return seen.empty() ? key_range{0, 0} : key_range{seen.lo / 32 * 32, moe::detail::round_up(seen.hi, 32)};
+  /// All of their rows.
+  static void full_tiles() noexcept {
+    tile_shapes s;
+    for (int t = 0; t < 8; ++t) {
+      s.bytes_per_row[t] = line_bytes;
+      s.rows[t] = tile_rows;
     }
-    dim lower_rows() const noexcept { return rows > tile_rows ? rows - tile_rows : 0; }
-  };
-  /// Pair number t. Rows ascend, and so do the keys that they see.
-  row_pair pair_at(dim t) const noexcept {
-    const dim i = t * pair, n = moe::detail::at_most(s_.rows - i, pair);
-    return {i, n, {seen_by(s_, i).lo, seen_by(s_, i + n - 1).hi}};
-  }
-  void set_heights(dim rows) noexcept {
-    heights_.set(moe::detail::at_most(rows, tile_rows), rows > tile_rows ? rows - tile_rows : tile_rows);
+    Tiles::shape(s);
   }
 
   /// One or two blocks of a left operand by a pair of tiles of a right one: sums = or += over `steps` steps.
@@ -191,6 +174,75 @@ class attention_tile_step {
     Tiles::compiler_fence();
   }
 
+  /// Work on vectors in units, so many after each step of the products that run meanwhile.
+  template <class Unit>
+  struct beside {
+    Unit unit;
+    dim end, each, next = 0;
+
+    void operator()() noexcept {
+      for (dim n = 0; n < each && next < end; ++n) unit(next++);
+    }
+    void finish() noexcept {
+      while (next < end) unit(next++);
+    }
+  };
+
+ private:
+  /// Halves of a and b side by side: columns 0 .. 16 to one tile, 16 .. 32 to the next.
+  MOE_TARGET(MOE_AVX512)
+  static void store_pairs(__m512i a, __m512i b, std::byte* to) noexcept {
+    constexpr __mmask16 all = 0xffff;
+    const __m512i low = _mm512_maskz_cvtepu16_epi32(all, _mm512_castsi512_si256(a));
+    const __m512i high = _mm512_maskz_cvtepu16_epi32(all, _mm512_maskz_extracti64x4_epi64(0xff, a, 1));
+    const __m512i low_b = _mm512_maskz_cvtepu16_epi32(all, _mm512_castsi512_si256(b));
+    const __m512i high_b = _mm512_maskz_cvtepu16_epi32(all, _mm512_maskz_extracti64x4_epi64(0xff, b, 1));
+    _mm512_storeu_si512(to, _mm512_or_si512(low, _mm512_slli_epi32(low_b, 16)));
+    _mm512_storeu_si512(to + tile_bytes, _mm512_or_si512(high, _mm512_slli_epi32(high_b, 16)));
+  }
+};
+
+/// A step of rows that may lie apart.
+template <int Build, class Tiles, class Step>
+class attention_tile_step : public attention_tile_blocks<Build, Tiles> {
+  using blocks = attention_tile_blocks<Build, Tiles>;
+
+ protected:
+  using blocks::for_each_strange, blocks::weight_at;
+  using blocks::pair, blocks::block_bytes, blocks::key_steps, blocks::place, blocks::steps_of, blocks::multiply;
+
+ public:
+  explicit attention_tile_step(const Step& s) noexcept : s_(s), h_(*s.halves) {}
+
+ protected:
+  /// Where the weights of pair t of blocks lie: two pairs are at work at a time.
+  std::byte* weights_of(dim t) const noexcept { return h_.weights + t % 2 * 2 * key_steps * block_bytes; }
+  dim key_chunks() const noexcept { return steps_of(h_.k.rows); }
+  bool sees(dim i, dim key) const noexcept {
+    const key_range seen = seen_by(s_, i);
+    return key >= seen.lo && key < seen.hi;
+  }
+
+  /// Rows of the step that fill one or two blocks, and the keys that the first to the last of them see.
+  struct row_pair {
+    dim first, rows;
+    key_range seen;
+
+    /// From where a chunk of 32 keys begins to where one ends.
+    key_range near() const noexcept {
+      return seen.empty() ? key_range{0, 0} : key_range{seen.lo / 32 * 32, moe::detail::round_up(seen.hi, 32)};
+    }
+    dim lower_rows() const noexcept { return rows > tile_rows ? rows - tile_rows : 0; }
+  };
+  /// Pair number t. Rows ascend, and so do the keys that they see.
+  row_pair pair_at(dim t) const noexcept {
+    const dim i = t * pair, n = moe::detail::at_most(s_.rows - i, pair);
+    return {i, n, {seen_by(s_, i).lo, seen_by(s_, i + n - 1).hi}};
+  }
+  void set_heights(dim rows) noexcept {
+    heights_.set(moe::detail::at_most(rows, tile_rows), rows > tile_rows ? rows - tile_rows : tile_rows);
+  }
+
   /// scores(i, key) = row i of a left operand, the tile's, with `width` columns, times the columns that pack_columns made.
   template <class Beside>
   void score(const row_pair& at, const std::byte* rows, dim width, const std::byte* packed, float* scores,
@@ -236,35 +288,11 @@ class attention_tile_step {
     });
   }
 
-  /// Work on vectors in units, so many after each step of the products that run meanwhile.
-  template <class Unit>
-  struct beside {
-    Unit unit;
-    dim end, each, next = 0;
-
-    void operator()() noexcept {
-      for (dim n = 0; n < each && next < end; ++n) unit(next++);
-    }
-    void finish() noexcept {
-      while (next < end) unit(next++);
-    }
-  };
   const Step& s_;
   attention_halves& h_;
   tile_heights<Tiles> heights_;
 
  private:
-  /// Halves of a and b side by side: columns 0 .. 16 to one tile, 16 .. 32 to the next.
-  MOE_TARGET(MOE_AVX512)
-  static void store_pairs(__m512i a, __m512i b, std::byte* to) noexcept {
-    constexpr __mmask16 all = 0xffff;
-    const __m512i low = _mm512_maskz_cvtepu16_epi32(all, _mm512_castsi512_si256(a));
-    const __m512i high = _mm512_maskz_cvtepu16_epi32(all, _mm512_maskz_extracti64x4_epi64(0xff, a, 1));
-    const __m512i low_b = _mm512_maskz_cvtepu16_epi32(all, _mm512_castsi512_si256(b));
-    const __m512i high_b = _mm512_maskz_cvtepu16_epi32(all, _mm512_maskz_extracti64x4_epi64(0xff, b, 1));
-    _mm512_storeu_si512(to, _mm512_or_si512(low, _mm512_slli_epi32(low_b, 16)));
-    _mm512_storeu_si512(to + tile_bytes, _mm512_or_si512(high, _mm512_slli_epi32(high_b, 16)));
-  }
   /// Where block i / 16 of the step's rows lies: of the tile, or gathered.
   const std::byte* rows_at(const std::byte* rows, dim steps, dim i) noexcept {
     if (s_.row == nullptr) return rows + i / tile_rows * steps * block_bytes;

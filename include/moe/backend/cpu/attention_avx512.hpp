@@ -54,7 +54,7 @@ struct attention_avx512 {
       for (dim j = p; j < end && j < p + width; ++j) {
         const __mmask16 seen = _mm512_cmpgt_epi32_mask(ends, _mm512_set1_epi32(static_cast<int>(j)));
         const __m512 score = _mm512_mask_loadu_ps(_mm512_set1_ps(-moe::detail::infinity), seen, turned + (j - p) * width);
-        insert(score, first + static_cast<idx>(j), best, which, room);
+        insert(score, _mm512_set1_epi32(first + static_cast<idx>(j)), best, which, room);
       }
     }
   }
@@ -97,12 +97,10 @@ struct attention_avx512 {
   MOE_TARGET(MOE_AVX512)
   static __m512 seen_floats(const float* p, dim lo, dim hi) noexcept { return _mm512_maskz_loadu_ps(lanes(lo, hi), p); }
 
- private:
   /// Into the best of each lane: what is below it moves on by one.
   MOE_TARGET(MOE_AVX512)
-  static void insert(__m512 score, idx number, float* best, idx* which, dim room) noexcept {
+  static void insert(__m512 score, __m512i numbers, float* best, idx* which, dim room) noexcept {
     if (_mm512_cmp_ps_mask(score, _mm512_loadu_ps(best + (room - 1) * width), _CMP_GT_OQ) == 0) return;
-    __m512i numbers = _mm512_set1_epi32(number);
     __mmask16 below = 0;
     for (dim at = 0; at < room * width; at += width) {
       const __m512 old = _mm512_loadu_ps(best + at);

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "moe/backend/attention_kernels.hpp"
-#include "moe/backend/cpu/attention_amx.hpp"
+#include "moe/backend/cpu/attention_amx_gathered.hpp"
 #include "moe/backend/cpu/attention_avx2.hpp"
 #include "moe/backend/cpu/attention_avx512.hpp"
 #include "moe/backend/cpu/compiled.hpp"
