@@ -153,8 +153,9 @@ struct attention_kernels {
   void (*round_halves)(const float* row, dim d, dim r, std::byte* blocks) noexcept = nullptr;
   void (*attend_halves)(const attention_step&) noexcept = nullptr;
   void (*backward_halves)(const attention_backward_step&) noexcept = nullptr;
-  /// Where rows meet blocks of keys: a step's keys and values packed, whether every value is finite; the rows that meet
-  /// them; the end of a tile.
+  /// Where rows meet blocks of keys: the sum of rows for their mean; a step's keys and values packed, whether every value is
+  /// finite; the rows that meet them; the end of a tile.
+  void (*add_halves)(const bf16* const* rows, dim n, float* sums, dim d) noexcept = nullptr;  ///< in order
   bool (*pack_halves)(matrix_view<const bf16> k, matrix_view<const bf16> v, std::byte* to) noexcept = nullptr;
   void (*rank_halves)(const attention_ranking&) noexcept = nullptr;
   void (*meet_halves)(attention_stream&, const attention_visit&) noexcept = nullptr;

@@ -195,9 +195,22 @@ void prepare_key_blocks(const call<B>& on, const attention_problem& p, const K& 
         const dim first = in.key + c * b.block, n = detail::at_most(in.keys - c * b.block, b.block);
         float* means = b.centroids.row(b.first_centroid(in) + c);
         std::memset(means, 0, static_cast<std::size_t>(p.heads.key_cols()) * sizeof(float));
-        for (dim i = first; i < first + n; ++i)  // all heads of a key, which lie together
-          for (dim g = 0; g < p.heads.kv_heads; ++g)
-            axpy(typename B::arch{}, 1.f, detail::as_floats(kernels, k[g].slice(i, 1), key).data, means + g * d, d);
+        for (dim i = first; i < first + n;) {  // all heads of some keys, which lie together
+          constexpr dim some = 4;
+          const dim now = kernels.add_halves ? detail::at_most(first + n - i, some) : 1;
+          for (dim g = 0; g < p.heads.kv_heads; ++g) {
+            if constexpr (detail::all_halves<K>)
+              if (kernels.add_halves) {
+                const bf16* row[some];
+                for (dim l = 0; l < now; ++l) row[l] = k[g].row(i + l);
+                kernels.add_halves(row, now, means + g * d, d);
+                continue;
+              }
+            for (dim l = i; l < i + now; ++l)
+              axpy(typename B::arch{}, 1.f, detail::as_floats(kernels, k[g].slice(l, 1), key).data, means + g * d, d);
+          }
+          i += now;
+        }
         for (dim j = 0; j < p.heads.key_cols(); ++j) means[j] /= static_cast<float>(n);
       }
     });

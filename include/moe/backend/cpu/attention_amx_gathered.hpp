@@ -115,7 +115,10 @@ class attention_tile_stream : attention_tile_blocks<Build, Tiles> {
   /// While tiles weigh the values vectors gather the next rows.
   void weigh() noexcept {
     const pair_record& p = weighing();
-    const auto unit = [this](dim r) noexcept { gather(r); };
+    const auto unit = [this](dim r) noexcept {
+      gather(r);
+      ask_for_sums(r);
+    };
     typename base::template beside<decltype(unit)> rows{unit, gathering().rows, 2};
     const auto beside = [&]() noexcept {
       rows();
@@ -155,6 +158,13 @@ class attention_tile_stream : attention_tile_blocks<Build, Tiles> {
                   base::weight_at(row_of(f_.weights, key_steps, r / tile_rows * tile_rows), key_steps, r % tile_rows, key) *
                   value;
         });
+  }
+  /// What merge reads next.
+  void ask_for_sums(dim r) const noexcept {
+    if (r >= weighing().rows) return;
+    constexpr dim line = line_bytes / dim{sizeof(float)};
+    const float* o = f_.state.o.row(weighing().at[r]);
+    for (dim j = 0; j < f_.dv; j += line) moe::detail::prefetch_second(o + j);
   }
   void ask(dim lines) noexcept {
     for (attention_ahead& a : f_.next) {
@@ -236,6 +246,7 @@ constexpr attention_kernels attention_on_tiles() noexcept {
   k.backward_halves = &attend_backward_halves<Build, Tiles>;
   k.pack_halves = &attention_tile_stream<Build, Tiles>::pack;
   k.end_halves = &attention_tile_stream<Build, Tiles>::end;
+  k.add_halves = &add_halves_in_order<Build>;
   k.rank_halves = &attention_tile_ranking<Build, Tiles>::run;
   k.meet_halves = &attention_tile_stream<Build, Tiles>::meet;
   return k;

@@ -12,6 +12,22 @@
 
 namespace moe::arch::detail {
 
+/// sums[j] += rows[0][j], then rows[1][j] ..
+template <int Build>
+MOE_TARGET(MOE_AVX512)
+void add_halves_in_order(const bf16* const* rows, dim n, float* sums, dim d) noexcept {
+  constexpr dim width = 16;
+  for (dim j = 0; j < d; j += width) {
+    const __mmask16 some = static_cast<__mmask16>(d - j < width ? (1u << (d - j)) - 1 : 0xffff);
+    __m512 sum = _mm512_maskz_loadu_ps(some, sums + j);
+    for (dim i = 0; i < n; ++i) {
+      const __m512i wide = _mm512_maskz_cvtepu16_epi32(some, _mm256_maskz_loadu_epi16(some, rows[i] + j));
+      sum = _mm512_add_ps(sum, _mm512_castsi512_ps(_mm512_maskz_slli_epi32(some, wide, 16)));
+    }
+    _mm512_mask_storeu_ps(sums + j, some, sum);
+  }
+}
+
 template <int Build, class Tiles>
 class attention_tile_ranking : attention_tile_blocks<Build, Tiles> {
   using base = attention_tile_blocks<Build, Tiles>;
