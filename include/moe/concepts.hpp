@@ -288,6 +288,13 @@ void count_backward_scratch(const P& p, arena& mem, shape s, Rows... rows) noexc
   scratch_frame frame(mem);
   if constexpr (requires { p.make_backward_scratch(s, rows..., mem); }) (void)p.make_backward_scratch(s, rows..., mem);
 }
+template <class B, class P, class... Rows>
+void count_backward_scratch_on(const B& backend, const P& p, arena& mem, shape s, Rows... rows) noexcept {
+  scratch_frame frame(mem);
+  if constexpr (requires { p.make_backward_scratch(backend, s, rows..., mem); })
+    (void)p.make_backward_scratch(backend, s, rows..., mem);
+  else count_backward_scratch(p, mem, s, rows...);
+}
 template <class P>
 void check_shape(const P& p, shape s) {
   check_countable(s);
@@ -319,21 +326,21 @@ void expert_backward(const call<B>& on, const X& x, const typename X::weights& w
   }
 }
 template <class B, class X>
-void count_expert_backward(const X& x, shape s, dim max_rows, arena& mem) noexcept {
+void count_expert_backward(const B& backend, const X& x, shape s, dim max_rows, arena& mem) noexcept {
   scratch_frame frame(mem);
-  if constexpr (requires { x.template count_backward<B>(s, max_rows, mem); }) return x.template count_backward<B>(s, max_rows, mem);
+  if constexpr (requires { x.count_backward(backend, s, max_rows, mem); }) return x.count_backward(backend, s, max_rows, mem);
   if constexpr (!backward_from_tokens<X, B>) {
     (void)x.make_output(s, max_rows, mem);
-    count_scratch(x, mem, s, max_rows);
+    count_scratch_on(backend, x, mem, s, max_rows);
     (void)x.make_output(s, max_rows, mem);
   }
-  count_backward_scratch(x, mem, s, max_rows);
+  count_backward_scratch_on(backend, x, mem, s, max_rows);
 }
 
 /// What the combine hands on, its row gradient, lives as long as the experts' own scratch: it stays taken.
 template <class B, class C>
-void count_combine_backward(const C& c, shape s, arena& mem) noexcept {
-  if constexpr (requires { c.template count_backward<B>(s, mem); }) c.template count_backward<B>(s, mem);
+void count_combine_backward(const B& backend, const C& c, shape s, arena& mem) noexcept {
+  if constexpr (requires { c.count_backward(backend, s, mem); }) c.count_backward(backend, s, mem);
   else if constexpr (requires { c.make_backward_scratch(s, mem); }) (void)c.make_backward_scratch(s, mem);
 }
 

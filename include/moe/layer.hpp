@@ -307,12 +307,12 @@ class layer_impl {
     (void)mem.vector<float>("dweight", rows);
     {
       scratch_frame inner(mem);
-      count_combine_backward<B>(combine_, s, mem);
+      count_combine_backward(backend_, combine_, s, mem);
       if constexpr (keeps_rows) {
         (void)experts_.make_output(s, rows, mem);
-        count_backward_scratch(experts_, mem, s, rows);
+        count_backward_scratch_on(backend_, experts_, mem, s, rows);
       } else {
-        count_expert_backward<B>(experts_, s, rows, mem);
+        count_expert_backward(backend_, experts_, s, rows, mem);
       }
     }
     (void)mem.matrix<float>("dscores", s.tokens, s.experts);

@@ -83,7 +83,7 @@ class basic_dense {
     if constexpr (TrainableExpert<X, B>) {
       (void)count.vector<idx>("offsets", 2);
       (void)make_gate_scratch(T, count);
-      detail::count_expert_backward<B>(expert_, at(T), T, count);
+      detail::count_expert_backward(backend_, expert_, at(T), T, count);
     }
     return padded(count);
   }

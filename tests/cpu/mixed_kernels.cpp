@@ -70,10 +70,30 @@ struct trial {
       for (dim r = 0; r < rows; ++r) kernels.halves.round(from.row(r), to.row(r), to.cols);
       return matrix_view<const bf16>(to);
     };
+    const moe::arch::half_kernels& halves = kernels.halves;
     const auto left = rounded(a(), what == product::tn ? depth : m, 0);
-    if (what == product::packed) kernels.halves.gemm_nt(left, w(), c);
-    else if (what == product::nn) kernels.halves.gemm_nn(left, w(), c);
-    else kernels.halves.gemm_tn(left, rounded(gathered<float>{b()}, depth, 1), c);
+    if (what == product::tn) {
+      const moe::buffer room(static_cast<std::size_t>(halves.gradient_room(m, n)));
+      return halves.gemm_tn(left, rounded(gathered<float>{b()}, depth, 1), c, room.bytes().data());
+    }
+    // Sums start from nothing or are added to, in rows with room for whole panels.
+    const moe::buffer room(static_cast<std::size_t>(halves.product_room(n)));
+    const dim stride = (n + 31) / 32 * 32 + 3;
+    const auto multiply = [&](std::vector<float> sums, bool more) {
+      const matrix_view<float> to{sums.data(), m, n, stride};
+      for (dim r = 0; more && r < m; ++r) std::copy_n(c.row(r), n, to.row(r));
+      if (what == product::packed) halves.gemm_nt(left, w(), to, more, room.bytes().data());
+      else halves.gemm_nn(left, w(), to, more, room.bytes().data());
+      return sums;
+    };
+    const std::vector<float> none(static_cast<std::size_t>(m * stride), NAN);
+    std::vector<float> alone = multiply(none, false), added = multiply(none, true);
+    for (dim r = 0; r < m; ++r)
+      for (dim j = 0; j < n; ++j) {
+        const auto at = static_cast<std::size_t>(r * stride + j);
+        REQUIRE_FALSE(std::abs(alone[at] + c(r, j) - added[at]) > 1e-3);
+      }
+    halves.stream(matrix_view<float>{added.data(), m, n, stride}, c);
   }
   /// Largest |c - wanted| of an element over the sum of its |terms|; infinite where the gap between rows was written to.
   double error(const std::vector<float>& got) const {

@@ -41,6 +41,8 @@ class emulated_tiles {
 #undef TESTING_TILE
   static void pass4(const void* p, std::ptrdiff_t stride) noexcept { load(tile[4], p, stride); }
   static void pass5(const void* p, std::ptrdiff_t stride) noexcept { load(tile[5], p, stride); }
+  static void pass6(const void* p, std::ptrdiff_t stride) noexcept { load(tile[6], p, stride); }
+  static void pass7(const void* p, std::ptrdiff_t stride) noexcept { load(tile[7], p, stride); }
 #define TESTING_TILE(n, a, b)                                                                  \
   static void store##n(void* p, std::ptrdiff_t stride) noexcept { store(tile[n], p, stride); } \
   static void zero##n() noexcept { zero(tile[n]); }                                            \

@@ -42,61 +42,65 @@ float activate_backward(Arch arch, const Form& form, float w, const float* gate,
 
 namespace detail {
 
-/// z = x W^T + b and a = form(z) for one tile. One product at a time grows close together; that of the gate then waits in z or,
-/// where nobody keeps z, in a: two of them would not fit the stack of every thread. But where rows are rounded, a holds halves;
-/// then tiles of a z that nobody keeps are small enough for both.
+/// z = x W^T + b and a = form(z) for one tile. One product at a time grows close together; that of the gate then waits in z
+/// or, where nobody keeps z, in a: two of them would not fit the stack of every thread.
 template <class Arch, class W, class Form>
 struct up_tile {
-  static constexpr dim both = row_block * panel / 2;  // elements of each product
-
   tile_products<Arch, W> products;
   const Form& form;
   rows_for<W> x;
   matrix_stack<const W> gate, up;
   matrix_stack<const float> gate_bias, up_bias;
   matrix_view<float> z, a;
-  matrix_view<bf16> halves;  ///< of a, or none
 
-  /// A wide tile of z grows where it belongs, a narrow one, or one that nobody keeps, in `near`.
-  matrix_view<float> product(const tile& t, int which, bool narrow, matrix_view<float> near) const noexcept {
-    const matrix_view<float> to = z ? part_of(z.columns(which * a.cols, a.cols), t) : matrix_view<float>{};
-    const matrix_view<float> c = narrow ? near : to;
-    const bool first = Form::gated && which == 0;
-    start(Arch{}, c, t, first ? gate_bias : up_bias);
-    multiply_nt(products, t, x, first ? gate : up, c);
-    if (z && narrow) copy_tile(Arch{}, c, to);
-    return c;
-  }
   void operator()(const tile& t) const noexcept {
-    tile_result place;
-    matrix_view<float> near = place.view(t);
-    const bool narrow = place.holds(t), rounds = halves && t.is_tall();
+    tile_result near;
+    const auto product = [&](matrix_stack<const W> w, matrix_stack<const float> bias, matrix_view<float> to) {
+      const matrix_view<float> c = near.view(t);
+      start(Arch{}, c, t, bias);
+      multiply_nt(products, t, x, w, c);
+      if (to) copy_tile(Arch{}, c, to);
+    };
+    const auto kept = [&](int which) { return z ? part_of(z.columns(which * a.cols, a.cols), t) : matrix_view<float>{}; };
     const matrix_view<float> to = part_of(a, t);
-    matrix_view<float> g = z && Form::gated ? part_of(z.columns(0, a.cols), t) : to;
+    matrix_view<float> g = to;
     if constexpr (Form::gated) {
-      const matrix_view<float> c = product(t, 0, narrow, near);
-      if (!z && rounds) {
-        g = c;
-        near.data += both;
-      } else if (!z) {
-        copy_tile(Arch{}, c, to);
-      }
+      if (z) g = kept(0);
+      product(gate, gate_bias, g);
     }
-    const matrix_view<float> u = product(t, Form::gated, narrow, near);
-    for (dim r = 0; r < t.rows; ++r)
-      if (rounds) activate_rounded(g.row(r), u.row(r), part_of(halves, t).row(r), t.columns);
-      else activate(Arch{}, form, g.row(r), u.row(r), to.row(r), t.columns);
-  }
-  void activate_rounded(const float* g, const float* u, bf16* to, dim n) const noexcept {
-    if constexpr (std::same_as<W, bf16>)
-      for (dim j = 0; j < n; j += panel) {
-        float row[panel];
-        const dim some = at_most(n - j, panel);
-        activate(Arch{}, form, g + j, u + j, row, some);
-        products.halves.round(row, to + j, some);
-      }
+    product(up, up_bias, kept(Form::gated));
+    for (dim r = 0; r < t.rows; ++r) activate(Arch{}, form, g.row(r), near.view(t).row(r), to.row(r), t.columns);
   }
 };
+
+/// The same where rows are rounded: both products grow together, and a holds the halves of an expert's rows unless they are
+/// few.
+template <HostBackend B, class Form>
+void halves_up(const call<B>& on, const bank_rows& rows, const mixed_rows& x, const Form& form,
+               matrix_stack<const bf16> gate, matrix_stack<const float> gate_bias, matrix_stack<const bf16> up,
+               matrix_stack<const float> up_bias, matrix_view<float> z, matrix_view<float> a) noexcept {
+  constexpr dim widest = Form::gated ? half_columns / 2 : half_columns;
+  using arch = typename B::arch;
+  scratch_frame frame(on.scratch);
+  const dim f = a.cols;
+  const half_slots<B> slots(on.backend, a.rows, (Form::gated ? 2 : 1) * round_up(f, 32), on.scratch);
+  const matrix_view<bf16> halves = mixed(on, a).halves;
+  for_each_tile(on, slots, half_grid(rows.offsets, f, up.first.cols, Form::gated ? 2 : 1),
+                [&](const half_slot& slot, const tile& t) {
+                  const matrix_view<float> sums = slot.sums.slice(0, t.rows);
+                  const matrix_view<float> g = sums.columns(0, t.columns),
+                                           u = sums.columns(Form::gated ? round_up(t.columns, 32) : 0, t.columns);
+                  if constexpr (Form::gated) half_product(arch{}, slot, t, x, gate, gate_bias, g);
+                  half_product(arch{}, slot, t, x, up, up_bias, u);
+                  if (z && Form::gated) slots.kernels.stream(g, part_of(z.columns(0, f), t));
+                  if (z) slots.kernels.stream(u, part_of(z.columns(Form::gated ? f : 0, f), t));
+                  for (dim r = 0; r < t.rows; ++r) {
+                    float row[widest];
+                    activate(arch{}, form, g.row(r), u.row(r), t.is_tall() ? row : part_of(a, t).row(r), t.columns);
+                    if (t.is_tall()) slots.kernels.round(row, part_of(halves, t).row(r), t.columns);
+                  }
+                });
+}
 
 }  // namespace detail
 
@@ -107,31 +111,60 @@ template <HostBackend B, class Form, class W>
 void grouped_up(const call<B>& on, const bank_rows& rows, const rows_for<W>& x, const Form& form, matrix_stack<const W> gate,
                 matrix_stack<const float> gate_bias, matrix_stack<const W> up, matrix_stack<const float> up_bias,
                 matrix_view<float> z, matrix_view<float> a) noexcept {
-  using tile_of_up = detail::up_tile<typename B::arch, W, Form>;
-  tile_of_up one{{}, form, x, gate, up, gate_bias, up_bias, z, a, {}};
-  if constexpr (std::same_as<W, bf16>) one.halves = mixed(on, a).halves;
-  const dim depth = up.first.cols;
-  dim columns = one.products.columns(depth), tallest = one.products.rows();
-  if (!z) {
-    columns = one.halves ? 32 : detail::panel;
-    tallest = detail::at_most(tallest, tile_of_up::both / columns);
-  }
-  detail::for_each_tile(on, detail::tile_grid(rows.offsets, a.cols, depth, 16, columns, tallest), one);
+  if constexpr (std::same_as<W, bf16>)
+    if (x.halves) return detail::halves_up(on, rows, x, form, gate, gate_bias, up, up_bias, z, a);
+  const detail::up_tile<typename B::arch, W, Form> one{{}, form, x, gate, up, gate_bias, up_bias, z, a};
+  detail::for_each_tile(on, detail::tile_grid(rows.offsets, a.cols, up.first.cols, 16), one);
 }
 
+namespace detail {
+
+/// The same for a row whose a and dz, gate then up, become halves in the place of the floats.
+template <class Arch, class Form>
+float activate_backward_rounded(Arch arch, const arch::half_kernels& k, const Form& form, float w, const float* gate,
+                                const float* up, float* a, bf16* dgate, bf16* dup, dim n) noexcept {
+  constexpr dim width = 256;
+  float share = 0;
+  for (dim j = 0; j < n; j += width) {
+    alignas(64) float dg[width], du[width];
+    const dim some = at_most(n - j, width);
+    share += activate_backward(arch, form, w, gate + j, up + j, a + j, dg, du, some);
+    k.round(a + j, reinterpret_cast<bf16*>(a) + j, some);
+    if constexpr (Form::gated) k.round(dg, dgate + j, some);
+    k.round(du, dup + j, some);
+  }
+  return share;
+}
+
+}  // namespace detail
+
 /// The same step backward, row by row. On entry a holds da' = dy W_down, unweighted. Then for each row, with its weight w:
-/// dweight += <da', form(z)>, dz = slope(z, w da'), and a = w form(z), ready for the gradient of down.
-template <HostBackend B, class Form>
+/// dweight += <da', form(z)>, dz = slope(z, w da'), and a = w form(z), ready for the gradient of down. With Round, a and dz
+/// become halves where the level rounds rows.
+template <bool Round = false, HostBackend B, class Form>
 void grouped_up_backward(const call<B>& on, const bank_rows& rows, const Form& form, const float* weight,
                          matrix_view<const float> z, matrix_view<float> a, matrix_view<float> dz,
                          std::span<float> dweight) noexcept {
   typename B::arch arch{};
   const dim f = a.cols;
-  for_each_row(on, rows, [&](dim, dim r) {
-    const float* up = z.row(r) + (Form::gated ? f : 0);
-    float* dup = dz.row(r) + (Form::gated ? f : 0);
-    const float share = activate_backward(arch, form, weight ? weight[r] : 1.f, z.row(r), up, a.row(r), dz.row(r), dup, f);
-    if (!dweight.empty()) dweight[static_cast<std::size_t>(r)] += share;
+  const auto each = [&](auto row) {
+    for_each_row(on, rows, [&](dim, dim r) {
+      const float share = row(r, weight ? weight[r] : 1.f, z.row(r), z.row(r) + (Form::gated ? f : 0));
+      if (!dweight.empty()) dweight[static_cast<std::size_t>(r)] += share;
+    });
+  };
+  if constexpr (Round) {
+    const arch::half_kernels k = mixed_kernels_of(arch).halves;
+    if (const matrix_view<bf16> halves = mixed(on, dz).halves)
+      return each([&](dim r, float w, const float* gate, const float* up) {
+        bf16* dgate = halves.row(r);
+        return detail::activate_backward_rounded(arch, k, form, w, gate, up, a.row(r), dgate, dgate + (Form::gated ? f : 0),
+                                                 f);
+      });
+  }
+  each([&](dim r, float w, const float* gate, const float* up) {
+    float* dgate = dz.row(r);
+    return activate_backward(arch, form, w, gate, up, a.row(r), dgate, dgate + (Form::gated ? f : 0), f);
   });
 }
 

@@ -226,14 +226,24 @@ void product_tn(gathered<float> a, gathered<float> b, dim depth, matrix_view<flo
 
 }  // namespace detail
 
-/// Products with bf16 weights of rows that were rounded to bf16 before, and gradients of such weights: c[m,n] += a[m,k]
-/// b[n,k]^T, a[m,k] b[k,n], a[k,m]^T b[k,n].
+/// Products with bf16 weights of rows that were rounded to bf16 before, and gradients of such weights. They work in `room`,
+/// aligned to a line.
 struct half_kernels {
   /// To nearest even, the halves may lie where the floats lay. Null: this level multiplies floats.
   void (*round)(const float*, bf16*, dim) noexcept = nullptr;
-  void (*gemm_nt)(matrix_view<const bf16>, matrix_view<const bf16>, matrix_view<float>) noexcept = nullptr;
-  void (*gemm_nn)(matrix_view<const bf16>, matrix_view<const bf16>, matrix_view<float>) noexcept = nullptr;
-  void (*gemm_tn)(matrix_view<const bf16>, matrix_view<const bf16>, matrix_view<float>) noexcept = nullptr;
+  /// A copy for results that are not read again soon.
+  void (*stream)(matrix_view<const float> from, matrix_view<float> to) noexcept = nullptr;
+  dim (*product_room)(dim n) noexcept = nullptr;          ///< bytes for gemm_nt and gemm_nn
+  dim (*gradient_room)(dim m, dim n) noexcept = nullptr;  ///< bytes for gemm_tn
+  /// c[m,n] = or, where `add`, += a[m,k] b[n,k]^T. Rows of c have room for whole blocks of 32.
+  void (*gemm_nt)(matrix_view<const bf16> a, matrix_view<const bf16> b, matrix_view<float> c, bool add,
+                  std::byte* room) noexcept = nullptr;
+  /// The same of a[m,k] b[k,n].
+  void (*gemm_nn)(matrix_view<const bf16> a, matrix_view<const bf16> b, matrix_view<float> c, bool add,
+                  std::byte* room) noexcept = nullptr;
+  /// c[m,n] += a[k,m]^T b[k,n]
+  void (*gemm_tn)(matrix_view<const bf16> a, matrix_view<const bf16> b, matrix_view<float> c,
+                  std::byte* room) noexcept = nullptr;
 };
 
 /// What a level computes products of float32 rows with bf16 weights with, and the float32 gradients of such weights: the
@@ -244,8 +254,6 @@ struct mixed_kernels {
   void (*gemm_nt_packed)(gathered<float>, matrix_view<const bf16>, matrix_view<float>) noexcept;
   void (*gemm_nn)(gathered<float>, matrix_view<const bf16>, matrix_view<float>) noexcept;
   void (*gemm_tn)(gathered<float>, gathered<float>, dim, matrix_view<float>) noexcept;
-  dim columns;        ///< most columns of a tile of a product
-  dim gradient_rows;  ///< most rows of a tile of gemm_tn's result
   half_kernels halves = {};
 };
 
@@ -253,8 +261,7 @@ namespace detail {
 
 template <class K>
 inline constexpr mixed_kernels mixed_from_blocks{
-    &product_nt<K, bf16>, &product_nt_packed<K, bf16>, &product_nn<K, bf16>, &product_tn<K>, outer_columns,
-    gradient_rows};
+    &product_nt<K, bf16>, &product_nt_packed<K, bf16>, &product_nn<K, bf16>, &product_tn<K>};
 
 }  // namespace detail
 }  // namespace moe::arch

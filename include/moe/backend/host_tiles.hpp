@@ -83,6 +83,63 @@ class tile_grid {
   bool serial_ = false;
 };
 
+inline matrix_view<bf16> part_of(matrix_view<bf16> m, const tile& t) noexcept {
+  return m.slice(t.row, t.rows).columns(t.column, t.columns);
+}
+inline matrix_view<float> part_of(matrix_view<float> m, const tile& t) noexcept {
+  return m.slice(t.row, t.rows).columns(t.column, t.columns);
+}
+
+template <class Arch>
+void copy_tile(Arch arch, matrix_view<float> from, matrix_view<float> to) noexcept {
+  for (dim r = 0; r < to.rows; ++r)
+    for_each_lane(arch, to.cols, [&, r](dim j, auto lane) { lane.store(to.row(r) + j, lane.load(from.row(r) + j)); });
+}
+/// The rows of a tile, all equal to their columns of the bias v[e](j, 0), or 0 where there is none.
+template <class Arch>
+void start(Arch arch, matrix_view<float> c, const tile& t, matrix_stack<const float> v) noexcept {
+  for (dim first = 0; first < t.columns; first += panel) {
+    const dim n = at_most(t.columns - first, panel);
+    float bias[panel] = {};
+    for (dim j = 0; v.first && j < n; ++j) bias[j] = v[t.expert](t.column + first + j, 0);
+    copy_tile(arch, {bias, c.rows, n, 0}, c.columns(first, n));
+  }
+}
+
+/// A tile of the gradients of E matrices: a sum over `depth` rows of an expert, from row `first` on.
+struct gradient_tile {
+  dim expert, first, depth, row, rows, column, columns;
+
+  matrix_view<float> of(matrix_stack<float> c) const noexcept { return c[expert].slice(row, rows).columns(column, columns); }
+};
+/// All of them, at most height x breadth. Large ones read their operands the fewest times; they are halved where there are few.
+class gradient_grid {
+ public:
+  gradient_grid(std::span<const idx> offsets, dim rows, dim cols, dim height, dim breadth) noexcept
+      : offsets_(offsets), rows_(rows), cols_(cols), height_(height), breadth_(breadth) {
+    constexpr dim enough = 64;
+    while (breadth_ > panel && tiles() < enough) {
+      breadth_ /= 2;
+      if (height_ > panel && tiles() < enough) height_ /= 2;
+    }
+  }
+  dim height() const noexcept { return height_; }
+  dim breadth() const noexcept { return breadth_; }
+  dim tiles() const noexcept { return (static_cast<dim>(offsets_.size()) - 1) * panels() * bands(); }
+  gradient_tile operator[](dim i) const noexcept {
+    const dim e = i / (panels() * bands()), row = i / bands() % panels() * height_, column = i % bands() * breadth_;
+    const dim first = offsets_[static_cast<std::size_t>(e)], depth = offsets_[static_cast<std::size_t>(e) + 1] - first;
+    return {e, first, depth, row, at_most(rows_ - row, height_), column, at_most(cols_ - column, breadth_)};
+  }
+
+ private:
+  dim panels() const noexcept { return blocks(rows_, height_); }
+  dim bands() const noexcept { return blocks(cols_, breadth_); }
+
+  std::span<const idx> offsets_;
+  dim rows_, cols_, height_, breadth_;
+};
+
 /// f(tile) for all tiles of a grid.
 template <HostBackend B, class F>
 void for_each_tile(const call<B>& on, const tile_grid& grid, F f) noexcept {
@@ -90,20 +147,34 @@ void for_each_tile(const call<B>& on, const tile_grid& grid, F f) noexcept {
     for (; i < last; ++i) f(grid[i]);
   });
 }
+/// Tiles in the order of stripes of columns.
+class tiles_by_columns {
+ public:
+  explicit tiles_by_columns(const tile_grid& grid) noexcept
+      : grid_(grid), stripes_(grid.chunks(), grid.rows(), grid.panels(), grid.panel_columns()) {}
+
+  /// f(the i-th tile), and then(first column, columns) where it is the last of a stripe.
+  template <class F, class Then>
+  void visit(dim i, const F& f, const Then& then) noexcept {
+    const auto [stripe, chunk, piece] = stripes_[i];
+    f(grid_.at(chunk, piece));
+    if (!left_.is_last(stripe, stripes_.units(stripe))) return;
+    const dim column = stripes_.first(stripe) * grid_.panel_columns();
+    then(column, at_most(grid_.width() - column, stripes_.pieces(stripe) * grid_.panel_columns()));
+  }
+
+ private:
+  const tile_grid& grid_;
+  column_stripes stripes_;
+  countdown left_;
+};
 /// The same, and then(first column, columns) once for every stripe of columns that is there in all rows.
 template <HostBackend B, class F, class Then>
 void for_each_tile_by_columns(const call<B>& on, const tile_grid& grid, F f, Then then) noexcept {
   if (grid.tiles() == 0) return then(dim{0}, grid.width());
-  const column_stripes stripes(grid.chunks(), grid.rows(), grid.panels(), grid.panel_columns());
-  countdown left;
+  tiles_by_columns tiles(grid);
   on.executor().for_each(grid.tiles(), grid.grain(), [&](dim i, dim last) {
-    for (; i < last; ++i) {
-      const auto [stripe, chunk, piece] = stripes[i];
-      f(grid.at(chunk, piece));
-      if (!left.is_last(stripe, stripes.units(stripe))) continue;
-      const dim column = stripes.first(stripe) * grid.panel_columns();
-      then(column, at_most(grid.width() - column, stripes.pieces(stripe) * grid.panel_columns()));
-    }
+    for (; i < last; ++i) tiles.visit(i, f, then);
   });
 }
 /// The same of one matrix, and then(first row, rows) once for every band of rows that is there in all columns.

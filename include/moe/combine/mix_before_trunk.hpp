@@ -39,11 +39,11 @@ struct mix_before_trunk {
   }
   /// Leaves taken what lives until the experts have read it.
   template <class B>
-  void count_backward(shape s, arena& mem) const noexcept {
+  void count_backward(const B& backend, shape s, arena& mem) const noexcept {
     (void)mem.matrix<float>("dmixed", s.tokens, s.d);
     scratch_frame frame(mem);
     (void)mem.vector<idx>("offsets", 2);
-    detail::count_expert_backward<B>(trunk, narrow(s), s.tokens, mem);
+    detail::count_expert_backward(backend, trunk, narrow(s), s.tokens, mem);
   }
 
   template <class B, class In, RowSource<typename B::arch> Rows>

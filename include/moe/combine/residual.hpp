@@ -26,7 +26,9 @@ struct residual {
   template <class B>
   void make_scratch(const B& backend, shape s, arena& mem) const noexcept { detail::count_scratch_on(backend, inner, mem, s); }
   template <class B>
-  void count_backward(shape s, arena& mem) const noexcept { detail::count_combine_backward<B>(inner, s, mem); }
+  void count_backward(const B& backend, shape s, arena& mem) const noexcept {
+    detail::count_combine_backward(backend, inner, s, mem);
+  }
 
   template <class B, class Rows>
     requires Combine<C, matrix_view<const float>, routing_plan, Rows, B>

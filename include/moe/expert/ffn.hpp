@@ -71,6 +71,17 @@ struct basic_ffn_expert {
   backward_scratch make_backward_scratch(shape s, dim rows, arena& mem) const noexcept {
     return {apart("a", rows, s.f, mem), apart("dz", rows, width(s), mem), apart("dx", rows, s.d, mem)};
   }
+  /// The same, and what products take while they run.
+  template <class B>
+  void make_scratch(const B& backend, shape s, dim rows, arena& mem) const noexcept {
+    (void)make_scratch(s, rows, mem);
+    if constexpr (std::same_as<W, bf16>) count_half_products(backend, s, rows, false, mem);
+  }
+  template <class B>
+  void make_backward_scratch(const B& backend, shape s, dim rows, arena& mem) const noexcept {
+    (void)make_backward_scratch(s, rows, mem);
+    if constexpr (std::same_as<W, bf16>) count_half_products(backend, s, rows, true, mem);
+  }
 
   /// Rows of gate and up of each expert, and their biases, wherever the layout has them.
   template <class T>
@@ -105,7 +116,7 @@ struct basic_ffn_expert {
     scratch_frame frame(on.scratch);
     const dim f = on.sizes.f, d = on.sizes.d;
     const backward_scratch s = make_backward_scratch(on.sizes, ctx.z.rows, on.scratch);
-    const dim half = d / 2 + 1;  // room for a row of bf16
+    const dim half = detail::round_up(d, 32) / 2;  // room for a row of bf16, in whole lines
     const auto xs = to_multiply(on, rows, rows.gather(x), s.dx.columns(0, half)),
                dy = to_multiply(on, rows, dys, s.dx.columns(half, half));
     const auto a = to_multiply(on, s.a), dz = to_multiply(on, s.dz);
@@ -113,13 +124,15 @@ struct basic_ffn_expert {
     const matrix_stack<const W> gate = gate_of(w, f), up = up_of(w, f);
     grouped_dgrad(on, rows, dy, stack<const W>(w.down, d), {}, {}, s.a);
     if constexpr (Biased) add_bias_share(on, rows, dys, w.down_bias, dweight);
-    grouped_up_backward(on, rows, form, dys.weight, ctx.z, s.a, s.dz, dweight);
+    constexpr bool rounds = !std::same_as<W, float>;
+    if constexpr (rounds && !Biased) grouped_up_backward<true>(on, rows, form, dys.weight, ctx.z, s.a, s.dz, dweight);
+    else grouped_up_backward(on, rows, form, dys.weight, ctx.z, s.a, s.dz, dweight);
     if constexpr (Biased) {
       if (dw.down_bias) sum_rows(on, rows, dys, stack(dw.down_bias, d));
       add_bias_gradient(on, rows, s.dz.columns(gated ? f : 0, f), up_bias_of(dw, f));
       if constexpr (gated) add_bias_gradient(on, rows, s.dz.columns(0, f), gate_bias_of(dw, f));
     }
-    if constexpr (!std::same_as<W, float>) {  // in place: nobody reads the floats any more
+    if constexpr (rounds && Biased) {  // in place: nobody reads the floats any more
       round_rows(on, rows, a);
       round_rows(on, rows, dz);
     }
@@ -134,10 +147,9 @@ struct basic_ffn_expert {
 
  private:
   static dim width(shape s) noexcept { return (gated ? 2 : 1) * s.f; }
-  /// Rows a line further apart than they are long: products read several at once, and rows a power of two apart share a place
-  /// in the first cache.
+  /// Rows an odd number of lines apart: products read several at once, and rows a power of two apart share a place in a cache.
   static matrix_view<float> apart(const char* name, dim rows, dim cols, arena& mem) noexcept {
-    return mem.matrix<float>(name, rows, cols + 16).columns(0, cols);
+    return mem.matrix<float>(name, rows, detail::round_up(cols, 32) + 16).columns(0, cols);
   }
   template <class T>
   static basic_ffn_weights<T> carve(shape s, arena& mem) noexcept {

@@ -165,9 +165,9 @@ class expert_set {
     });
   }
   template <class B>
-  void count_backward(shape s, dim rows, arena& mem) const noexcept {
+  void count_backward(const B& backend, shape s, dim rows, arena& mem) const noexcept {
     each([&](auto, const auto& b) {
-      if (b.count > 0) detail::count_expert_backward<B>(b.expert, b.narrow(s), rows, mem);
+      if (b.count > 0) detail::count_expert_backward(backend, b.expert, b.narrow(s), rows, mem);
     });
   }
 

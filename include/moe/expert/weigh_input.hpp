@@ -50,10 +50,10 @@ struct weigh_input {
     detail::count_scratch_on(backend, expert, mem, inner(s, rows), rows);
   }
   template <class B>
-  void count_backward(shape s, dim rows, arena& mem) const noexcept {
+  void count_backward(const B& backend, shape s, dim rows, arena& mem) const noexcept {
     (void)mem.matrix<float>("weighed", rows, s.d);
     (void)mem.matrix<float>("dweighed", rows, s.d);
-    detail::count_expert_backward<B>(expert, inner(s, rows), rows, mem);
+    detail::count_expert_backward(backend, expert, inner(s, rows), rows, mem);
   }
 
   template <class B>

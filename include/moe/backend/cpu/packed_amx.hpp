@@ -36,6 +36,8 @@ struct hardware_tiles {
     _tile_stream_loadd(4, p, stride);
   }
   MOE_TARGET(MOE_AMX) static void pass5(const void* p, dim stride) noexcept { _tile_stream_loadd(5, p, stride); }
+  MOE_TARGET(MOE_AMX) static void pass6(const void* p, dim stride) noexcept { _tile_stream_loadd(6, p, stride); }
+  MOE_TARGET(MOE_AMX) static void pass7(const void* p, dim stride) noexcept { _tile_stream_loadd(7, p, stride); }
 #define MOE_EACH_TILE(n, a, b)                                                                           \
   MOE_TARGET(MOE_AMX) static void store##n(void* p, dim stride) noexcept { _tile_stored(n, p, stride); } \
   MOE_TARGET(MOE_AMX) static void zero##n() noexcept { _tile_zero(n); }                                  \
