@@ -59,7 +59,7 @@ mixed_rows mixed(const call<B>& on, const bank_rows& rows, gathered<float> x, ma
 }
 namespace detail {
 
-inline constexpr dim half_rows = 512, half_columns = 256;                     // most of a tile of a product,
+inline constexpr dim half_rows = 512, half_columns = 256;                      // most of a tile of a product,
 inline constexpr dim half_gradient_rows = 1024, half_gradient_columns = 2048;  // and of a gradient
 
 /// What a thread needs for a tile of a product.
@@ -160,17 +160,15 @@ void halves_dgrad(const call<B>& on, const bank_rows& rows, const mixed_rows& dz
   scratch_frame frame(on.scratch);
   const dim n = w.first.cols;
   const half_slots<B> slots(on.backend, dx.rows, n, on.scratch);
-  for_each_tile(on, slots, half_grid(rows.offsets, n, w.first.rows),
-                [&](const half_slot& slot, const tile& t) {
-                  const matrix_view<float> c = slot.sums.slice(0, t.rows).columns(0, t.columns);
-                  const auto add = [&](const mixed_rows& from, matrix_stack<const bf16> b, bool more) {
-                    slots.kernels.gemm_nn(from.halves.slice(t.row, t.rows), b[t.expert].columns(t.column, t.columns), c,
-                                          more, slot.room);
-                  };
-                  add(dz, w, false);
-                  if (w2.first) add(dz2, w2, true);
-                  slots.kernels.stream(c, part_of(dx, t));
-                });
+  for_each_tile(on, slots, half_grid(rows.offsets, n, w.first.rows), [&](const half_slot& slot, const tile& t) {
+    const matrix_view<float> c = slot.sums.slice(0, t.rows).columns(0, t.columns);
+    const auto add = [&](const mixed_rows& from, matrix_stack<const bf16> b, bool more) {
+      slots.kernels.gemm_nn(from.halves.slice(t.row, t.rows), b[t.expert].columns(t.column, t.columns), c, more, slot.room);
+    };
+    add(dz, w, false);
+    if (w2.first) add(dz2, w2, true);
+    slots.kernels.stream(c, part_of(dx, t));
+  });
 }
 template <HostBackend B>
 void halves_wgrad(const call<B>& on, const bank_rows& rows, const mixed_rows& a, const mixed_rows& b,

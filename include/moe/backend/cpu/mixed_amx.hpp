@@ -35,6 +35,7 @@ struct rows_work {
   float *sums, *below;  ///< below: of the lower block
   dim stride;           ///< floats from row to row of the sums
   bool add;
+  matrix_view<float> next = {};  ///< two lines of each of its rows come nearer meanwhile
 };
 
 /// Which operand passes by, loaded so that the first cache keeps the other one.
@@ -58,6 +59,7 @@ MOE_NO_INLINE void multiply_rows(const rows_work& w) noexcept {
     Tiles::zero3();
   }
   const std::byte* q = w.columns;
+  const dim pace = blocks(w.next.rows, w.steps);
   for (dim s = 0; s < w.steps; ++s, q += 2 * tile_bytes) {
     const bf16 *upper = w.upper + s * w.step, *lower = two ? w.lower + s * w.step : nullptr;
     if constexpr (Pass == passing::rows) {
@@ -73,6 +75,10 @@ MOE_NO_INLINE void multiply_rows(const rows_work& w) noexcept {
       Tiles::add_halves0();
       Tiles::pass7(q + tile_bytes, line_bytes);
       Tiles::add_halves1();
+      for (dim r = s * pace; r < at_most(w.next.rows, (s + 1) * pace); ++r) {
+        moe::detail::prefetch_second(w.next.row(r));
+        moe::detail::prefetch_second(w.next.row(r) + tile_rows);
+      }
       if (two) Tiles::load5(lower, row);
     }
     if (!two) continue;
@@ -144,12 +150,16 @@ inline void pack_columns(matrix_view<const bf16> w, dim n, std::byte* to) noexce
       pair_rows(w.columns(j, n - j), p, n - j, at, at + tile_bytes);
   }
 }
-/// The same of the rows of w, as columns.
+/// The same of the rows of w, as columns. The next sixteen rows come nearer in the order of memory, which is not that of
+/// tiles.
 MOE_TARGET(MOE_AVX512)
 inline void pack_rows(matrix_view<const bf16> w, std::byte* to) noexcept {
-  for (dim j = 0; j < w.rows; j += panel_rows, to += blocks(w.cols, 32) * 2 * tile_bytes)
+  const dim steps = blocks(w.cols, 32), pace = blocks(tile_rows, steps);
+  for (dim j = 0; j < w.rows; j += panel_rows, to += steps * 2 * tile_bytes)
     for (dim i = 0; i < panel_rows; i += tile_rows)
       for (dim p = 0; p < w.cols; p += 32) {
+        for (dim r = j + i + tile_rows + p / 32 * pace, n = 0; n < pace && r < w.rows; ++n, ++r)
+          for (dim l = 0; l < w.cols; l += 32) moe::detail::prefetch_second(w.row(r) + l);
         auto* tile = reinterpret_cast<float*>(to + (p / 32 * 2 + i / tile_rows) * tile_bytes);
         const bf16* from = w.row(j + i) + p;
         if (j + i + tile_rows <= w.rows && p + 32 <= w.cols) {
@@ -226,13 +236,12 @@ inline void turn_columns(matrix_view<const bf16> a, bf16* to) noexcept {
     }
 }
 
-/// to += from, the rows of which are 32 floats. Meanwhile as much of `next` comes nearer.
+/// to += from, the rows of which are 32 floats
 MOE_TARGET(MOE_AVX512)
-inline void add_sums(const float* from, matrix_view<float> to, const float* next) noexcept {
-  for (dim r = 0; r < to.rows; ++r, from += panel_rows, next += to.ld)
+inline void add_sums(const float* from, matrix_view<float> to) noexcept {
+  for (dim r = 0; r < to.rows; ++r, from += panel_rows)
     for (dim j = 0; j < to.cols; j += 16) {
       const __mmask16 some = static_cast<__mmask16>(to.cols - j < 16 ? (1u << (to.cols - j)) - 1 : 0xffff);
-      moe::detail::prefetch_second(next + j);
       const __m512 sum = _mm512_add_ps(_mm512_loadu_ps(from + j), _mm512_maskz_loadu_ps(some, to.row(r) + j));
       _mm512_mask_storeu_ps(to.row(r) + j, some, sum);
     }
@@ -261,16 +270,25 @@ void product_tn_amx(matrix_view<const bf16> a, matrix_view<const bf16> b, matrix
       const dim n = at_most(c.cols - from, band);
       pack_columns(b.slice(first, depth).columns(from, n), n, right);
       for (dim i = 0; i < c.rows; i += pair) {
-        const dim m = at_most(c.rows - i, pair), upper = at_most(m, tile_rows), lower = m - upper, turned = i % turned_columns;
+        const dim m = at_most(c.rows - i, pair), upper = at_most(m, tile_rows), lower = m - upper,
+                  turned = i % turned_columns;
         if (turned == 0) turn_columns(a.slice(first, depth).columns(i, at_most(c.rows - i, turned_columns)), left);
         const bf16* rows = left + turned / tile_rows * block;
         heights.set(upper, lower > 0 ? lower : 1);
         for (dim j = 0; j < n; j += panel_rows) {
           const matrix_view<float> to = c.slice(i, m).columns(from + j, at_most(n - j, panel_rows));
-          multiply_rows<Build, Tiles, passing::columns>({rows, lower > 0 ? rows + block : nullptr, 32, 32 * tile_rows,
-                                                         right + j * steps * line_bytes, steps, sums,
-                                                         sums + upper * panel_rows, panel_rows, false});
-          add_sums(sums, to, to.data + panel_rows);
+          multiply_rows<Build, Tiles, passing::columns>({rows,
+                                                         lower > 0 ? rows + block : nullptr,
+                                                         32,
+                                                         32 * tile_rows,
+                                                         right + j * steps * line_bytes,
+                                                         steps,
+                                                         sums,
+                                                         sums + upper * panel_rows,
+                                                         panel_rows,
+                                                         false,
+                                                         {to.data + panel_rows, m, panel_rows, c.ld}});
+          add_sums(sums, to);
         }
       }
     }
