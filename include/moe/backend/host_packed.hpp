@@ -207,7 +207,7 @@ struct packed_ffn_work {
     const bool in_place = kernels.writes_once && width == n * panel_rows;
     multiply(s, a, down, down_bias, e * output_panels() + first, n, in_place ? to : near);
     if (in_place) return;
-    if (kernels.write_past && ys.rows * ys.cols >= many_results) return kernels.write_past(near.columns(0, width), to);
+    if (kernels.stream && ys.rows * ys.cols >= many_results) return kernels.stream(near.columns(0, width), to);
     for (dim r = 0; r < to.rows; ++r)
       std::memcpy(to.row(r), near.row(r), static_cast<std::size_t>(width) * sizeof(float));
   }

@@ -72,15 +72,19 @@ struct packed_kernels {
   void (*prepare)(const float* x, dim k, std::byte* to, float* factors, bool sums_of_32) noexcept;
   void (*multiply)(const prepared_rows& a, const panel_product& p) noexcept;
   bool writes_once = true;  ///< a result is written when it is ready, not added to in memory
-  dim stretch = 0;          ///< lines, at most, of a stretch of several blocks; 0: all
-  /// Copies results that are too many for the caches; null: as any others are.
-  void (*write_past)(matrix_view<const float> from, matrix_view<float> to) noexcept = nullptr;
+  dim stretch = 0;          ///< lines, at most, of a stretch of four and more blocks; 0: all
+  /// A copy for results that are not read again soon; null: none that is faster.
+  void (*stream)(matrix_view<const float> from, matrix_view<float> to) noexcept = nullptr;
 
-  /// How n rows lie: blocks of nearly equal height, and stretches of nearly equal length.
+  /// How n rows lie: blocks of nearly equal height, and stretches of nearly equal length. Two or three blocks wait for
+  /// memory, not for the second cache: their stretches are longer, and sums are loaded less often.
   void lay_out(prepared_rows& p, dim n) const noexcept {
     p.rows = n;
     p.height = detail::blocks(n, detail::blocks(n, height));
-    p.stretch = stretch > 0 && n > height ? detail::blocks(p.lines, detail::blocks(p.lines, stretch)) : p.lines;
+    p.stretch = p.lines;
+    if (stretch == 0 || n <= height) return;
+    const dim most = n <= 3 * height ? 4 * stretch : stretch;
+    p.stretch = detail::blocks(p.lines, detail::blocks(p.lines, most));
   }
   dim lines(dim padded_k) const noexcept { return padded_k / line_depth(activations); }
   dim factor_count(dim padded_k) const noexcept {

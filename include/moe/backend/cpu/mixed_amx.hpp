@@ -296,24 +296,6 @@ void product_tn_amx(matrix_view<const bf16> a, matrix_view<const bf16> b, matrix
   Tiles::release();
 }
 
-/// to = from, past the caches: whole lines that are written are not read before.
-template <int Build>
-MOE_TARGET(MOE_AVX512)
-void stream_floats(matrix_view<const float> from, matrix_view<float> to) noexcept {
-  for (dim r = 0; r < to.rows; ++r) {
-    const float* at = from.row(r);
-    float* row = to.row(r);
-    dim j = 0;
-    if (reinterpret_cast<std::uintptr_t>(row) % line_bytes == 0)
-      for (; j + 16 <= to.cols; j += 16) _mm512_stream_ps(row + j, _mm512_loadu_ps(at + j));
-    for (; j < to.cols; j += 16) {
-      const __mmask16 some = static_cast<__mmask16>(to.cols - j < 16 ? (1u << (to.cols - j)) - 1 : 0xffff);
-      _mm512_mask_storeu_ps(row + j, some, _mm512_maskz_loadu_ps(some, at + j));
-    }
-  }
-  _mm_sfence();  // others read it after the next join
-}
-
 }  // namespace moe::arch::detail
 
 namespace moe::arch {

@@ -307,18 +307,22 @@ void prepare_bf16_512(const float* x, dim k, std::byte* to, float*, bool) noexce
   std::memset(static_cast<void*>(halves + k), 0, static_cast<std::size_t>(padded - k) * sizeof(bf16));
 }
 
-/// to = from, past the caches: memory need not be read before it is written. Others see it after their next join.
+/// to = from, past the caches: whole lines that are written are not read before.
 template <int Build>
 MOE_TARGET(MOE_AVX512)
-void write_past_caches(matrix_view<const float> from, matrix_view<float> to) noexcept {
+void stream_floats(matrix_view<const float> from, matrix_view<float> to) noexcept {
   for (dim r = 0; r < to.rows; ++r) {
+    const float* at = from.row(r);
     float* row = to.row(r);
     dim j = 0;
     if (reinterpret_cast<std::uintptr_t>(row) % line_bytes == 0)
-      for (; j + 16 <= to.cols; j += 16) _mm512_stream_ps(row + j, _mm512_loadu_ps(from.row(r) + j));
-    std::memcpy(row + j, from.row(r) + j, static_cast<std::size_t>(to.cols - j) * sizeof(float));
+      for (; j + 16 <= to.cols; j += 16) _mm512_stream_ps(row + j, _mm512_loadu_ps(at + j));
+    for (; j < to.cols; j += 16) {
+      const __mmask16 some = static_cast<__mmask16>(to.cols - j < 16 ? (1u << (to.cols - j)) - 1 : 0xffff);
+      _mm512_mask_storeu_ps(row + j, some, _mm512_maskz_loadu_ps(some, at + j));
+    }
   }
-  _mm_sfence();
+  _mm_sfence();  // others read it after the next join
 }
 
 }  // namespace moe::arch::detail
@@ -336,7 +340,7 @@ packed_kernels kernels_of(basic_amx<Build>, weights_of<bf16>, Tiles = {}) noexce
           detail::multiply_halves_amx<Build, Tiles>,
           false,
           16,
-          detail::write_past_caches<Build>};
+          detail::stream_floats<Build>};
 }
 template <int Build, class Tiles = detail::hardware_tiles>
 packed_kernels kernels_of(basic_amx<Build>, weights_of<std::int8_t>, Tiles = {}) noexcept {
@@ -349,7 +353,7 @@ packed_kernels kernels_of(basic_amx<Build>, weights_of<std::int8_t>, Tiles = {})
           detail::multiply_bytes_amx<Build, Tiles>,
           false,
           16,
-          detail::write_past_caches<Build>};
+          detail::stream_floats<Build>};
 }
 template <int Build, int Group, class Scale, class Tiles = detail::hardware_tiles>
 packed_kernels kernels_of(basic_amx<Build>, weights_of<int4_groups<Group, Scale>>, Tiles = {}) noexcept {
@@ -362,7 +366,7 @@ packed_kernels kernels_of(basic_amx<Build>, weights_of<int4_groups<Group, Scale>
           detail::multiply_int4_amx<Build, Tiles, int4_groups<Group, Scale>>,
           false,
           16,
-          detail::write_past_caches<Build>};
+          detail::stream_floats<Build>};
 }
 
 }  // namespace moe::arch
