@@ -85,7 +85,7 @@ template <HostBackend B, HeadViews K, HeadViews V>
 void pack_blocks(const call<B>& on, const attention_kernels& kernels, const attention_problem& p, const K& k, const V& v,
                  const packed_blocks& packed) noexcept {
   for (dim number = 0; number < p.sequences(); ++number) {
-    const attention_sequence in = p.sequence(number, {0, k[0].rows});
+    const attention_sequence in = p.sequence(number, attention_sizes{0, k[0].rows});
     const dim heads = p.heads.kv_heads;
     on.executor().for_each(in.keys / packed.block * heads, 1, [&](dim unit, dim last) {
       for (; unit < last; ++unit) {
