@@ -82,7 +82,7 @@ struct trial {
     const auto multiply = [&](std::vector<float> sums, bool more) {
       const matrix_view<float> to{sums.data(), m, n, stride};
       for (dim r = 0; more && r < m; ++r) std::copy_n(c.row(r), n, to.row(r));
-      if (what == product::packed) halves.gemm_nt(left, w(), to, more, room.bytes().data());
+      if (what == product::packed) halves.gemm_nt(left, w(), to, more, w(), room.bytes().data());
       else halves.gemm_nn(left, w(), to, more, room.bytes().data());
       return sums;
     };

@@ -86,12 +86,12 @@ void halves_up(const call<B>& on, const bank_rows& rows, const mixed_rows& x, co
   const half_slots<B> slots(on.backend, a.rows, (Form::gated ? 2 : 1) * round_up(f, 32), on.scratch);
   const matrix_view<bf16> halves = mixed(on, a).halves;
   for_each_tile(on, slots, half_grid(rows.offsets, f, up.first.cols, Form::gated ? 2 : 1),
-                [&](const half_slot& slot, const tile& t) {
+                [&](const half_slot& slot, const tile& t, const tile& next) {
                   const matrix_view<float> sums = slot.sums.slice(0, t.rows);
                   const matrix_view<float> g = sums.columns(0, t.columns),
                                            u = sums.columns(Form::gated ? round_up(t.columns, 32) : 0, t.columns);
-                  if constexpr (Form::gated) half_product(arch{}, slot, t, x, gate, gate_bias, g);
-                  half_product(arch{}, slot, t, x, up, up_bias, u);
+                  if constexpr (Form::gated) half_product(arch{}, slot, t, x, gate, gate_bias, g, rows_of(up, t));
+                  half_product(arch{}, slot, t, x, up, up_bias, u, rows_of(Form::gated ? gate : up, next));
                   if (z && Form::gated) slots.kernels.stream(g, part_of(z.columns(0, f), t));
                   if (z) slots.kernels.stream(u, part_of(z.columns(Form::gated ? f : 0, f), t));
                   for (dim r = 0; r < t.rows; ++r) {

@@ -104,12 +104,28 @@ inline tile_grid half_grid(std::span<const idx> offsets, dim n, dim depth, dim t
   return {offsets, n, depth, 32, half_columns / together, half_rows};
 }
 
-/// f(slot, tile) for all tiles of a grid.
+/// The weights of a tile, none where it has no columns.
+inline matrix_view<const bf16> rows_of(matrix_stack<const bf16> b, const tile& t) noexcept {
+  return t.columns > 0 ? b[t.expert].slice(t.column, t.columns) : matrix_view<const bf16>{};
+}
+
+/// f(unit, next) for all units that a thread takes, each of which it takes before it does the one before; `units` where
+/// there is none.
+template <class Take, class F>
+void for_each_taken(dim units, Take take, F f) noexcept {
+  dim unit, next;
+  for (bool more = take(unit); more; unit = next) {
+    more = take(next);
+    f(unit, more ? next : units);
+  }
+}
+/// f(slot, tile, the thread's next tile, of no columns after the last one) for all tiles of a grid.
 template <HostBackend B, class F>
 void for_each_tile(const call<B>& on, const half_slots<B>& slots, const tile_grid& grid, F f) noexcept {
   share_units(on, slots.used(grid), grid.tiles(), [&](arena mem, auto take) {
     const half_slot slot = slots.carve(mem);
-    for (dim i; take(i);) f(slot, grid[i]);
+    for_each_taken(grid.tiles(), take,
+                   [&](dim i, dim next) { f(slot, grid[i], next < grid.tiles() ? grid[next] : tile{}); });
   });
 }
 /// The same, and then(first column, columns) once for every stripe of columns that is there in all rows.
@@ -120,19 +136,21 @@ void for_each_tile_by_columns(const call<B>& on, const half_slots<B>& slots, con
   tiles_by_columns tiles(grid);
   share_units(on, slots.used(grid), grid.tiles(), [&](arena mem, auto take) {
     const half_slot slot = slots.carve(mem);
-    for (dim i; take(i);) tiles.visit(i, [&](const tile& t) { f(slot, t); }, then);
+    for_each_taken(grid.tiles(), take, [&](dim i, dim next) {
+      tiles.visit(i, [&](const tile& t) { f(slot, t, next < grid.tiles() ? tiles[next] : tile{}); }, then);
+    });
   });
 }
 
-/// c = a b[e]^T + bias for one tile, to which few rows come as floats.
+/// c = a b[e]^T + bias for one tile, to which few rows come as floats; then the product with `next`.
 template <class Arch>
 void half_product(Arch arch, const half_slot& slot, const tile& t, const mixed_rows& a, matrix_stack<const bf16> b,
-                  matrix_stack<const float> bias, matrix_view<float> c) noexcept {
+                  matrix_stack<const float> bias, matrix_view<float> c, matrix_view<const bf16> next) noexcept {
   const arch::mixed_kernels k = mixed_kernels_of(arch);
-  const matrix_view<const bf16> w = b[t.expert].slice(t.column, t.columns);
+  const matrix_view<const bf16> w = rows_of(b, t);
   if (bias.first || !t.is_tall()) start(arch, c, t, bias);
   if (t.is_tall())
-    k.halves.gemm_nt(a.halves.slice(t.row, t.rows), w, c, static_cast<bool>(bias.first), slot.room);
+    k.halves.gemm_nt(a.halves.slice(t.row, t.rows), w, c, static_cast<bool>(bias.first), next, slot.room);
   else
     k.gemm_nt(a.floats.from(t.row), w, c);
 }
@@ -143,9 +161,9 @@ void halves_nt(const call<B>& on, const bank_rows& rows, const mixed_rows& a, ma
   const dim n = b.first.rows;
   const half_slots<B> slots(on.backend, out.rows, n, on.scratch);
   const tile_grid grid = half_grid(rows.offsets, n, b.first.cols);
-  const auto product = [&](const half_slot& slot, const tile& t) {
+  const auto product = [&](const half_slot& slot, const tile& t, const tile& next) {
     const matrix_view<float> c = slot.sums.slice(0, t.rows).columns(0, t.columns);
-    half_product(typename B::arch{}, slot, t, a, b, bias, c);
+    half_product(typename B::arch{}, slot, t, a, b, bias, c, rows_of(b, next));
     slots.kernels.stream(c, part_of(out, t));
   };
   if constexpr (sizeof...(then) == 0)
@@ -160,7 +178,7 @@ void halves_dgrad(const call<B>& on, const bank_rows& rows, const mixed_rows& dz
   scratch_frame frame(on.scratch);
   const dim n = w.first.cols;
   const half_slots<B> slots(on.backend, dx.rows, n, on.scratch);
-  for_each_tile(on, slots, half_grid(rows.offsets, n, w.first.rows), [&](const half_slot& slot, const tile& t) {
+  for_each_tile(on, slots, half_grid(rows.offsets, n, w.first.rows), [&](const half_slot& slot, const tile& t, const tile&) {
     const matrix_view<float> c = slot.sums.slice(0, t.rows).columns(0, t.columns);
     const auto add = [&](const mixed_rows& from, matrix_stack<const bf16> b, bool more) {
       slots.kernels.gemm_nn(from.halves.slice(t.row, t.rows), b[t.expert].columns(t.column, t.columns), c, more, slot.room);

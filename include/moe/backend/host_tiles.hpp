@@ -153,6 +153,10 @@ class tiles_by_columns {
   explicit tiles_by_columns(const tile_grid& grid) noexcept
       : grid_(grid), stripes_(grid.chunks(), grid.rows(), grid.panels(), grid.panel_columns()) {}
 
+  tile operator[](dim i) const noexcept {
+    const column_stripes::unit u = stripes_[i];
+    return grid_.at(u.chunk, u.piece);
+  }
   /// f(the i-th tile), and then(first column, columns) where it is the last of a stripe.
   template <class F, class Then>
   void visit(dim i, const F& f, const Then& then) noexcept {

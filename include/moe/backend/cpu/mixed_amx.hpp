@@ -26,6 +26,32 @@ inline void round_up_rows(matrix_view<const bf16> from, bf16* to) noexcept {
   for (dim r = 0; r < from.rows; ++r) _mm512_storeu_si512(to + r * 32, first_halves(from.row(r), from.cols));
 }
 
+/// Lines of weights that are asked for while tiles are multiplied: a line of each of eight rows that lie in pages of their
+/// own, then the next line of each. Hardware that sees a page's lines in turn runs ahead of them, and a line that is on its
+/// way already does not hold a buffer of the first cache, which tiles need too.
+class weights_ahead {
+ public:
+  weights_ahead() noexcept = default;
+  explicit weights_ahead(matrix_view<const bf16> m) noexcept : m_(m), apart_(moe::detail::blocks(m.rows, together)) {}
+
+  void ask(dim lines) noexcept {
+    for (; lines > 0 && row_ < apart_; --lines) {
+      if (const dim r = row_ + run_ * apart_; r < m_.rows) moe::detail::prefetch_second(m_.row(r) + at_);
+      if (++run_ < together) continue;
+      run_ = 0;
+      if ((at_ += 32) < m_.cols) continue;
+      at_ = 0;
+      ++row_;
+    }
+  }
+
+ private:
+  static constexpr dim together = 8;
+
+  matrix_view<const bf16> m_{};
+  dim apart_ = 0, row_ = 0, run_ = 0, at_ = 0;
+};
+
 /// One or two blocks of rows against 32 packed columns: sums = or += over `steps` steps.
 struct rows_work {
   const bf16 *upper, *lower;  ///< lower: null where there is one block
@@ -35,7 +61,9 @@ struct rows_work {
   float *sums, *below;  ///< below: of the lower block
   dim stride;           ///< floats from row to row of the sums
   bool add;
-  matrix_view<float> next = {};  ///< two lines of each of its rows come nearer meanwhile
+  matrix_view<float> next = {};    ///< two lines of each of its rows come nearer meanwhile
+  weights_ahead* ahead = nullptr;  ///< so many of its lines in every step
+  dim lines = 0;
 };
 
 /// Which operand passes by, loaded so that the first cache keeps the other one.
@@ -68,6 +96,7 @@ MOE_NO_INLINE void multiply_rows(const rows_work& w) noexcept {
       Tiles::add_halves0();
       Tiles::load7(q + tile_bytes, line_bytes);
       Tiles::add_halves1();
+      w.ahead->ask(w.lines);
       if (two) Tiles::pass5(lower, row);
     } else {
       Tiles::pass6(q, line_bytes);
@@ -150,16 +179,13 @@ inline void pack_columns(matrix_view<const bf16> w, dim n, std::byte* to) noexce
       pair_rows(w.columns(j, n - j), p, n - j, at, at + tile_bytes);
   }
 }
-/// The same of the rows of w, as columns. The next sixteen rows come nearer in the order of memory, which is not that of
-/// tiles.
+/// The same of the rows of w, as columns.
 MOE_TARGET(MOE_AVX512)
 inline void pack_rows(matrix_view<const bf16> w, std::byte* to) noexcept {
-  const dim steps = blocks(w.cols, 32), pace = blocks(tile_rows, steps);
+  const dim steps = blocks(w.cols, 32);
   for (dim j = 0; j < w.rows; j += panel_rows, to += steps * 2 * tile_bytes)
     for (dim i = 0; i < panel_rows; i += tile_rows)
       for (dim p = 0; p < w.cols; p += 32) {
-        for (dim r = j + i + tile_rows + p / 32 * pace, n = 0; n < pace && r < w.rows; ++n, ++r)
-          for (dim l = 0; l < w.cols; l += 32) moe::detail::prefetch_second(w.row(r) + l);
         auto* tile = reinterpret_cast<float*>(to + (p / 32 * 2 + i / tile_rows) * tile_bytes);
         const bf16* from = w.row(j + i) + p;
         if (j + i + tile_rows <= w.rows && p + 32 <= w.cols) {
@@ -175,51 +201,96 @@ inline void pack_rows(matrix_view<const bf16> w, std::byte* to) noexcept {
       }
 }
 
-/// c[m,n] = or += a[m,k] b, a cut of k at a time: take(first, depth) packs all n columns of b into `packed`.
-template <int Build, class Tiles, class Take>
-void multiply_halves(matrix_view<const bf16> a, matrix_view<float> c, bool add, const std::byte* packed,
-                     Take take) noexcept {
-  constexpr dim pair = 2 * tile_rows;
-  alignas(64) bf16 last[pair * 32];
-  tile_heights<Tiles> heights;
-  for (dim first = 0; first < a.cols; first += half_cut) {
-    const dim depth = at_most(a.cols - first, half_cut), whole = depth / 32;
-    take(first, depth);
-    const std::byte* columns = packed;
-    for (dim j = 0; j < c.cols; j += panel_rows, columns += blocks(depth, 32) * 2 * tile_bytes)
-      for (dim b = 0; b < c.rows; b += pair) {
-        const dim m = at_most(c.rows - b, pair), upper = at_most(m, tile_rows), lower = m - upper;
-        float* sums = c.row(b) + j;
-        bool more = add || first > 0;
-        const auto multiply = [&](const bf16* rows, dim ld, dim step, dim steps) {
-          multiply_rows<Build, Tiles, passing::rows>({rows, lower > 0 ? rows + upper * ld : nullptr, ld, 32,
-                                                      columns + step * 2 * tile_bytes, steps, sums, sums + upper * c.ld,
-                                                      c.ld, more});
-          more = true;
-        };
-        heights.set(upper, lower > 0 ? lower : 1);
-        if (whole > 0) multiply(a.row(b) + first, a.ld, 0, whole);
-        if (whole * 32 == depth) continue;
-        round_up_rows(a.slice(b, m).columns(first + whole * 32, depth - whole * 32), last);
-        multiply(last, 32, whole, 1);
-      }
-  }
-  Tiles::release();
-}
+/// A product of rows with weights that are packed a cut of the reduced dimension at a time. Weights that come next are asked
+/// for meanwhile.
+template <int Build, class Tiles>
+class halves_product {
+ public:
+  explicit halves_product(matrix_view<const bf16> a) noexcept : a_(a), lines_(blocks(panel_rows, blocks(a.rows, pair))) {}
+  ~halves_product() { Tiles::release(); }
 
-/// c[m,n] = or += a[m,k] b[n,k]^T
+  void ask(matrix_view<const bf16> next) noexcept { ahead_ = weights_ahead(next); }
+
+  /// c[m,32] = or += columns `first` and on of a, `depth` of them, times packed columns.
+  void multiply(dim first, dim depth, const std::byte* columns, matrix_view<float> c, bool add) noexcept {
+    const dim whole = depth / 32;
+    for (dim b = 0; b < c.rows; b += pair) {
+      const dim m = at_most(c.rows - b, pair), upper = at_most(m, tile_rows), lower = m - upper;
+      float* sums = c.row(b);
+      bool more = add;
+      const auto part = [&](const bf16* rows, dim ld, dim step, dim steps) {
+        multiply_rows<Build, Tiles, passing::rows>({rows,
+                                                    lower > 0 ? rows + upper * ld : nullptr,
+                                                    ld,
+                                                    32,
+                                                    columns + step * 2 * tile_bytes,
+                                                    steps,
+                                                    sums,
+                                                    sums + upper * c.ld,
+                                                    c.ld,
+                                                    more,
+                                                    {},
+                                                    &ahead_,
+                                                    lines_});
+        more = true;
+      };
+      heights_.set(upper, lower > 0 ? lower : 1);
+      if (whole > 0) part(a_.row(b) + first, a_.ld, 0, whole);
+      if (whole * 32 == depth) continue;
+      round_up_rows(a_.slice(b, m).columns(first + whole * 32, depth - whole * 32), last_);
+      part(last_, 32, whole, 1);
+    }
+  }
+
+ private:
+  static constexpr dim pair = 2 * tile_rows;
+
+  alignas(64) bf16 last_[pair * 32];
+  matrix_view<const bf16> a_;
+  dim lines_;  // asked for in a step: a panel's in the steps of one
+  weights_ahead ahead_;
+  tile_heights<Tiles> heights_;
+};
+
+/// c[m,n] = or += a[m,k] b[n,k]^T. 32 rows of b are met by all rows of a, as many columns of which as stay in the second
+/// cache.
 template <int Build, class Tiles>
 void product_nt_amx(matrix_view<const bf16> a, matrix_view<const bf16> b, matrix_view<float> c, bool add,
-                    std::byte* room) noexcept {
-  multiply_halves<Build, Tiles>(a, c, add, room,
-                                [&](dim first, dim depth) { pack_rows(b.slice(0, c.cols).columns(first, depth), room); });
+                    matrix_view<const bf16> next, std::byte* room) noexcept {
+  constexpr dim kept = dim{1} << 18;
+  const dim deep = kept / c.rows < half_cut ? half_cut : kept / c.rows / half_cut * half_cut;
+  halves_product<Build, Tiles> product(a);
+  const auto part = [deep](matrix_view<const bf16> w, dim first, dim j) {
+    return w.slice(j, at_most(w.rows - j, panel_rows)).columns(first, at_most(w.cols - first, deep));
+  };
+  for (dim first = 0; first < a.cols; first += deep)
+    for (dim j = 0; j < c.cols; j += panel_rows) {
+      const matrix_view<const bf16> w = part(b, first, j);
+      if (j + panel_rows < c.cols)
+        product.ask(part(b, first, j + panel_rows));
+      else if (first + deep < a.cols)
+        product.ask(part(b, first + deep, 0));
+      else if (next)
+        product.ask(part(next, 0, 0));
+      for (dim cut = 0; cut < w.cols; cut += half_cut) {
+        const dim depth = at_most(w.cols - cut, half_cut);
+        pack_rows(w.columns(cut, depth), room);
+        product.multiply(first + cut, depth, room, c.columns(j, at_most(c.cols - j, panel_rows)), add || first + cut > 0);
+      }
+    }
 }
-/// c[m,n] = or += a[m,k] b[k,n]
+/// c[m,n] = or += a[m,k] b[k,n]. Rows of b are met a cut at a time, in all columns.
 template <int Build, class Tiles>
 void product_nn_amx(matrix_view<const bf16> a, matrix_view<const bf16> b, matrix_view<float> c, bool add,
                     std::byte* room) noexcept {
-  multiply_halves<Build, Tiles>(a, c, add, room,
-                                [&](dim first, dim depth) { pack_columns(b.slice(first, depth), c.cols, room); });
+  halves_product<Build, Tiles> product(a);
+  for (dim first = 0; first < a.cols; first += half_cut) {
+    const dim depth = at_most(a.cols - first, half_cut);
+    pack_columns(b.slice(first, depth), c.cols, room);
+    const std::byte* columns = room;
+    for (dim j = 0; j < c.cols; j += panel_rows, columns += blocks(depth, 32) * 2 * tile_bytes)
+      product.multiply(first, depth, columns, c.columns(j, at_most(c.cols - j, panel_rows)), add || first > 0);
+  }
 }
 
 /// Columns of a as rows: sixteen after another, of each step after step.
