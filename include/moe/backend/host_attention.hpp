@@ -65,13 +65,13 @@ void attend(const call<B>& on, const attention_problem& p, const Q& q, const K& 
     for (dim unit; take(unit);) {
       const detail::attention_tile t = grid[unit];
       detail::start_rows(p, t, s);
-      detail::load_queries(kernels, p, t, q, s);
-      selection.choose(kernels, p, t, s, chosen);
       if constexpr (by_halves)
         if (kernels.attend_halves) detail::take_halves(kernels, p, t, q, halves.rows);
+      if (!by_halves || !kernels.attend_halves) detail::load_queries(kernels, p, t, q, s);
+      selection.choose(kernels, p, t, s, chosen);
       const auto run = [&](const detail::step_range& r, const detail::step_range& next) {
         if constexpr (by_halves)
-          if (kernels.attend_halves) return kernels.attend_halves(detail::step_of_halves(t, k, v, r, s, halves));
+          if (kernels.attend_halves) return kernels.attend_halves(detail::step_of_halves(t, k, v, r, next, s, halves));
         kernels.attend(detail::step_of(t, k, v, r, next, s));
       };
       detail::for_each_step_and_next(selection, p, t, s, chosen, run);

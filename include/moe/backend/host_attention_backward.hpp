@@ -197,7 +197,7 @@ void attend_backward(const call<B>& on, const attention_problem& p, const Q& q, 
             return {step, s.dq, own.dk.slice(r.key, r.keys), own.dv.slice(r.key, r.keys), s.ds, s.packed_rows, s.turned};
           };
           if constexpr (detail::all_halves<Q, K, V>)
-            if (on_halves) return kernels.backward_halves(with(detail::step_of_halves(t, k, v, r, s, halves)));
+            if (on_halves) return kernels.backward_halves(with(detail::step_of_halves(t, k, v, r, {}, s, halves)));
           kernels.backward(with(detail::step_of(t, k, v, r, next, s)));
         };
         detail::for_each_step_and_next(selection, p, t, s, chosen, run);

@@ -177,10 +177,10 @@ void take_halves(const attention_kernels& k, const attention_problem& p, const a
 /// A step on halves.
 template <HeadViews K, HeadViews V>
 attention_step step_of_halves(const attention_tile& t, const K& keys, const V& values, const step_range& r,
-                              const attention_slot& s, attention_halves& b) noexcept {
+                              const step_range& next, const attention_slot& s, attention_halves& b) noexcept {
   b.k = keys[t.head].slice(t.in.key + r.key, r.keys);
   b.v = values[t.head].slice(t.in.key + r.key, r.keys);
-  attention_step step = step_of(t, keys, values, r, {}, s);
+  attention_step step = step_of(t, keys, values, r, next, s);
   step.halves = &b;
   return step;
 }

@@ -62,10 +62,14 @@ class attention_tiles : public attention_tile_step<Build, Tiles, attention_step>
           take_weights<false>(before, seen, r);
       };
       typename base::template beside<decltype(unit)> weights{unit, rows, moe::detail::blocks(rows, ahead * base::key_steps)};
-      if (t < pairs) base::score(base::pair_at(t), h_.rows, h_.k.cols, h_.keys, scores_of(t), weights);
+      const auto beside = [&]() noexcept {
+        weights();
+        ask(4);  // of 12 pairs: as many as the next step reads
+      };
+      if (t < pairs) base::score(base::pair_at(t), h_.rows, h_.k.cols, h_.keys, scores_of(t), beside);
       if (t > 1) {
         const row_pair at = base::pair_at(t - 2);
-        base::weigh(at, base::weights_of(t), h_.values, h_.v.cols, s_.state.o, weights);
+        base::weigh(at, base::weights_of(t), h_.values, h_.v.cols, s_.state.o, beside);
         if (!finite) base::add_strange_keys(at, base::weights_of(t), h_.v, s_.state.o);
       }
       weights.finish();
@@ -74,6 +78,17 @@ class attention_tiles : public attention_tile_step<Build, Tiles, attention_step>
   }
 
  private:
+  /// So many lines of the keys and values of the next step come nearer.
+  void ask(dim lines) noexcept {
+    for (stored_rows& m : next_)
+      for (; lines > 0 && m.rows > 0; --lines) {
+        moe::detail::prefetch_second(m.data + asked_);
+        if ((asked_ += line_bytes) < m.row_bytes) continue;
+        asked_ = 0;
+        m.data += m.stride;
+        --m.rows;
+      }
+  }
   float* scores_of(dim t) const noexcept { return s_.p + t % 2 * pair * attention_pitch; }
 
   /// Weights of row r of a pair as halves, from its scores; the sums are of the floats.
@@ -120,6 +135,9 @@ class attention_tiles : public attention_tile_step<Build, Tiles, attention_step>
     s_.state.sum[row] *= fade;
     largest = found;
   }
+
+  stored_rows next_[2] = {s_.next_k, s_.next_v};
+  dim asked_ = 0;  ///< bytes of a row
 };
 
 /// One step of backward: as attend_backward, but for the scale of queries, which are as they are stored.
