@@ -40,6 +40,19 @@ struct attention_halves {
 struct attention_ahead {
   const std::byte* at = nullptr;
   dim rows = 0, stride = 0, bytes = 0, done = 0;  ///< bytes of a row, of them asked for
+
+  /// Its next lines, at most so many, come nearer; returns how many are left over.
+  dim ask(dim lines) noexcept {
+    constexpr dim line = 64;
+    for (; lines > 0 && rows > 0; --lines) {
+      detail::prefetch_second(at + done);
+      if ((done += line) < bytes) continue;
+      done = 0;
+      at += stride;
+      --rows;
+    }
+    return lines;
+  }
 };
 /// Rows of a tile that meet keys `key` .. `key` + k.rows of their sequence, which pack_halves packed.
 struct attention_visit {
@@ -219,10 +232,8 @@ void pack_rows(const stored_rows& m, dim j, float* panel) noexcept {
   const dim n = at_most(m.cols - j, columns);
   for (dim i = 0; i < m.rows; ++i, panel += columns) {
     const float* from = floats_of<A>(m, i, j, n, panel);
-    if (from != panel && n == columns)
-      std::memcpy(panel, from, columns * sizeof(float));  // of a size that is known
-    else if (from != panel)
-      A::blocks::widen(from, panel, n);
+    if (from != panel && n == columns) std::memcpy(panel, from, columns * sizeof(float));  // of a size that is known
+    else if (from != panel) A::blocks::widen(from, panel, n);
     for (dim l = n; l < columns; ++l) panel[l] = 0;
   }
 }

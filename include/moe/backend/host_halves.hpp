@@ -57,10 +57,11 @@ mixed_rows mixed(const call<B>& on, const bank_rows& rows, gathered<float> x, ma
   round_rows(on, rows, to);
   return to;
 }
+
 namespace detail {
 
-inline constexpr dim half_rows = 512, half_columns = 256;                      // most of a tile of a product,
-inline constexpr dim half_gradient_rows = 1024, half_gradient_columns = 2048;  // and of a gradient
+inline constexpr dim half_rows = 512, half_columns = 256;                      ///< most of a tile of a product,
+inline constexpr dim half_gradient_rows = 1024, half_gradient_columns = 2048;  ///< and of a gradient
 
 /// What a thread needs for a tile of a product.
 struct half_slot {
@@ -91,6 +92,7 @@ struct half_slots {
   }
   half_slot carve(arena mem) const noexcept { return carve_half_slot(kernels, rows, columns, mem); }
 };
+/// Memory of each thread for tiles of a gradient of m x n; none where the level does not round rows.
 template <HostBackend B>
 slot_memory make_gradient_slots(const B& backend, dim m, dim n, arena& mem) noexcept {
   const arch::half_kernels k = mixed_kernels_of(typename B::arch{}).halves;
@@ -154,6 +156,7 @@ void half_product(Arch arch, const half_slot& slot, const tile& t, const mixed_r
   else
     k.gemm_nt(a.floats.from(t.row), w, c);
 }
+/// grouped_gemm_nt of halves.
 template <HostBackend B, class... Then>
 void halves_nt(const call<B>& on, const bank_rows& rows, const mixed_rows& a, matrix_stack<const bf16> b,
                matrix_stack<const float> bias, matrix_view<float> out, const Then&... then) noexcept {
@@ -172,6 +175,7 @@ void halves_nt(const call<B>& on, const bank_rows& rows, const mixed_rows& a, ma
     for_each_tile_by_columns(on, slots, grid, product,
                              [&](dim first, dim count) { (then(result_part{0, on.sizes.tokens, first, count}), ...); });
 }
+/// grouped_dgrad of halves.
 template <HostBackend B>
 void halves_dgrad(const call<B>& on, const bank_rows& rows, const mixed_rows& dz, matrix_stack<const bf16> w,
                   const mixed_rows& dz2, matrix_stack<const bf16> w2, matrix_view<float> dx) noexcept {
@@ -188,6 +192,7 @@ void halves_dgrad(const call<B>& on, const bank_rows& rows, const mixed_rows& dz
     slots.kernels.stream(c, part_of(dx, t));
   });
 }
+/// grouped_wgrad of halves.
 template <HostBackend B>
 void halves_wgrad(const call<B>& on, const bank_rows& rows, const mixed_rows& a, const mixed_rows& b,
                   matrix_stack<float> c) noexcept {

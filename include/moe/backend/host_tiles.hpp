@@ -123,8 +123,6 @@ class gradient_grid {
       if (height_ > panel && tiles() < enough) height_ /= 2;
     }
   }
-  dim height() const noexcept { return height_; }
-  dim breadth() const noexcept { return breadth_; }
   dim tiles() const noexcept { return (static_cast<dim>(offsets_.size()) - 1) * panels() * bands(); }
   gradient_tile operator[](dim i) const noexcept {
     const dim e = i / (panels() * bands()), row = i / bands() % panels() * height_, column = i % bands() * breadth_;

@@ -80,14 +80,7 @@ class attention_tiles : public attention_tile_step<Build, Tiles, attention_step>
  private:
   /// So many lines of the keys and values of the next step come nearer.
   void ask(dim lines) noexcept {
-    for (stored_rows& m : next_)
-      for (; lines > 0 && m.rows > 0; --lines) {
-        moe::detail::prefetch_second(m.data + asked_);
-        if ((asked_ += line_bytes) < m.row_bytes) continue;
-        asked_ = 0;
-        m.data += m.stride;
-        --m.rows;
-      }
+    for (attention_ahead& a : next_) lines = a.ask(lines);
   }
   float* scores_of(dim t) const noexcept { return s_.p + t % 2 * pair * attention_pitch; }
 
@@ -136,8 +129,8 @@ class attention_tiles : public attention_tile_step<Build, Tiles, attention_step>
     largest = found;
   }
 
-  stored_rows next_[2] = {s_.next_k, s_.next_v};
-  dim asked_ = 0;  ///< bytes of a row
+  static attention_ahead ahead_of(const stored_rows& m) noexcept { return {m.data, m.rows, m.stride, m.row_bytes}; }
+  attention_ahead next_[2] = {ahead_of(s_.next_k), ahead_of(s_.next_v)};
 };
 
 /// One step of backward: as attend_backward, but for the scale of queries, which are as they are stored.
@@ -287,6 +280,7 @@ template <int Build, class Tiles>
 void attend_backward_halves(const attention_backward_step& s) noexcept {
   attention_backward_tiles<Build, Tiles>(s).run();
 }
+
 }  // namespace moe::arch::detail
 
 #endif

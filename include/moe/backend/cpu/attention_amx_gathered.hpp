@@ -167,15 +167,7 @@ class attention_tile_stream : attention_tile_blocks<Build, Tiles> {
     for (dim j = 0; j < f_.dv; j += line) moe::detail::prefetch_second(o + j);
   }
   void ask(dim lines) noexcept {
-    for (attention_ahead& a : f_.next) {
-      for (; lines > 0 && a.rows > 0; --lines) {
-        moe::detail::prefetch_second(a.at + a.done);
-        if ((a.done += line_bytes) < a.bytes) continue;
-        a.done = 0;
-        a.at += a.stride;
-        --a.rows;
-      }
-    }
+    for (attention_ahead& a : f_.next) lines = a.ask(lines);
   }
 
   void take_weights(dim r) noexcept {
