@@ -21,6 +21,7 @@ std::unique_ptr<contestant> library_layer_of(const model_shape& s, std::string_v
 row measure_static_layer(int rounds);
 
 std::unique_ptr<contestant> make_f32(const model_shape& s, bool backward);
+std::unique_ptr<contestant> make_f32_training(const model_shape& s);
 std::unique_ptr<contestant> make_bf16(const model_shape& s, bool backward);
 std::unique_ptr<contestant> make_bf16_training(const model_shape& s);
 std::unique_ptr<contestant> make_f16(const model_shape& s, bool backward);

@@ -34,6 +34,9 @@ std::unique_ptr<contestant> make(const model_shape& s) {
 
 }  // namespace
 
+std::unique_ptr<contestant> make_f32(const model_shape& s, bool backward) {
+  return backward ? make_f32_training(s) : make<float>(s);
+}
 std::unique_ptr<contestant> make_bf16(const model_shape& s, bool backward) {
   return backward ? make_bf16_training(s) : make<moe::bf16>(s);
 }

@@ -12,8 +12,8 @@
 
 namespace moe::arch::detail {
 
-/// 32 elements as floats, of a row or two of each of 16 keys: floats and f16 in order, of bf16 the even ones and the odd ones,
-/// which are the first and the second of each key.
+/// 32 elements as floats, of a row or two of each of 16 keys: floats and f16 in order, of bf16 the even ones and the odd
+/// ones, which are the first and the second of each key.
 MOE_TARGET(MOE_AVX512)
 inline void load_pair_512(const float* p, __m512& a, __m512& b) noexcept {
   a = _mm512_loadu_ps(p);
@@ -31,38 +31,46 @@ inline void load_pair_512(const f16* p, __m512& a, __m512& b) noexcept {
   b = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 16)));
 }
 
-/// Lines of memory that are needed soon, asked for one after the other; with a step of 0 nothing is left to ask for.
+/// Lines of memory that are needed soon, asked for in turn from two places; with steps of 0 nothing is left to ask for. The
+/// hardware's own prefetching follows each page by itself, so that with two of them more is on its way.
 struct lines_ahead {
   const char* at;
-  dim step;
+  dim step, both;  ///< to the next line, and the steps there and back
 
   template <int Lines>
   MOE_TARGET(MOE_AVX512)
   void ask() noexcept {
     MOE_UNROLL
-    for (int l = 0; l < Lines; ++l, at += step) _mm_prefetch(at, _MM_HINT_T1);
+    for (int l = 0; l < Lines; ++l) {
+      _mm_prefetch(at, _MM_HINT_T1);
+      at += step;
+      step = both - step;
+    }
   }
 };
-/// What is left to ask for during a tile: its values, then the next keys. The softmax asks whenever it runs, the rest is
-/// spread over what is read.
+/// What is left to ask for during a tile: its values, then the next keys, each half beside the other. The softmax asks
+/// whenever it runs, the rest is spread over what is read.
 struct tile_ahead {
-  const char* at[2];
-  dim lines[2];
+  struct region {
+    const char* at;
+    dim lines, half;  ///< bytes from one half to the other
+  } regions[2];
   float pace = 1;  ///< lines asked for per line read
   float due = 0;
 
+  /// With an odd n one line is asked for again.
   lines_ahead take(dim n) noexcept {
-    const int i = lines[0] > 0 ? 0 : 1;
-    if (lines[i] <= 0) return {at[i], 0};
-    const char* first = at[i];
-    at[i] += 64 * n;
-    lines[i] -= n;
-    return {first, 64};
+    region& r = regions[regions[0].lines > 0 ? 0 : 1];
+    if (r.lines <= 0) return {r.at, 0, 0};
+    const char* first = r.at;
+    r.at += n / 2 * 64;
+    r.lines -= n;
+    return {first, r.half, 64};
   }
   /// While n lines are read.
   lines_ahead take_along(dim n) noexcept {
     due += pace * static_cast<float>(n);
-    if (2 * due < static_cast<float>(n)) return {at[1], 0};
+    if (2 * due < static_cast<float>(n)) return {regions[1].at, 0, 0};
     due -= static_cast<float>(n);
     return take(n);
   }
@@ -128,33 +136,56 @@ struct tile_512 : tile_span {
   }
 };
 
-/// Lines that the softmax asks for with each block of keys.
-inline constexpr int soften_lines = 2;
+/// Lines that the softmax asks for with each block of keys of a head.
+inline constexpr int soften_lines = 1;
 
-/// Softmax of a tile for one head, see soften, of scores in units of `unit`: weights of other keys in its blocks are 0.
+/// Softmax of a tile for four heads side by side, see soften, of scores in units of `unit`: weights of other keys in its
+/// blocks are 0. One head after another would wait for its own sums.
 template <int Build>
 MOE_TARGET(MOE_AVX512)
-MOE_NO_INLINE
-    float soften_512(float* s, const tile_512& t, float unit, float& largest, float& sum, lines_ahead ahead) noexcept {
+MOE_NO_INLINE void soften_512(float* s, const tile_512& t, const float* unit, float* largest, float* sum, float* fade,
+                              lines_ahead ahead) noexcept {
   const __m512 least = _mm512_set1_ps(-moe::detail::infinity);
-  __m512 most = least;
-  for (dim r = t.first_block(); r < t.hi; r += kv_block)
-    most = _mm512_max_ps(most, _mm512_mask_loadu_ps(least, t.lanes[r / kv_block], s + r));
-  const float found = _mm512_reduce_max_ps(most) * unit, top = found > largest ? found : largest;
-  const float base = top > -moe::detail::infinity ? top : 0.f;
-  const __m512 per = _mm512_set1_ps(unit), from = _mm512_set1_ps(base);
-  __m512 total = _mm512_setzero_ps();
+  __m512 most[4], per[4], from[4], total[4];
+  MOE_UNROLL
+  for (int g = 0; g < 4; ++g) most[g] = least;
   for (dim r = t.first_block(); r < t.hi; r += kv_block) {
-    ahead.ask<soften_lines>();
-    const __m512 w = exp2_512(_mm512_fmsub_ps(_mm512_loadu_ps(s + r), per, from));
-    const __m512 own = _mm512_maskz_mov_ps(t.lanes[r / kv_block], w);
-    total = _mm512_add_ps(total, own);
-    _mm512_storeu_ps(s + r, own);
+    MOE_UNROLL
+    for (int g = 0; g < 4; ++g)
+      most[g] = _mm512_max_ps(most[g], _mm512_mask_loadu_ps(least, t.lanes[r / kv_block], s + g * decode_tile + r));
   }
-  const float fade = _mm512_cvtss_f32(exp2_512(_mm512_set1_ps(largest - base)));
-  largest = top;
-  sum = sum * fade + _mm512_reduce_add_ps(total);
-  return fade;
+  // The heads are lanes now.
+  constexpr __mmask16 heads = 0xf;
+  const __m512 found = _mm512_setr4_ps(_mm512_reduce_max_ps(most[0]), _mm512_reduce_max_ps(most[1]),
+                                       _mm512_reduce_max_ps(most[2]), _mm512_reduce_max_ps(most[3]));
+  const __m512 before = _mm512_maskz_loadu_ps(heads, largest);
+  const __m512 top = _mm512_max_ps(_mm512_mul_ps(found, _mm512_maskz_loadu_ps(heads, unit)), before);
+  alignas(64) float base[16];
+  const __m512 bases = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(top, least, _CMP_GT_OQ), top);
+  const __m512 fades = exp2_512(_mm512_sub_ps(before, bases));
+  _mm512_store_ps(base, bases);
+  _mm512_mask_storeu_ps(fade, heads, fades);
+  _mm512_mask_storeu_ps(largest, heads, top);
+  MOE_UNROLL
+  for (int g = 0; g < 4; ++g) {
+    per[g] = _mm512_set1_ps(unit[g]);
+    from[g] = _mm512_set1_ps(base[g]);
+    total[g] = _mm512_setzero_ps();
+  }
+  for (dim r = t.first_block(); r < t.hi; r += kv_block) {
+    ahead.ask<4 * soften_lines>();
+    MOE_UNROLL
+    for (int g = 0; g < 4; ++g) {
+      float* at = s + g * decode_tile + r;
+      const __m512 w = exp2_512(_mm512_fmsub_ps(_mm512_loadu_ps(at), per[g], from[g]));
+      const __m512 own = _mm512_maskz_mov_ps(t.lanes[r / kv_block], w);
+      total[g] = _mm512_add_ps(total[g], own);
+      _mm512_storeu_ps(at, own);
+    }
+  }
+  const __m512 added = _mm512_setr4_ps(_mm512_reduce_add_ps(total[0]), _mm512_reduce_add_ps(total[1]),
+                                       _mm512_reduce_add_ps(total[2]), _mm512_reduce_add_ps(total[3]));
+  _mm512_mask_storeu_ps(sum, heads, _mm512_fmadd_ps(_mm512_maskz_loadu_ps(heads, sum), fades, added));
 }
 
 /// Value rows lo .. hi for four heads: o_g = fade_g o_g + sum over rows of weight(g, row) v.
@@ -219,18 +250,20 @@ void score_tile_512(const decode_unit& u, const tile_512& t, dim head, tile_ahea
     r += blocks * kv_block;
   }
 }
-/// softmax: lines that it asks for with each block of keys.
+/// softmax: lines that it asks for with each block of keys of a head.
 template <class T>
 tile_ahead ahead_of(const decode_unit& u, const tile_512& t, dim softmax) noexcept {
-  const auto at = [](const void* p, dim n) { return reinterpret_cast<const char*>(static_cast<const T*>(p) + n); };
   const auto lines = [](dim n) { return n * dim{sizeof(T)} / 64; };
+  const auto region = [&](const void* p, dim from, dim n) {
+    return tile_ahead::region{reinterpret_cast<const char*>(static_cast<const T*>(p) + from), lines(n), lines(n) / 2 * 64};
+  };
   const dim next = t.base + decode_tile, groups = moe::detail::blocks(u.heads, decode_heads);
   const bool more = next < u.last;
   const dim keys = moe::detail::at_most(more ? u.last - next : u.next_keys, decode_tile);
   const dim read = t.hi - t.first_block();
-  tile_ahead a{{at(u.v, (t.base + t.first_block()) * u.dv), more ? at(u.k, next * u.d) : at(u.next, 0)},
-               {lines(read * u.dv), lines(keys * u.d)}};
-  const dim spread = a.lines[0] + a.lines[1] - groups * decode_heads * t.blocks() * softmax;
+  tile_ahead a{{region(u.v, (t.base + t.first_block()) * u.dv, read * u.dv),
+                more ? region(u.k, next * u.d, keys * u.d) : region(u.next, 0, keys * u.d)}};
+  const dim spread = a.regions[0].lines + a.regions[1].lines - groups * decode_heads * t.blocks() * softmax;
   a.pace = static_cast<float>(spread) / static_cast<float>(groups * lines(read * (u.d + u.dv)));
   return a;
 }
@@ -255,9 +288,9 @@ void attend_512(const decode_unit& u) noexcept {
       score_tile_512<T>(
           u, t, head, ahead, s, [](const key_blocks_512<T>& w, dim, float* to) { score_blocks_512<Build, 1>(w, to); },
           [](const key_blocks_512<T>& w, dim, float* to) { score_blocks_512<Build, 2>(w, to); });
-      for (dim g = 0; g < decode_heads; ++g)
-        fade[g] = soften_512<Build>(s + g * decode_tile, t, 1.f, u.largest[head + g], u.sum[head + g],
-                                    ahead.take(t.blocks() * soften_lines));
+      constexpr float unit[decode_heads] = {1, 1, 1, 1};
+      soften_512<Build>(s, t, unit, u.largest + head, u.sum + head, fade,
+                        ahead.take(t.blocks() * decode_heads * soften_lines));
       value_rows_512<T> w{static_cast<const T*>(u.v) + t.base * u.dv, t.lo, t.hi, u.dv, s, fade, {}, {}};
       for (dim g = 0; g < decode_heads; ++g) w.o[g] = u.o + (head + g) * u.dv;
       for (dim j = 0; j < u.dv;) {

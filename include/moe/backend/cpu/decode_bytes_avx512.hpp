@@ -98,28 +98,39 @@ MOE_TARGET(MOE_AVX512)
 inline __m512i rounded_512(const float* p, __m512 per, const tile_512& t, dim r) noexcept {
   return _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(t.lanes[r / kv_block], p), per));
 }
-/// p: of head g.
+/// p: weights of a tile, of four heads.
 template <int Build>
 MOE_TARGET(MOE_AVX512)
-MOE_NO_INLINE void round_weights_512(float* p, const float* v_scale, const tile_512& t, byte_weights& w, dim g,
-                                     lines_ahead ahead) noexcept {
+MOE_NO_INLINE
+    void round_weights_512(float* p, const float* v_scale, const tile_512& t, byte_weights& w, lines_ahead ahead) noexcept {
   constexpr dim step = 64;
   const dim first = t.lo / step * step;
-  __m512i most = _mm512_setzero_si512();  // of numbers without sign, as whole numbers: NaN is the largest
+  __m512i most[4];  // of numbers without sign, as whole numbers: NaN is the largest
+  MOE_UNROLL
+  for (int g = 0; g < 4; ++g) most[g] = _mm512_setzero_si512();
   for (dim r = first; r < t.hi; r += kv_block) {
-    ahead.ask<1>();
+    ahead.ask<4>();
     const __mmask16 own = t.lanes[r / kv_block];
-    const __m512 x = _mm512_maskz_mul_ps(own, _mm512_loadu_ps(p + r), _mm512_maskz_loadu_ps(own, v_scale + r));
-    most = _mm512_max_epu32(most, _mm512_castps_si512(x));
-    _mm512_storeu_ps(p + r, x);
+    const __m512 scale = _mm512_maskz_loadu_ps(own, v_scale + r);
+    MOE_UNROLL
+    for (int g = 0; g < 4; ++g) {
+      float* at = p + g * decode_tile + r;
+      const __m512 x = _mm512_maskz_mul_ps(own, _mm512_loadu_ps(at), scale);
+      most[g] = _mm512_max_epu32(most[g], _mm512_castps_si512(x));
+      _mm512_storeu_ps(at, x);
+    }
   }
-  const float largest = __builtin_bit_cast(float, _mm512_reduce_max_epu32(most));
-  w.unit[g] = largest / 65535;
-  const __m512 per = _mm512_set1_ps(largest > 0x1p-100f ? 65535 / largest : 0.f);
-  for (dim r = first; r < t.hi; r += step)
-    store_bytes_512(rounded_512(p + r, per, t, r), rounded_512(p + r + 16, per, t, r + 16),
-                    rounded_512(p + r + 32, per, t, r + 32), rounded_512(p + r + 48, per, t, r + 48),
-                    w.high + g * decode_tile + r, w.low + g * decode_tile + r);
+  MOE_UNROLL
+  for (int g = 0; g < 4; ++g) {
+    const float largest = __builtin_bit_cast(float, _mm512_reduce_max_epu32(most[g]));
+    w.unit[g] = largest / 65535;
+    const __m512 per = _mm512_set1_ps(largest > 0x1p-100f ? 65535 / largest : 0.f);
+    const float* from = p + g * decode_tile;
+    for (dim r = first; r < t.hi; r += step)
+      store_bytes_512(rounded_512(from + r, per, t, r), rounded_512(from + r + 16, per, t, r + 16),
+                      rounded_512(from + r + 32, per, t, r + 32), rounded_512(from + r + 48, per, t, r + 48),
+                      w.high + g * decode_tile + r, w.low + g * decode_tile + r);
+  }
 }
 
 struct value_bytes_512 {
@@ -182,16 +193,14 @@ void attend_bytes_512(const decode_unit& u) noexcept {
     for (dim head = 0; head < u.heads; head += decode_heads) {
       alignas(64) float s[decode_heads * decode_tile];
       byte_weights weights;
-      float fade[decode_heads];
+      float unit[decode_heads], fade[decode_heads];
       score_tile_512<std::int8_t>(
           u, t, head, ahead, s, [&](const keys& w, dim r, float* to) { score_bytes_512<Build, 1>(w, scale + r, to); },
           [&](const keys& w, dim r, float* to) { score_bytes_512<Build, 2>(w, scale + r, to); });
-      for (dim g = 0; g < decode_heads; ++g) {
-        float* own = s + g * decode_tile;
-        fade[g] = soften_512<Build>(own, t, byte_query(u.query(head + g), u.d).unit, u.largest[head + g], u.sum[head + g],
-                                    ahead.take(t.blocks() * soften_lines));
-        round_weights_512<Build>(own, u.v_scale + t.base, t, weights, g, ahead.take(t.blocks()));
-      }
+      for (dim g = 0; g < decode_heads; ++g) unit[g] = byte_query(u.query(head + g), u.d).unit;
+      soften_512<Build>(s, t, unit, u.largest + head, u.sum + head, fade,
+                        ahead.take(t.blocks() * decode_heads * soften_lines));
+      round_weights_512<Build>(s, u.v_scale + t.base, t, weights, ahead.take(t.blocks() * decode_heads));
       value_bytes_512 w{static_cast<const std::int8_t*>(u.v) + t.base * u.dv, t.lo, t.hi, u.dv, &weights, fade, {}, {}};
       for (dim g = 0; g < decode_heads; ++g) w.o[g] = u.o + (head + g) * u.dv;
       for (dim j = 0; j < u.dv; j += kv_pad) {

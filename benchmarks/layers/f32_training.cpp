@@ -20,9 +20,8 @@ struct whole_weights {
 
 }  // namespace
 
-std::unique_ptr<contestant> make_f32(const model_shape& s, bool backward) {
-  return backward ? for_k<library_training, moe::ffn_expert, whole_weights>(s)
-                  : for_k<library_layer, moe::ffn_expert, whole_weights>(s);
+std::unique_ptr<contestant> make_f32_training(const model_shape& s) {
+  return for_k<library_training, moe::ffn_expert, whole_weights>(s);
 }
 
 }  // namespace bench
