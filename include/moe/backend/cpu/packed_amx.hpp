@@ -170,7 +170,7 @@ void multiply_panels(const prepared_rows& a, const panel_product& p, Finish fini
   constexpr dim pages = 4, page_bytes = 4096;
   tile_heights<Tiles> heights;
   const auto work = [&](dim b, dim panel, dim step, dim n) noexcept {
-    const dim height = a.height_of(b), upper = (height + 1) / 2, lower = height - upper;
+    const dim height = a.height_of(b), upper = height <= tile_rows ? height : (height + 1) / 2, lower = height - upper;
     const std::byte* rows = a.block(b, step);
     heights.set(upper, lower > 0 ? lower : 1);
     return tile_work{rows,
@@ -243,10 +243,10 @@ void multiply_bytes_amx(const prepared_rows& a, const panel_product& p, const st
   multiply_panels<Build, Tiles, true>(
       a, p, [&](dim b, dim panel) noexcept { scale_sums<Build>(a, p, b, panel); }, next, bytes);
 }
-/// A block of lanes reads weights from memory faster than tiles do.
+/// One row or two read weights from memory faster without tiles.
 template <int Build, class Tiles>
 void multiply_bytes_amx(const prepared_rows& a, const panel_product& p) noexcept {
-  if (a.rows <= rows_512) return multiply_512<Build, std::int8_t>(a, p);
+  if (a.rows <= 2) return multiply_512<Build, std::int8_t>(a, p);
   multiply_bytes_amx<Build, Tiles>(a, p, nullptr, 0);
 }
 /// Many rows: two panels at a time are widened to bytes.
