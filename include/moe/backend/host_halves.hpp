@@ -31,12 +31,13 @@ struct mixed_rows {
 template <class W>
 using rows_for = std::conditional_t<std::same_as<W, bf16>, mixed_rows, gathered<float>>;
 
-/// Rounds the rows of a bank to their halves.
+/// Rounds the rows of a bank to their halves, token after token: the floats of a token that several experts take are read
+/// from memory once.
 template <HostBackend B>
 void round_rows(const call<B>& on, const bank_rows& rows, const mixed_rows& x) noexcept {
   const auto round = mixed_kernels_of(typename B::arch{}).halves.round;
   if (!round) return;
-  for_each_row(on, rows, [&](dim, dim r) { round(x.floats.row(r), x.halves.row(r), x.halves.cols); });
+  for_each_row_by_token(on, rows, [&](dim, dim r) { round(x.floats.row(r), x.halves.row(r), x.halves.cols); });
 }
 /// The floats of `m` as rows for bf16 weights, rounded where the level does that.
 template <HostBackend B>
