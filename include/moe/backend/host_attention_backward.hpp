@@ -187,7 +187,7 @@ void attend_backward(const call<B>& on, const attention_problem& p, const Q& q, 
       for (dim first = of.first; first < of.end; first += grid.height()) {
         const detail::attention_tile t{of.in, g, first, detail::at_most(of.end - first, grid.height())};
         detail::start_rows(p, t, s);
-        detail::load_queries(kernels, p, t, q, s);
+        if (!on_halves) detail::load_queries(kernels, p, t, q, s);
         detail::start_gradients(kernels, t, group, dout, lse, delta, s);
         selection.recall(p, t, s, chosen);
         if constexpr (detail::all_halves<Q, K, V>)
