@@ -31,13 +31,12 @@ struct mixed_rows {
 template <class W>
 using rows_for = std::conditional_t<std::same_as<W, bf16>, mixed_rows, gathered<float>>;
 
-/// Rounds the rows of a bank to their halves, token after token: the floats of a token that several experts take are read
-/// from memory once.
+/// Rounds the rows of a bank to their halves.
 template <HostBackend B>
 void round_rows(const call<B>& on, const bank_rows& rows, const mixed_rows& x) noexcept {
   const auto round = mixed_kernels_of(typename B::arch{}).halves.round;
   if (!round) return;
-  for_each_row_by_token(on, rows, [&](dim, dim r) { round(x.floats.row(r), x.halves.row(r), x.halves.cols); });
+  for_each_row(on, rows, [&](dim, dim r) { round(x.floats.row(r), x.halves.row(r), x.halves.cols); });
 }
 /// The floats of `m` as rows for bf16 weights, rounded where the level does that.
 template <HostBackend B>
@@ -47,7 +46,8 @@ mixed_rows mixed(const call<B>&, matrix_view<float> m) noexcept {
     rows.halves = {reinterpret_cast<bf16*>(m.data), m.rows, m.cols, 2 * m.ld};
   return rows;
 }
-/// The same of rows of a bank, which are rounded into `room`, half as wide.
+/// The same of rows of a bank, which are rounded into `room`, half as wide, token after token: the floats of a token that
+/// several experts take are read from memory once.
 template <HostBackend B>
 mixed_rows mixed(const call<B>& on, const bank_rows& rows, gathered<float> x, matrix_view<float> room) noexcept {
   mixed_rows to = mixed(on, room);
@@ -55,7 +55,8 @@ mixed_rows mixed(const call<B>& on, const bank_rows& rows, gathered<float> x, ma
   if (const dim ld = detail::blocks(x.cols(), 32) / 2 * 64 + 32; room.cols == room.ld && ld <= to.halves.ld)
     to.halves = {to.halves.row(rows.first()) - rows.first() * ld, room.rows, x.cols(), ld};
   to.halves.cols = x.cols();
-  round_rows(on, rows, to);
+  if (const arch::half_kernels k = mixed_kernels_of(typename B::arch{}).halves; k.round)
+    for_each_row_by_token(on, rows, [&](dim, dim r) { k.round_past(x.row(r), to.halves.row(r), x.cols()); }, k.settle);
   return to;
 }
 

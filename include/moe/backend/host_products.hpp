@@ -231,6 +231,9 @@ void product_tn(gathered<float> a, gathered<float> b, dim depth, matrix_view<flo
 struct half_kernels {
   /// To nearest even, the halves may lie where the floats lay. Null: this level multiplies floats.
   void (*round)(const float*, bf16*, dim) noexcept = nullptr;
+  /// The same for halves that are not read again soon. Others read them after `settle` and the next join.
+  void (*round_past)(const float*, bf16*, dim) noexcept = nullptr;
+  void (*settle)() noexcept = nullptr;
   /// A copy for results that are not read again soon.
   void (*stream)(matrix_view<const float> from, matrix_view<float> to) noexcept = nullptr;
   dim (*product_room)(dim n) noexcept = nullptr;          ///< bytes for gemm_nt and gemm_nn

@@ -71,11 +71,12 @@ bank_rows dense_rows(const call<B>& on) noexcept {
   rows.offsets = offsets;
   return rows;
 }
-/// f(t) for every t in 0 .. n.
-template <HostBackend B, class F>
-void for_each_token(const call<B>& on, dim n, F f) noexcept {
+/// f(t) for every t in 0 .. n, and then() after every few of them.
+template <HostBackend B, class F, class... Then>
+void for_each_token(const call<B>& on, dim n, F f, const Then&... then) noexcept {
   on.executor().for_each(n, 16, [&](dim t, dim last) {
     for (; t < last; ++t) f(t);
+    (then(), ...);
   });
 }
 /// ys(r, j) = f(e, r, j) for every row of a bank.
@@ -130,16 +131,18 @@ void dot_rows(const call<B>& on, const bank_rows& rows, gathered<float> xs, gath
     s[static_cast<std::size_t>(r)] += dot(typename B::arch{}, xs.row(r), zs.row(r), xs.cols());
   });
 }
-/// f(t, r) for every row r of token t that lies in this bank, in the order of the token's choices, one thread a token.
-template <HostBackend B, class F>
-void for_each_row_by_token(const call<B>& on, const bank_rows& rows, F f) noexcept {
+/// f(t, r) for every row r of token t that lies in this bank, in the order of the token's choices, one thread a token, and
+/// then() after every few tokens.
+template <HostBackend B, class F, class... Then>
+void for_each_row_by_token(const call<B>& on, const bank_rows& rows, F f, const Then&... then) noexcept {
   const dim first = rows.first(), last = rows.last();
-  if (rows.token_offsets.empty()) return for_each_token(on, last - first, [&](dim i) { f(i + first, i + first); });
-  for_each_token(on, rows.tokens(), [&](dim t) {
+  if (rows.token_offsets.empty()) return for_each_token(on, last - first, [&](dim i) { f(i + first, i + first); }, then...);
+  const auto token = [&](dim t) {
     for (idx i = rows.token_offsets[static_cast<std::size_t>(t)]; i < rows.token_offsets[static_cast<std::size_t>(t) + 1];
          ++i)
       if (const dim r = rows.position[static_cast<std::size_t>(i)]; r >= first && r < last) f(t, r);
-  });
+  };
+  for_each_token(on, rows.tokens(), token, then...);
 }
 /// to[t] += the rows of token t that lie in this bank, each times its weight where `from` has weights, in the order of the
 /// token's choices. Without token_offsets row r is token r.

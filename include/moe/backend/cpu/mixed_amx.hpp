@@ -379,7 +379,8 @@ mixed_kernels mixed_kernels_of(basic_amx<Build>, Tiles = {}) noexcept {
       nullptr,
       nullptr,
       nullptr,
-      {&detail::round_floats<Build>, &detail::stream_floats<Build>, &detail::packed_bytes, &detail::gradient_room_amx,
+      {&detail::round_floats<Build>, &detail::round_floats<Build, true>, &detail::settle_lines,
+       &detail::stream_floats<Build>, &detail::packed_bytes, &detail::gradient_room_amx,
        &detail::product_nt_amx<Build, Tiles>, &detail::product_nn_amx<Build, Tiles>, &detail::product_tn_amx<Build, Tiles>}};
 }
 

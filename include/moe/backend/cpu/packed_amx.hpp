@@ -272,16 +272,21 @@ inline __m512i rounded_halves(__m512 v) noexcept {
   const __m512i near = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
   return _mm512_mask_or_epi32(near, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), u, _mm512_set1_epi32(0x400000));
 }
-/// to[j] = from[j], rounded. `to` may be where `from` is.
-template <int Build>
+/// to[j] = from[j], rounded. `to` may be where `from` is, but not with `Past`, which writes whole lines past the caches.
+template <int Build, bool Past = false>
 MOE_TARGET(MOE_AVX512)
 void round_floats(const float* from, bf16* to, dim n) noexcept {
   alignas(64) static constexpr std::uint16_t upper[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
                                                           33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+  const bool past = Past && reinterpret_cast<std::uintptr_t>(to) % line_bytes == 0;
   dim j = 0;
   for (const __m512i order = _mm512_load_si512(upper); j + 32 <= n; j += 32) {
     const __m512i low = rounded_halves(_mm512_loadu_ps(from + j)), high = rounded_halves(_mm512_loadu_ps(from + j + 16));
-    _mm512_storeu_si512(to + j, _mm512_permutex2var_epi16(low, order, high));
+    const __m512i halves = _mm512_permutex2var_epi16(low, order, high);
+    if (past)
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(to + j), halves);
+    else
+      _mm512_storeu_si512(to + j, halves);
   }
   for (; j < n; j += 16) {
     const __mmask16 some = static_cast<__mmask16>(n - j < 16 ? (1u << (n - j)) - 1 : 0xffff);
@@ -299,6 +304,8 @@ void prepare_bf16_512(const float* x, dim k, std::byte* to, float*, bool) noexce
   std::memset(static_cast<void*>(halves + k), 0, static_cast<std::size_t>(padded - k) * sizeof(bf16));
 }
 
+/// What was written past the caches is there for others after the next join.
+inline void settle_lines() noexcept { _mm_sfence(); }
 /// to = from, past the caches: whole lines that are written are not read before.
 template <int Build>
 MOE_TARGET(MOE_AVX512)
@@ -314,7 +321,7 @@ void stream_floats(matrix_view<const float> from, matrix_view<float> to) noexcep
       _mm512_mask_storeu_ps(row + j, some, _mm512_maskz_loadu_ps(some, at + j));
     }
   }
-  _mm_sfence();  // others read it after the next join
+  settle_lines();
 }
 
 }  // namespace moe::arch::detail
