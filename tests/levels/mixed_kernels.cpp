@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <vector>
 
@@ -74,7 +75,13 @@ struct trial {
     const auto left = rounded(a(), what == product::tn ? depth : m, 0);
     if (what == product::tn) {
       const moe::buffer room(static_cast<std::size_t>(halves.gradient_room(m, n)));
-      return halves.gemm_tn(left, rounded(gathered<float>{b()}, depth, 1), c, room.bytes().data());
+      const auto right = rounded(gathered<float>{b()}, depth, 1);
+      std::vector<float> twin(static_cast<std::size_t>(m * n));  // of the same rows: the same gradient
+      const matrix_view<float> second{twin.data(), m, n};
+      for (dim r = 0; r < m; ++r) std::copy_n(c.row(r), n, second.row(r));
+      halves.gemm_tn(left, right, c, left, second, room.bytes().data());
+      for (dim r = 0; r < m; ++r) CHECK(std::memcmp(second.row(r), c.row(r), static_cast<std::size_t>(n) * sizeof(float)) == 0);
+      return;
     }
     // Sums start from nothing or are added to, in rows with room for whole panels.
     const moe::buffer room(static_cast<std::size_t>(halves.product_room(n)));

@@ -129,7 +129,7 @@ template <class W, HostBackend B>
 void grouped_wgrad(const call<B>& on, const bank_rows& rows, const rows_for<W>& a, const rows_for<W>& b,
                    matrix_stack<float> c) noexcept {
   if constexpr (std::same_as<W, bf16>)
-    if (a.halves) return detail::halves_wgrad(on, rows, a, b, c);
+    if (a.halves) return detail::halves_wgrad(on, rows, a, b, c, {}, {});
   const detail::tile_products<typename B::arch, W> products;
   const detail::gradient_grid grid(rows.offsets, c.first.rows, c.first.cols, arch::detail::gradient_rows, 1024);
   on.executor().for_each(grid.tiles(), 1, [&](dim i, dim last) {
@@ -138,6 +138,15 @@ void grouped_wgrad(const call<B>& on, const bank_rows& rows, const rows_for<W>& 
       products.tn(a.from(t.first), b.from(t.first), t.row, t.column, t.depth, t.of(c));
     }
   });
+}
+/// The same, and c2[e] += the sum of a2[r]^T b[r]. Either of c and c2 may be empty.
+template <class W, HostBackend B>
+void grouped_wgrad(const call<B>& on, const bank_rows& rows, const rows_for<W>& a, const rows_for<W>& b,
+                   matrix_stack<float> c, const rows_for<W>& a2, matrix_stack<float> c2) noexcept {
+  if constexpr (std::same_as<W, bf16>)
+    if (a.halves && c.first && c2.first) return detail::halves_wgrad(on, rows, a, b, c, a2, c2);
+  if (c.first) grouped_wgrad<W>(on, rows, a, b, c);
+  if (c2.first) grouped_wgrad<W>(on, rows, a2, b, c2);
 }
 /// The same in float32.
 template <HostBackend B>

@@ -196,8 +196,8 @@ void halves_dgrad(const call<B>& on, const bank_rows& rows, const mixed_rows& dz
 }
 /// grouped_wgrad of halves.
 template <HostBackend B>
-void halves_wgrad(const call<B>& on, const bank_rows& rows, const mixed_rows& a, const mixed_rows& b,
-                  matrix_stack<float> c) noexcept {
+void halves_wgrad(const call<B>& on, const bank_rows& rows, const mixed_rows& a, const mixed_rows& b, matrix_stack<float> c,
+                  const mixed_rows& a2, matrix_stack<float> c2) noexcept {
   scratch_frame frame(on.scratch);
   const arch::half_kernels k = mixed_kernels_of(typename B::arch{}).halves;
   const gradient_grid grid(rows.offsets, c.first.rows, c.first.cols, half_gradient_rows, half_gradient_columns);
@@ -206,8 +206,12 @@ void halves_wgrad(const call<B>& on, const bank_rows& rows, const mixed_rows& a,
     auto* room = reinterpret_cast<std::byte*>(mem.vector<std::int8_t>("packed", 0).data());
     for (dim i; take(i);) {
       const gradient_tile t = grid[i];
-      k.gemm_tn(a.halves.slice(t.first, t.depth).columns(t.row, t.rows),
-                b.halves.slice(t.first, t.depth).columns(t.column, t.columns), t.of(c), room);
+      const auto part = [&](const mixed_rows& m, dim first, dim n) -> matrix_view<const bf16> {
+        return m.halves.slice(t.first, t.depth).columns(first, n);
+      };
+      const matrix_view<const bf16> second = c2.first ? part(a2, t.row, t.rows) : matrix_view<const bf16>{};
+      k.gemm_tn(part(a, t.row, t.rows), part(b, t.column, t.columns), t.of(c), second,
+                c2.first ? t.of(c2) : matrix_view<float>{}, room);
     }
   });
 }

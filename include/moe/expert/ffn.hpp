@@ -137,9 +137,7 @@ struct basic_ffn_expert {
       round_rows(on, rows, dz);
     }
     if (dw.down) grouped_wgrad<W>(on, rows, dy, a, stack(dw.down, d));
-    if (const auto to = up_of(dw, f); to.first) grouped_wgrad<W>(on, rows, dup, xs, to);
-    if constexpr (gated)
-      if (const auto to = gate_of(dw, f); to.first) grouped_wgrad<W>(on, rows, dgate, xs, to);
+    grouped_wgrad<W>(on, rows, dup, xs, up_of(dw, f), dgate, gated ? gate_of(dw, f) : matrix_stack<float>{});
     if (!dx) return;
     grouped_dgrad(on, rows, dup, up, dgate, gated ? gate : matrix_stack<const W>{}, s.dx);
     scatter_add_rows(on, rows, gathered<float>{s.dx}, dx);

@@ -61,8 +61,7 @@ struct rows_work {
   float *sums, *below;  ///< below: of the lower block
   dim stride;           ///< floats from row to row of the sums
   bool add;
-  matrix_view<float> next = {};    ///< two lines of each of its rows come nearer meanwhile
-  weights_ahead* ahead = nullptr;  ///< so many of its lines in every step
+  weights_ahead* ahead = nullptr;  ///< where rows pass by, so many of its lines come nearer in every step
   dim lines = 0;
 };
 
@@ -87,7 +86,6 @@ MOE_NO_INLINE void multiply_rows(const rows_work& w) noexcept {
     Tiles::zero3();
   }
   const std::byte* q = w.columns;
-  const dim pace = blocks(w.next.rows, w.steps);
   for (dim s = 0; s < w.steps; ++s, q += 2 * tile_bytes) {
     const bf16 *upper = w.upper + s * w.step, *lower = two ? w.lower + s * w.step : nullptr;
     if constexpr (Pass == passing::rows) {
@@ -104,10 +102,6 @@ MOE_NO_INLINE void multiply_rows(const rows_work& w) noexcept {
       Tiles::add_halves0();
       Tiles::pass7(q + tile_bytes, line_bytes);
       Tiles::add_halves1();
-      for (dim r = s * pace; r < at_most(w.next.rows, (s + 1) * pace); ++r) {
-        moe::detail::prefetch_second(w.next.row(r));
-        moe::detail::prefetch_second(w.next.row(r) + tile_rows);
-      }
       if (two) Tiles::load5(lower, row);
     }
     if (!two) continue;
@@ -219,19 +213,9 @@ class halves_product {
       float* sums = c.row(b);
       bool more = add;
       const auto part = [&](const bf16* rows, dim ld, dim step, dim steps) {
-        multiply_rows<Build, Tiles, passing::rows>({rows,
-                                                    lower > 0 ? rows + upper * ld : nullptr,
-                                                    ld,
-                                                    32,
-                                                    columns + step * 2 * tile_bytes,
-                                                    steps,
-                                                    sums,
-                                                    sums + upper * c.ld,
-                                                    c.ld,
-                                                    more,
-                                                    {},
-                                                    &ahead_,
-                                                    lines_});
+        multiply_rows<Build, Tiles, passing::rows>({rows, lower > 0 ? rows + upper * ld : nullptr, ld, 32,
+                                                    columns + step * 2 * tile_bytes, steps, sums, sums + upper * c.ld, c.ld,
+                                                    more, &ahead_, lines_});
         more = true;
       };
       heights_.set(upper, lower > 0 ? lower : 1);
@@ -325,46 +309,45 @@ inline constexpr dim turned_columns = 256, packed_halves = 1024 * half_cut;
 inline dim gradient_room_amx(dim m, dim n) noexcept {
   return packed_bytes(at_most(m, turned_columns)) + at_most(packed_bytes(n), packed_halves * dim{sizeof(bf16)});
 }
-/// c[m,n] += a[k,m]^T b[k,n]. A pair of blocks of a's columns stays in the first cache while columns of b pass by, so that
-/// rows of c are read and written as they lie in memory.
+/// c[m,n] += a[k,m]^T b[k,n], at most half_cut deep; `columns` are those of b, packed, and `left` room for some of a's. A
+/// pair of blocks of a's columns stays in the first cache while columns of b pass by, so that rows of c are read and written
+/// as they lie in memory.
 template <int Build, class Tiles>
-void product_tn_amx(matrix_view<const bf16> a, matrix_view<const bf16> b, matrix_view<float> c, std::byte* room) noexcept {
+void product_tn_packed(matrix_view<const bf16> a, const std::byte* columns, matrix_view<float> c, bf16* left) noexcept {
   constexpr dim pair = 2 * tile_rows;
   alignas(64) float sums[pair * panel_rows];
   tile_heights<Tiles> heights;
-  auto* left = reinterpret_cast<bf16*>(room);
-  std::byte* right = room + packed_bytes(at_most(c.rows, turned_columns));
-  for (dim first = 0; first < a.rows; first += half_cut) {
-    const dim depth = at_most(a.rows - first, half_cut), steps = blocks(depth, 32), block = steps * 32 * tile_rows;
-    const dim band = packed_halves / (steps * 32) / panel_rows * panel_rows;
-    for (dim from = 0; from < c.cols; from += band) {
-      const dim n = at_most(c.cols - from, band);
-      pack_columns(b.slice(first, depth).columns(from, n), n, right);
-      for (dim i = 0; i < c.rows; i += pair) {
-        const dim m = at_most(c.rows - i, pair), upper = at_most(m, tile_rows), lower = m - upper,
-                  turned = i % turned_columns;
-        if (turned == 0) turn_columns(a.slice(first, depth).columns(i, at_most(c.rows - i, turned_columns)), left);
-        const bf16* rows = left + turned / tile_rows * block;
-        heights.set(upper, lower > 0 ? lower : 1);
-        for (dim j = 0; j < n; j += panel_rows) {
-          const matrix_view<float> to = c.slice(i, m).columns(from + j, at_most(n - j, panel_rows));
-          multiply_rows<Build, Tiles, passing::columns>({rows,
-                                                         lower > 0 ? rows + block : nullptr,
-                                                         32,
-                                                         32 * tile_rows,
-                                                         right + j * steps * line_bytes,
-                                                         steps,
-                                                         sums,
-                                                         sums + upper * panel_rows,
-                                                         panel_rows,
-                                                         false,
-                                                         {to.data + panel_rows, m, panel_rows, c.ld}});
-          add_sums(sums, to);
-        }
-      }
+  const dim steps = blocks(a.rows, 32), block = steps * 32 * tile_rows;
+  for (dim i = 0; i < c.rows; i += pair) {
+    const dim m = at_most(c.rows - i, pair), upper = at_most(m, tile_rows), lower = m - upper, turned = i % turned_columns;
+    if (turned == 0) turn_columns(a.columns(i, at_most(c.rows - i, turned_columns)), left);
+    const bf16* rows = left + turned / tile_rows * block;
+    heights.set(upper, lower > 0 ? lower : 1);
+    for (dim j = 0; j < c.cols; j += panel_rows) {
+      multiply_rows<Build, Tiles, passing::columns>({rows, lower > 0 ? rows + block : nullptr, 32, 32 * tile_rows,
+                                                     columns + j * steps * line_bytes, steps, sums,
+                                                     sums + upper * panel_rows, panel_rows, false});
+      add_sums(sums, c.slice(i, m).columns(j, at_most(c.cols - j, panel_rows)));
     }
   }
   Tiles::release();
+}
+/// c[m,n] += a[k,m]^T b[k,n], and c2 += a2^T b where there is a c2. b is packed once for both.
+template <int Build, class Tiles>
+void product_tn_amx(matrix_view<const bf16> a, matrix_view<const bf16> b, matrix_view<float> c, matrix_view<const bf16> a2,
+                    matrix_view<float> c2, std::byte* room) noexcept {
+  auto* left = reinterpret_cast<bf16*>(room);
+  std::byte* right = room + packed_bytes(at_most(c.rows, turned_columns));
+  for (dim first = 0; first < b.rows; first += half_cut) {
+    const dim depth = at_most(b.rows - first, half_cut);
+    const dim band = packed_halves / round_up(depth, 32) / panel_rows * panel_rows;
+    for (dim from = 0; from < b.cols; from += band) {
+      const dim n = at_most(b.cols - from, band);
+      pack_columns(b.slice(first, depth).columns(from, n), n, right);
+      product_tn_packed<Build, Tiles>(a.slice(first, depth), right, c.columns(from, n), left);
+      if (c2) product_tn_packed<Build, Tiles>(a2.slice(first, depth), right, c2.columns(from, n), left);
+    }
+  }
 }
 
 }  // namespace moe::arch::detail

@@ -178,6 +178,13 @@ void grouped_wgrad(const call<B>& on, const bank_rows& rows, gathered<float> a, 
                    matrix_stack<float> c) noexcept {
   grouped_gemm_tn(on, rows, a, b, c);
 }
+template <class W, DeviceBackend B>
+  requires std::same_as<W, float>
+void grouped_wgrad(const call<B>& on, const bank_rows& rows, gathered<float> a, gathered<float> b, matrix_stack<float> c,
+                   gathered<float> a2, matrix_stack<float> c2) noexcept {
+  if (c.first) grouped_gemm_tn(on, rows, a, b, c);
+  if (c2.first) grouped_gemm_tn(on, rows, a2, b, c2);
+}
 
 template <DeviceBackend B>
 void gemm_nt(const call<B>& on, matrix_view<const float> a, matrix_view<const float> b, matrix_view<float> c) noexcept {
