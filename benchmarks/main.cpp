@@ -32,11 +32,11 @@ void judge_loop(const std::vector<row>& rows) {
     }
 }
 
-std::vector<machine_limits> measure_all_limits(std::vector<int> threads) {
+std::vector<machine_limits> measure_all_limits(std::vector<int> threads, int rounds) {
   std::sort(threads.begin(), threads.end());
   threads.erase(std::unique(threads.begin(), threads.end()), threads.end());
   std::vector<machine_limits> all;
-  for (const int n : threads) all.push_back(measure_limits(n));
+  for (const int n : threads) all.push_back(measure_limits(n, rounds));
   return all;
 }
 
@@ -91,7 +91,7 @@ int run(const options& o) {
   std::vector<std::string> processes;
   for (const listed_peer& p : listed)
     if (!p.command.empty()) processes.push_back(p.name);
-  const std::vector<machine_limits> limits = measure_all_limits(o.fixed ? std::vector<int>{1} : o.threads);
+  const std::vector<machine_limits> limits = measure_all_limits(o.fixed ? std::vector<int>{1} : o.threads, o.rounds);
   std::printf("level %s: %s\n", std::string(moe::name(level.level)).c_str(), level.why);
   for (const machine_limits& l : limits) print_limits(l);
   const auto of = [&](int threads) -> const machine_limits& {

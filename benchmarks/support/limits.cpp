@@ -163,11 +163,11 @@ double median_rate(const way& w) {
 }  // namespace
 
 // All ways in turn, over and over, since others may have half of the processor for seconds. The best try of a unit counts.
-machine_limits measure_limits(int threads) {
+machine_limits measure_limits(int threads, int rounds) {
   machine_limits found{.threads = threads};
   const big_block block = make_block();
   std::vector<way> ways = ways_of(threads, block.get());
-  const double start = seconds(), span = 0.9 * static_cast<double>(ways.size());
+  const double start = seconds(), span = 0.06 * std::min(rounds, 15) * static_cast<double>(ways.size());
   for (double passed = 0; passed < span; passed = seconds() - start) {
     const bool alone = undisturbed(threads);  // which learns how fast that is
     for (way& w : ways) {

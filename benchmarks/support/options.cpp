@@ -38,7 +38,8 @@ other implementations of them, all in turn in one process; prints medians.
                     (several gigabytes the first time) and drives in processes of their own; they are handed the routing. What
                     cannot be installed or does not run here is named with the reason
   --peer-list FILE  peers in processes of their own, as benchmarks/peers/peer_list.hpp has it
-  --rounds N        turns that each implementation gets, each of about 10 ms, or one call. Default: 15
+  --rounds N        turns that each implementation gets, each of about 10 ms, or one call. Default: 15. Fewer: also less time
+                    for the limits
   --rotate MIB      weights of other layers that are used before those of a layer come again. Default: 1024. With less, what is
                     measured is a cache
   --help
