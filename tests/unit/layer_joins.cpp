@@ -135,7 +135,7 @@ TEST_SUITE("layer") {
         check_bits<X, moe::capacity<moe::top_k<2>>, moe::weighted_sum>(s, tokens);  // drops
       }
     check_bits<X, moe::deepseek_v3_router<4>, moe::weighted_sum>({.d = 40, .f = 24, .experts = 16}, 75);
-    check_bits<X, moe::top_k<1>, moe::weighted_sum>({.d = 600, .f = 40, .experts = 200}, 7);  // most experts have no rows
+    check_bits<X, moe::top_k<1>, moe::weighted_sum>({.d = 600, .f = 24, .experts = 40}, 7);  // most experts have no rows
   }
   TEST_CASE("tokens without eligible experts get 0, and others close up, where scores come a run at a time") {
     const moe::shape s{.d = 6, .f = 5, .experts = 4};
