@@ -13,6 +13,7 @@
 
 #include "moe/backend/cpu/level.hpp"
 #include "support/measure.hpp"
+#include "support/options.hpp"
 #include "support/units.hpp"
 
 #if defined(MOE_X86)
@@ -167,7 +168,7 @@ machine_limits measure_limits(int threads, int rounds) {
   machine_limits found{.threads = threads};
   const big_block block = make_block();
   std::vector<way> ways = ways_of(threads, block.get());
-  const double start = seconds(), span = 0.06 * std::min(rounds, 15) * static_cast<double>(ways.size());
+  const double start = seconds(), span = 0.06 * std::min(rounds, usual_rounds) * static_cast<double>(ways.size());
   for (double passed = 0; passed < span; passed = seconds() - start) {
     const bool alone = undisturbed(threads);  // which learns how fast that is
     for (way& w : ways) {

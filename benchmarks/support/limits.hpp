@@ -21,7 +21,7 @@ struct machine_limits {
 };
 
 /// The limit of a unit is the most that was seen in many tries, so that no share of it is flattered by a bad one; that of
-/// memory is the median of undisturbed ones, since others of the host use it, too. Fewer rounds than usual, fewer tries.
+/// memory is the median of undisturbed ones, since others of the host use it, too. Below usual_rounds it tries for less long.
 machine_limits measure_limits(int threads, int rounds);
 
 }  // namespace bench

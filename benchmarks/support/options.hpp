@@ -14,6 +14,9 @@ struct usage_error : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+/// Turns of an implementation, unless asked otherwise.
+inline constexpr int usual_rounds = 15;
+
 struct options {
   std::vector<model_shape> shapes;
   std::vector<dim> tokens;
@@ -23,7 +26,7 @@ struct options {
   std::string json;         ///< empty: none
   std::string peer_list;    ///< empty: none
   double rotate = 1 << 30;  ///< bytes of other layers between two calls of one
-  int rounds = 15;
+  int rounds = usual_rounds;
   bool backward = false, fixed = false, help = false;
   std::vector<attention_shape> attention;  ///< instead of layers, where there is one
   attention_form form{};                   ///< `backward` as above

@@ -194,7 +194,7 @@ void halves_dgrad(const call<B>& on, const bank_rows& rows, const mixed_rows& dz
     slots.kernels.stream(c, part_of(dx, t));
   });
 }
-/// grouped_wgrad of halves.
+/// grouped_wgrad of halves, of one gradient or, where there is a c2, of two.
 template <HostBackend B>
 void halves_wgrad(const call<B>& on, const bank_rows& rows, const mixed_rows& a, const mixed_rows& b, matrix_stack<float> c,
                   const mixed_rows& a2, matrix_stack<float> c2) noexcept {

@@ -98,7 +98,7 @@ MOE_TARGET(MOE_AVX512)
 inline __m512i rounded_512(const float* p, __m512 per, const tile_512& t, dim r) noexcept {
   return _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(t.lanes[r / kv_block], p), per));
 }
-/// p: weights of a tile, of four heads.
+/// p[4][decode_tile]: the softmax of a tile for four heads, which becomes p v_scale on the way.
 template <int Build>
 MOE_TARGET(MOE_AVX512)
 MOE_NO_INLINE
@@ -189,7 +189,7 @@ void attend_bytes_512(const decode_unit& u) noexcept {
   for_each_tile(u, [&](tile_span span) {
     const tile_512 t(span);
     const float* scale = u.k_scale + t.base;
-    tile_ahead ahead = ahead_of<std::int8_t>(u, t, soften_lines + 1);
+    tile_ahead ahead = ahead_of<std::int8_t>(u, t, soften_lines + 1);  // one for round_weights_512
     for (dim head = 0; head < u.heads; head += decode_heads) {
       alignas(64) float s[decode_heads * decode_tile];
       byte_weights weights;

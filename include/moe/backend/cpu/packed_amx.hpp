@@ -26,7 +26,13 @@ struct hardware_tiles {
 #define MOE_EACH_TILE(n) \
   MOE_TARGET(MOE_AMX) static void load##n(const void* p, dim stride) noexcept { _tile_loadd(n, p, stride); }
   MOE_EACH_TILE(0)
-  MOE_EACH_TILE(1) MOE_EACH_TILE(2) MOE_EACH_TILE(3) MOE_EACH_TILE(4) MOE_EACH_TILE(5) MOE_EACH_TILE(6) MOE_EACH_TILE(7)
+  MOE_EACH_TILE(1)
+  MOE_EACH_TILE(2)
+  MOE_EACH_TILE(3)
+  MOE_EACH_TILE(4)
+  MOE_EACH_TILE(5)
+  MOE_EACH_TILE(6)
+  MOE_EACH_TILE(7)
 #undef MOE_EACH_TILE
   /// The same, but the first cache keeps what it has.
   MOE_TARGET(MOE_AMX) static void pass4(const void* p, dim stride) noexcept { _tile_stream_loadd(4, p, stride); }
@@ -38,9 +44,12 @@ struct hardware_tiles {
   MOE_TARGET(MOE_AMX) static void zero##n() noexcept { _tile_zero(n); }                                  \
   MOE_TARGET(MOE_AMX) static void add_halves##n() noexcept { _tile_dpbf16ps(n, a, b); }                  \
   MOE_TARGET(MOE_AMX) static void add_bytes##n() noexcept { _tile_dpbsud(n, a, b); }
-      MOE_EACH_TILE(0, 4, 6) MOE_EACH_TILE(1, 4, 7) MOE_EACH_TILE(2, 5, 6) MOE_EACH_TILE(3, 5, 7)
+  MOE_EACH_TILE(0, 4, 6)
+  MOE_EACH_TILE(1, 4, 7)
+  MOE_EACH_TILE(2, 5, 6)
+  MOE_EACH_TILE(3, 5, 7)
 #undef MOE_EACH_TILE
-          MOE_TARGET(MOE_AMX) static void shape(const tile_shapes& s) noexcept {
+  MOE_TARGET(MOE_AMX) static void shape(const tile_shapes& s) noexcept {
     compiler_fence();  // GCC 12 takes the operand for eight bytes
     _tile_loadconfig(&s);
   }
