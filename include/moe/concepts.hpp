@@ -44,8 +44,9 @@ concept Backend = std::copyable<B> && requires {
   typename B::arch;
 };
 
-/// Rows in a block of a backend's products; an expert with a multiple of it leaves no block ragged. 16, the rows of an AMX
-/// tile, unless the backend states its own `row_tile`.
+/// Rows that a backend's products take together: an expert with a multiple of it wastes none. 16, the rows of an AMX tile, on
+/// the host (vector levels have a block for every number of rows, so nothing is filled up there), unless the backend states
+/// its own `row_tile`.
 template <class B = void>
 inline constexpr dim row_tile = 16;
 template <class B>

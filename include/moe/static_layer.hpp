@@ -130,7 +130,9 @@ class static_layer {
   [[no_unique_address]] Rule rule{};
 
   /// Copies the weights of a run-time layer of the same shape, up and gate separate, no biases.
+  /// errors   shape_error; level_error where MOE_CPU_LEVEL asks for what there is not
   void load(matrix_view<const float> gate, const ffn_weights& from) {
+    check_cpu_level();
     expect(gate, E, D, "static_layer: gate", "E x d");
     basic_ffn_expert<Form>{form}.check(from, {.tokens = 1, .d = D, .f = F, .experts = E});
     transpose(gate, w.router.data(), E);

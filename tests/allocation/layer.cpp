@@ -10,6 +10,7 @@
 #include "moe/core/recorded_plan.hpp"
 #include "moe/moe.hpp"
 #include "support/allocations.hpp"
+#include "support/any_weights.hpp"
 #include "support/testing.hpp"
 
 #if __has_include("moe/backend/cpu.hpp") && __has_include(<xsimd/xsimd.hpp>)
@@ -51,6 +52,15 @@ void expect_no_allocation(const L& net) {
   CHECK(testing::allocations_of(replay) == nothing_allocated);
   testing::model<L> inference(net, T, d, 1, false);
   CHECK(testing::allocations_of([&] { inference.forward(); }) == nothing_allocated);
+}
+
+/// The same of a layer that does not train.
+template <class L>
+void expect_no_allocation_of_inference(const L& net) {
+  testing::model<L> m(net, 70, net.sizes().d, 1, false);
+  testing::fill_other_weights(m);
+  m.forward();
+  CHECK(testing::allocations_of([&] { m.forward(); }) == nothing_allocated);
 }
 
 constexpr moe::shape shape{.d = 33, .f = 70, .experts = 5};
@@ -108,6 +118,8 @@ TEST_SUITE("layer") {
   TEST_CASE("the CPU backend allocates nothing, on one thread or several") {
     expect_no_allocation(layer<moe::cpu<>>(shape));
     expect_no_allocation(layer<moe::cpu<>, moe::top_k<2>, moe::bf16_ffn_expert>(shape));
+    expect_no_allocation_of_inference(layer<moe::cpu<>, moe::top_k<2>, moe::packed_ffn_expert<moe::bf16>>(shape));
+    expect_no_allocation_of_inference(layer<moe::cpu<>, moe::top_k<2>, moe::packed_ffn_expert<moe::int4_groups<32>>>(shape));
     const moe::thread_pool pool(3);
     using backend = moe::cpu<moe::arch::native, moe::pool_executor>;
     expect_no_allocation(layer<backend>(shape, backend(moe::pool_executor(pool))));

@@ -5,6 +5,7 @@
 
 #include "moe/backend/cpu.hpp"
 #include "moe/expert/set.hpp"
+#include "support/executors.hpp"
 #include "support/expert_rules.hpp"
 #include "support/layer_runs.hpp"
 #include "support/levels.hpp"
@@ -90,15 +91,28 @@ TEST_SUITE("expert/ffn") {
   }
 #if defined(MOE_X86)
   TEST_CASE("where tiles multiply, a layer agrees with the reference within the rounding of rows to bf16") {
-    if (!includes(moe::report_cpu_level().machine, moe::cpu_level::avx512)) return;
+    if (!includes(testing::highest_level(), moe::cpu_level::avx512)) return;
     // Each product rounds its rows by 2^-8 of themselves at most, 2^-9.8 in the root mean square; forward has two products in
     // a row, backward four. Sums average that out; what is left is relative to the tensor's largest value.
     check_errors<emulated>(1. / 128, 1. / 64);
     CHECK(compare<2, emulated>(shapes[5]).weights > 1e-4);
     CHECK(testing::emulated_tiles::faults == 0);
   }
+  TEST_CASE("where tiles multiply, rows are rounded in a join of its own, into memory that the layer has anyway") {
+    if (!includes(testing::highest_level(), moe::cpu_level::avx512)) return;
+    dim joins = 0;
+    using counted = moe::host_backend<testing::emulated_amx, testing::counting>;
+    const moe::shape s{.d = 80, .f = 48, .experts = 8};
+    testing::mixed_model<testing::bf16_layer<2, counted>> m(
+        testing::bf16_layer<2, counted>(s, counted(testing::counting{&joins})), 512, s.d, 1);
+    joins = 0;
+    m.forward();
+    CHECK(joins == 4);
+    const auto grown = [&](const auto& net) { return net.scratch_bytes(8192) - net.scratch_bytes(4096); };
+    CHECK(grown(testing::bf16_layer<2, emulated>(s)) == grown(testing::bf16_layer<2, moe::scalar<moe::serial>>(s)));
+  }
   TEST_CASE("tiles give equal bits in whatever order they are computed") {
-    if (!includes(moe::report_cpu_level().machine, moe::cpu_level::avx512)) return;
+    if (!includes(testing::highest_level(), moe::cpu_level::avx512)) return;
     for (const moe::shape& s : shapes) {
       CAPTURE(s.tokens);
       const auto alone = train(testing::bf16_layer<1, emulated>(s), s.tokens, 1);

@@ -119,7 +119,7 @@ TEST_SUITE("expert/packed_ffn") {
   }
 
   TEST_CASE_TEMPLATE("results are equal bits for any number of threads, by chunks of rows and by runs of panels", T, float,
-                     moe::bf16, std::int8_t) {
+                     moe::bf16, moe::f16, std::int8_t, int4_32) {
     using pooled = moe::cpu<moe::arch::native, moe::pool_executor>;
     const moe::shape s{.d = 96, .f = 200, .experts = 3};
     testing::model<dense_layer> dense(dense_layer(s), 700, s.d, 2);
@@ -132,18 +132,38 @@ TEST_SUITE("expert/packed_ffn") {
       }
     });
   }
-  TEST_CASE("one expert may have all rows, others none, and a batch no tokens") {
+  TEST_CASE_TEMPLATE("one expert may have all rows, others none, and a batch no tokens, at every level", T, moe::bf16, int4_32) {
     const moe::shape s{.d = 40, .f = 24, .experts = 4};
     testing::model<dense_layer> dense(dense_layer(s), 50, s.d, 3);
     for (dim j = 0; j < s.d; ++j) dense.w.gate.w(2, j) = dense.w.gate.w(3, j) = 0;
     for (dim t = 0; t < 50; ++t) dense.x[at(t * s.d)] = 5;
     for (dim e = 0; e < 2; ++e) dense.w.gate.w(e, 0) = 50;
-    packed_model<moe::bf16> m(dense, 50);
-    CHECK(m.ctx.plan.offsets[1] == 50);
-    CHECK(m.ctx.plan.offsets[4] == 100);
-    CHECK(distance(m.y, reference(m, {dense.x.data(), 50, s.d})) < tolerance<moe::bf16>);
-    m.run({dense.x.data(), 0, s.d});
-    CHECK(m.y.empty());
+    at_every_level([&] {
+      packed_model<T> m(dense, 50);
+      CHECK(m.ctx.plan.offsets[1] == 50);
+      CHECK(m.ctx.plan.offsets[4] == 100);
+      CHECK(distance(m.y, reference(m, {dense.x.data(), 50, s.d})) < tolerance<T>);
+      m.run({dense.x.data(), 0, s.d});
+      CHECK(m.y.empty());
+    });
+  }
+  TEST_CASE("rows of x and of y may lie apart, and what lies between them is left alone") {
+    const moe::shape s{.d = 40, .f = 24, .experts = 4};
+    const dim apart = s.d + 7, tokens = 30;
+    testing::model<dense_layer> dense(dense_layer(s), tokens, s.d, 3);
+    at_every_level([&] {
+      const packed_model<moe::bf16> m(dense, tokens);
+      std::vector<float> x(at(tokens * apart), NAN), y(at(tokens * apart), -77.f);
+      for (dim t = 0; t < tokens; ++t) std::copy_n(&dense.x[at(t * s.d)], s.d, &x[at(t * apart)]);
+      moe::arena mem(m.work.bytes());
+      auto ctx = m.net.make_inference_context(tokens, mem);
+      m.net.forward(m.w, moe::matrix_view<const float>{x.data(), tokens, s.d, apart},
+                    moe::matrix_view<float>{y.data(), tokens, s.d, apart}, ctx, mem);
+      for (dim t = 0; t < tokens; ++t) {
+        CHECK(std::equal(&y[at(t * apart)], &y[at(t * apart)] + s.d, &m.y[at(t * s.d)]));
+        for (dim j = s.d; j < apart; ++j) CHECK(y[at(t * apart + j)] == -77.f);
+      }
+    });
   }
   TEST_CASE("other forms, layouts and biases run as in the expert that was packed") {
     using gpt_oss_layer =

@@ -7,6 +7,7 @@
 #include "support/attention_checks.hpp"
 #include "support/emulated_tiles.hpp"
 #include "support/executors.hpp"
+#include "support/levels.hpp"
 
 #if defined(MOE_X86)
 
@@ -27,7 +28,7 @@ using testing::expect_equal;
 using on_tiles = moe::cpu<moe::arch::tiles_by_hand, moe::serial>;
 
 /// AVX-512 prepares tiles.
-bool has_512() { return moe::includes(moe::report_cpu_level().machine, moe::cpu_level::avx512); }
+bool has_512() { return moe::includes(testing::highest_level(), moe::cpu_level::avx512); }
 
 double largest_of(const std::vector<double>& v) {
   double largest = 0;

@@ -8,6 +8,7 @@
 #include <limits>
 #include <vector>
 
+#include "support/levels.hpp"
 #include "support/mixed.hpp"
 
 namespace {
@@ -128,7 +129,7 @@ template <class F>
 void on_every_rung(F f) {
   f("scalar", mixed_kernels_of(moe::arch::scalar{}), false);
 #if defined(MOE_X86)
-  const moe::cpu_level machine = moe::report_cpu_level().machine;
+  const moe::cpu_level machine = testing::highest_level();
   if (includes(machine, moe::cpu_level::avx2)) f("avx2", mixed_kernels_of(moe::arch::avx2{}), false);
   if (includes(machine, moe::cpu_level::avx512)) {
     f("avx512", mixed_kernels_of(moe::arch::avx512{}), false);

@@ -7,6 +7,7 @@
 
 #include "moe/backend/cpu.hpp"
 #include "support/emulated_tiles.hpp"
+#include "support/levels.hpp"
 #include "support/testing.hpp"
 
 namespace {
@@ -78,7 +79,7 @@ template <class T, class F>
 void on_every_rung(F f) {
   f("scalar", kernels_of(moe::arch::scalar{}, moe::arch::weights_of<T>{}));
 #if defined(MOE_X86)
-  const moe::cpu_level machine = moe::report_cpu_level().machine;
+  const moe::cpu_level machine = testing::highest_level();
   if (includes(machine, moe::cpu_level::avx2)) f("avx2", kernels_of(moe::arch::avx2{}, moe::arch::weights_of<T>{}));
   if (includes(machine, moe::cpu_level::avx512)) f("avx512", kernels_of(moe::arch::avx512{}, moe::arch::weights_of<T>{}));
   if (includes(machine, moe::cpu_level::avx512_vnni)) {
@@ -123,7 +124,7 @@ constexpr sizes tails[] = {{1, 1, 1},   {1, 3, 200}, {2, 2, 64},   {3, 1, 31},  
 
 TEST_SUITE("backend/cpu/packed") {
   TEST_CASE_TEMPLATE("whole numbers give equal bits on every rung", T, float, moe::bf16, moe::f16, std::int8_t, int4_32,
-                     int4_128) {
+                     int4_128, moe::int4_groups<32, moe::bf16>, moe::int4_groups<128, moe::f16>) {
     for (const sizes s : tails) {
       std::vector<float> x = testing::integers(s.rows * s.k, 3, 8);
       if constexpr (moe::packing<T>::scaled)
@@ -179,7 +180,7 @@ TEST_SUITE("backend/cpu/packed") {
     });
   }
   TEST_CASE_TEMPLATE("a row that is not finite gives no finite result, and no other row does", T, float, moe::bf16, moe::f16,
-                     std::int8_t, int4_32) {
+                     std::int8_t, int4_32, int4_128) {
     for (const float odd : {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
       std::vector<float> x = testing::normals(20 * 70, 5);
       x[at(3 * 70 + 69)] = odd;
@@ -190,6 +191,26 @@ TEST_SUITE("backend/cpu/packed") {
         for (dim r = 0; r < 20; ++r)
           for (dim j = 0; j < 32; ++j) REQUIRE(std::isfinite(y[at(r * 32 + j)]) == (r != 3));
       });
+    }
+  }
+  TEST_CASE_TEMPLATE("a weight that is not finite, or too large for its scale, gives no finite result, and no other weight does",
+                     T, float, moe::bf16, moe::f16, std::int8_t, int4_32, int4_128) {
+    constexpr bool half_scale = std::same_as<T, int4_32>;
+    for (const float odd : {std::numeric_limits<float>::quiet_NaN(), -std::numeric_limits<float>::infinity(), 6e5f}) {
+      const bool finite = odd == 6e5f && !std::same_as<T, moe::f16> && !half_scale;
+      std::vector<float> w = testing::normals(32 * 200, 6);
+      w[at(5 * 200 + 137)] = odd;
+      for (const dim rows : {1, 3, 20, 100}) {
+        const trial<T> t(rows, 1, 200, testing::normals(rows * 200, 5), w);
+        on_every_rung<T>([&](const char* rung, const moe::packed_kernels& kernels) {
+          CAPTURE(rung);
+          CAPTURE(odd);
+          CAPTURE(rows);
+          const std::vector<float> y = t.product(kernels);
+          for (dim r = 0; r < rows; ++r)
+            for (dim j = 0; j < 32; ++j) REQUIRE(std::isfinite(y[at(r * 32 + j)]) == (finite || j != 5));
+        });
+      }
     }
   }
   TEST_CASE_TEMPLATE("rows of zeros, or of numbers too small for a scale, give nothing", T, float, moe::bf16, std::int8_t, int4_32,
@@ -224,8 +245,16 @@ TEST_SUITE("backend/cpu/packed") {
     worst(moe::bf16{}, [&](dim r, dim k) { return std::fabs(w[at(r * 300 + k)]) / 256; });
     worst(moe::f16{}, [&](dim r, dim k) { return std::fabs(w[at(r * 300 + k)]) / 2048 + 1e-7f; });
     worst(std::int8_t{}, [&](dim r, dim) { return row_largest(r, 0, 300) / 254 * 1.001f; });
-    // 15 steps of max / 8 from -max: half a step within them, one beyond the last; and what the scale's own rounding costs.
-    worst(int4_32{}, [&](dim r, dim k) { return row_largest(r, k / 32 * 32, 32) / 8 * 1.01f; });
-    worst(int4_128{}, [&](dim r, dim k) { return row_largest(r, k / 128 * 128, 128) / 8 * 1.04f; });
+    // 15 steps of max / 8 from the extreme: half a step within them, one next to its opposite; and the scale's own rounding.
+    const auto step = [&](dim r, dim k, dim group, float slack) {
+      const dim first = k / group * group;
+      const float largest = row_largest(r, first, group), v = w[at(r * 300 + k)];
+      bool extreme_is_positive = false;
+      for (dim i = first; i < std::min<dim>(first + group, 300); ++i) extreme_is_positive |= w[at(r * 300 + i)] == largest;
+      const bool next_to_opposite = (v > 0) != extreme_is_positive && std::fabs(v) > largest * 7.4f / 8;
+      return largest / (next_to_opposite ? 8 : 16) * slack;
+    };
+    worst(int4_32{}, [&](dim r, dim k) { return step(r, k, 32, 1.01f); });
+    worst(int4_128{}, [&](dim r, dim k) { return step(r, k, 128, 1.04f); });
   }
 }

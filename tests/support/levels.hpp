@@ -10,17 +10,26 @@
 
 namespace testing {
 
-/// f() at every level of this machine, then as before.
+/// The highest level that tests use: of this machine, or what MOE_CPU_LEVEL caps it at.
+inline moe::cpu_level highest_level() {
+  static const moe::cpu_level highest = [] {
+    moe::check_cpu_level();
+    return moe::cpu_level_in_use();
+  }();
+  return highest;
+}
+
+/// f() at every level up to that, then as before.
 template <class F>
 void at_every_level(F f) {
-  const moe::cpu_level_report before = moe::report_cpu_level();
+  const moe::cpu_level highest = highest_level(), before = moe::cpu_level_in_use();
   for (const moe::cpu_level level : moe::every_cpu_level) {
-    if (!moe::includes(before.machine, level)) continue;
+    if (!moe::includes(highest, level)) continue;
     CAPTURE(std::string(moe::name(level)));
     moe::use_cpu_level(level);
     f();
   }
-  moe::use_cpu_level(before.level);
+  moe::use_cpu_level(before);
 }
 
 }  // namespace testing

@@ -134,7 +134,7 @@ struct packing<int4_groups<Group, Scale>> {
         std::uint8_t& byte = panel[place(r, first + i)].bits;
         const dim in = (first + i) % 64;
         byte = static_cast<std::uint8_t>(in < 32 ? (byte & 0xf0u) | code : (byte & 0x0fu) | code << 4);
-        if (std::fabs(q * unit) > row_scale[r] * 127 || unit != unit) row_scale[r] = std::fabs(q * unit) / 127;
+        if (std::fabs(q * unit) > row_scale[r] * 127 || unit - unit != 0) row_scale[r] = std::fabs(q * unit) / 127;
       }
     }
   }

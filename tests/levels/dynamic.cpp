@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "moe/backend/cpu.hpp"
+#include "moe/static_layer.hpp"
 #include "support/layer_runs.hpp"
 #include "support/levels.hpp"
 #include "support/testing.hpp"
@@ -169,11 +170,19 @@ TEST_SUITE("backend/cpu/dynamic") {
     });
   }
 #if defined(__unix__)
-  TEST_CASE("a backend cannot be made where MOE_CPU_LEVEL asks for what there is not") {
+  TEST_CASE("MOE_CPU_LEVEL says what runs, and the report says so") {
+    testing::highest_level();
+    const moe::cpu_level_report now = moe::report_cpu_level();
+    if (const char* wanted = std::getenv("MOE_CPU_LEVEL")) CHECK(name(now.level) == wanted);
+    else CHECK(now.level == now.machine);
+  }
+  TEST_CASE("a backend cannot be made, nor a static layer loaded, where MOE_CPU_LEVEL asks for what there is not") {
     const char* before = std::getenv("MOE_CPU_LEVEL");
     const std::string kept = before ? before : "";
     setenv("MOE_CPU_LEVEL", "fastest", 1);
     CHECK_THROWS_AS(moe::cpu<dynamic>{}, moe::level_error);
+    static moe::static_layer<2, 2, 2, 1> fixed;
+    CHECK_THROWS_AS(fixed.load({}, {}), moe::level_error);
     setenv("MOE_CPU_LEVEL", "scalar", 1);
     CHECK_NOTHROW(moe::cpu<dynamic>{});
     before ? setenv("MOE_CPU_LEVEL", kept.c_str(), 1) : unsetenv("MOE_CPU_LEVEL");
