@@ -103,7 +103,7 @@ using testing::at_every_level;
 
 TEST_SUITE("expert/packed_ffn") {
   TEST_CASE_TEMPLATE("a layer of packed experts equals the formulas in double at every level", T, float, moe::bf16, moe::f16,
-                     std::int8_t, int4_32, int4_128) {
+                     std::int8_t, int4_32, int4_128, moe::ternary) {
     for (const moe::shape s : {moe::shape{.d = 70, .f = 50, .experts = 5}, moe::shape{.d = 1, .f = 1, .experts = 2},
                                moe::shape{.d = 160, .f = 129, .experts = 3}}) {
       CAPTURE(s.d);
@@ -119,7 +119,7 @@ TEST_SUITE("expert/packed_ffn") {
   }
 
   TEST_CASE_TEMPLATE("results are equal bits for any number of threads, by chunks of rows and by runs of panels", T, float,
-                     moe::bf16, moe::f16, std::int8_t, int4_32) {
+                     moe::bf16, moe::f16, std::int8_t, int4_32, moe::ternary) {
     using pooled = moe::cpu<moe::arch::native, moe::pool_executor>;
     const moe::shape s{.d = 96, .f = 200, .experts = 3};
     testing::model<dense_layer> dense(dense_layer(s), 700, s.d, 2);
@@ -199,7 +199,8 @@ TEST_SUITE("expert/packed_ffn") {
     one.forward(ow, plain.in, {y.data(), 9, 40}, octx, omem);
     for (std::size_t i = 0; i < y.size(); ++i) REQUIRE(y[i] == doctest::Approx(plain.y[i]).epsilon(1e-4));
   }
-  TEST_CASE_TEMPLATE("packed weights are written to a checkpoint and read back as they were", T, moe::bf16, std::int8_t, int4_32) {
+  TEST_CASE_TEMPLATE("packed weights are written to a checkpoint and read back as they were", T, moe::bf16, std::int8_t, int4_32,
+                     moe::ternary) {
     const moe::shape s{.d = 40, .f = 70, .experts = 3};
     testing::model<dense_layer> dense(dense_layer(s), 6, s.d, 7);
     packed_model<T> m(dense, 6);

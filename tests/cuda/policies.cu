@@ -27,9 +27,14 @@ using shared_expert = moe::gated_dense<moe::ffn_expert, moe::cuda<>>;
 template void instantiate(const shared_expert&, const shared_expert::weights&, const shared_expert::input&,
                           const rows&, const shared_expert::input_grad&,
                           shared_expert::gradients&, shared_expert::context&, moe::device_arena&);
-using ternary = moe::layer<moe::linear_gate, moe::top_k<2>, moe::ternary_expert, moe::weighted_sum, moe::cuda<>>;
+template <class T>
+using packed = moe::layer<moe::linear_gate, moe::top_k<2>, moe::packed_ffn_expert<T>, moe::weighted_sum, moe::cuda<>>;
+using ternary = packed<moe::ternary>;
 template void instantiate_forward(const ternary&, const ternary::weights&, const ternary::input&,
                                   const rows&, ternary::context&, moe::device_arena&);
+using bytes = packed<std::int8_t>;
+template void instantiate_forward(const bytes&, const bytes::weights&, const bytes::input&, const rows&,
+                                  bytes::context&, moe::device_arena&);
 
 }  // namespace
 

@@ -78,6 +78,7 @@ std::vector<std::vector<float>> run_all() {
           run_packed<float>(),                         run_packed<bf16>(),
           run_packed<f16>(),                           run_packed<std::int8_t>(),
           run_packed<int4_groups<32>>(),               run_packed<int4_groups<128, bf16>>(),
+          run_packed<ternary>(),
           run_attention<float>(),                      run_attention<bf16>(),
           run_attention<f16>(),                        run_attention<std::int8_t>()};
 }

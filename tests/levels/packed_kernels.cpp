@@ -110,7 +110,7 @@ std::vector<float> exact_weights(dim n, dim k, std::uint64_t seed) {
 /// Whether a rung may multiply so many rows with four-bit weights that were rounded to bytes.
 template <class T>
 bool widened(dim rows, std::string_view rung) {
-  if (!moe::packing<T>::scaled || std::same_as<T, std::int8_t>) return false;
+  if (!moe::packing<T>::scaled || std::same_as<T, std::int8_t> || std::same_as<T, moe::ternary>) return false;
   return rung.starts_with("amx") ? rows > 12 : rung == "avx512_vnni" && rows >= 40;
 }
 
@@ -145,8 +145,42 @@ TEST_SUITE("backend/cpu/packed") {
     CHECK(testing::emulated_tiles::faults == 0);
 #endif
   }
+  TEST_CASE("ternary products are sums of codes times two scales, in equal bits on every rung") {
+    const auto check = [](const trial<moe::ternary>& t) {
+      std::vector<float> expected;
+      for (dim r = 0; r < t.rows; ++r) {
+        float largest = 0;
+        for (dim i = 0; i < t.k; ++i) largest = std::max(largest, std::fabs(t.x[at(r * t.k + i)]));
+        const float beta = largest + 1e-5f, per = 127 / beta;
+        for (dim j = 0; j < t.panels * 32; ++j) {
+          std::int64_t sum = 0;
+          for (dim i = 0; i < t.k; ++i)
+            sum +=
+                std::lrint(t.x[at(r * t.k + i)] * per) * moe::packing<moe::ternary>::code(t.packed.panel(j / 32), j % 32, i);
+          expected.push_back(beta / 127 * t.packed.panel_scale(j / 32)[j % 32] * static_cast<float>(sum));
+        }
+      }
+      on_every_rung<moe::ternary>([&](const char* rung, const moe::packed_kernels& kernels) {
+        CAPTURE(rung);
+        CAPTURE(t.rows);
+        CAPTURE(t.k);
+        const std::vector<float> y = t.product(kernels);
+        for (std::size_t i = 0; i < y.size(); ++i) REQUIRE(y[i] == expected[i]);
+      });
+    };
+    for (const sizes s : tails)
+      check({s.rows, s.panels, s.k, testing::normals(s.rows * s.k, 3), testing::normals(s.panels * 32 * s.k, 4)});
+    for (const float w : {1.f, -1.f}) {  // the largest sums that there may be
+      constexpr dim most = 1 << 16;
+      check({2, 1, most, std::vector<float>(2 * most, 3.f), std::vector<float>(32 * most, w)});
+      check({13, 1, 4096, std::vector<float>(13 * 4096, -3.f), std::vector<float>(32 * 4096, w)});
+    }
+#if defined(MOE_X86)
+    CHECK(testing::emulated_tiles::faults == 0);
+#endif
+  }
   TEST_CASE_TEMPLATE("products stay within the error of their operands on every rung", T, float, moe::bf16, moe::f16,
-                     std::int8_t, int4_32, int4_128) {
+                     std::int8_t, int4_32, int4_128, moe::ternary) {
     for (const sizes s : tails) {
       const trial<T> t(s.rows, s.panels, s.k, testing::normals(s.rows * s.k, 5), testing::normals(s.panels * 32 * s.k, 6));
       const std::vector<double> expected = t.expected();
@@ -166,7 +200,7 @@ TEST_SUITE("backend/cpu/packed") {
     }
   }
   TEST_CASE_TEMPLATE("a row's result is the same bits alone and among others on every rung", T, float, moe::bf16, moe::f16,
-                     std::int8_t, int4_32, int4_128) {
+                     std::int8_t, int4_32, int4_128, moe::ternary) {
     const trial<T> all(39, 2, 300, testing::normals(39 * 300, 5), testing::normals(64 * 300, 6));
     on_every_rung<T>([&](const char* rung, const moe::packed_kernels& kernels) {
       CAPTURE(rung);
@@ -180,7 +214,7 @@ TEST_SUITE("backend/cpu/packed") {
     });
   }
   TEST_CASE_TEMPLATE("a row that is not finite gives no finite result, and no other row does", T, float, moe::bf16, moe::f16,
-                     std::int8_t, int4_32, int4_128) {
+                     std::int8_t, int4_32, int4_128, moe::ternary) {
     for (const float odd : {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
       std::vector<float> x = testing::normals(20 * 70, 5);
       x[at(3 * 70 + 69)] = odd;
@@ -213,8 +247,8 @@ TEST_SUITE("backend/cpu/packed") {
       }
     }
   }
-  TEST_CASE_TEMPLATE("rows of zeros, or of numbers too small for a scale, give nothing", T, float, moe::bf16, std::int8_t, int4_32,
-                     int4_128) {
+  TEST_CASE_TEMPLATE("rows of zeros, or of numbers too small for a scale, give nothing", T, float, moe::bf16, std::int8_t,
+                     int4_32, int4_128, moe::ternary) {
     for (const float tiny : {0.f, 1e-38f, 1e-44f}) {
       const std::vector<float> small(20 * 70, tiny), weights(32 * 70, tiny);
       for (const bool swapped : {false, true}) {
@@ -256,5 +290,8 @@ TEST_SUITE("backend/cpu/packed") {
     };
     worst(int4_32{}, [&](dim r, dim k) { return step(r, k, 32, 1.01f); });
     worst(int4_128{}, [&](dim r, dim k) { return step(r, k, 128, 1.04f); });
+    // Half a step up to the scale, and what is beyond it.
+    const float scale = moe::packing<moe::ternary>::scale_of(moe::matrix_view<const float>{w.data(), 32, 300});
+    worst(moe::ternary{}, [&](dim r, dim k) { return std::max(scale / 2, std::fabs(w[at(r * 300 + k)]) - scale) * 1.001f; });
   }
 }

@@ -69,6 +69,33 @@ void compare(moe::shape s, dim T, const Parts&... parts) {
   CHECK(same_bits(again.grads.template as<float>(), device.grads.template as<float>()));
 }
 
+template <class T, class B>
+using packed_layer = moe::layer<moe::linear_gate, moe::top_k<2>, moe::packed_ffn_expert<T>, moe::weighted_sum, B>;
+
+/// y of a layer with weights that were packed on the host.
+template <class T, class B>
+std::vector<float> infer_packed(moe::shape s) {
+  using net_type = packed_layer<T, B>;
+  using space = moe::edge<typename B::space>;
+  const auto carve = [](const moe::buffer& b) {
+    return typename space::arena(typename space::template view<std::span<std::byte>>(b.bytes()));
+  };
+  testing::model<layers::ffn<moe::scalar<>>> from(layers::ffn<moe::scalar<>>(s), s.tokens, s.d, 11);
+  const net_type net(s);
+  const moe::buffer params(net.weight_bytes()), work(net.inference_context_bytes(s.tokens) + net.scratch_bytes(s.tokens));
+  moe::arena host(params.bytes());
+  const packed_layer<T, moe::scalar<>> on_host(s);
+  auto packed = on_host.make_weights(host);
+  std::copy_n(from.w.gate.w.data, s.experts * s.d, packed.gate.w.data);
+  on_host.experts().pack(from.w.experts, s, packed.experts);
+  auto p = carve(params), mem = carve(work);
+  auto ctx = net.make_inference_context(s.tokens, mem);
+  std::vector<float> y(static_cast<std::size_t>(s.tokens * s.d));
+  net.forward(net.make_weights(p), space::close(from.x_view()),
+              space::close(moe::matrix_view<float>(y.data(), s.tokens, s.d)), ctx, mem);
+  return y;
+}
+
 /// y, dq, dk and dv of attention over the best blocks, one after the other.
 template <class B>
 std::vector<float> attend(dim T, dim N, dim d, dim block) {
@@ -126,6 +153,11 @@ TEST_SUITE("backend/cuda/primitives") {
     compare<layers::nucleus>(s, 60, moe::top_p<3>{.p = 0.5f});
     compare<layers::chosen>(s, 60);
     compare<layers::pressed>(s, 60);
+  }
+
+  TEST_CASE_TEMPLATE("So do packed experts of integers", T, std::int8_t, moe::ternary) {
+    for (const moe::shape s : {moe::shape{.tokens = 60, .d = 70, .f = 50, .experts = 4}, {.tokens = 9, .d = 5, .f = 33, .experts = 2}})
+      CHECK(worst_difference(infer_packed<T, emulated_device>(s), infer_packed<T, moe::scalar<>>(s)) < 1e-5);
   }
 
   TEST_CASE("So does attention over blocks") {

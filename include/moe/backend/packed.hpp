@@ -35,7 +35,7 @@ inline constexpr dim panel_rows = 32, tile_rows = 16, line_bytes = 64, tile_byte
 constexpr dim panels_of(dim n) noexcept { return blocks(n, panel_rows); }
 
 /// The largest magnitude of n floats, or NaN where one of them is not finite.
-inline float magnitude(const float* v, dim n) noexcept {
+MOE_HD inline float magnitude(const float* v, dim n) noexcept {
   float largest = 0;
   bool finite = true;
   for (dim i = 0; i < n; ++i) {
@@ -47,7 +47,7 @@ inline float magnitude(const float* v, dim n) noexcept {
 
 /// What a row of that magnitude is multiplied by to become bytes of -127 .. 127: 0, where it holds zeros, numbers too small for
 /// such a factor, or one that is not finite.
-inline float to_bytes(float largest) noexcept {
+MOE_HD inline float to_bytes(float largest) noexcept {
   const float per = 127 / largest;
   return per - per == 0 ? per : 0;
 }
@@ -61,7 +61,7 @@ struct plain_packing {
                        step_bytes = 2 * tile_bytes;  // of a step
 
   /// Where weight (r, k) of a panel is, in elements.
-  static constexpr dim place(dim r, dim k) noexcept {
+  MOE_HD static constexpr dim place(dim r, dim k) noexcept {
     constexpr dim size = sizeof(T), slot = 4 / size;
     return (k / depth * step_bytes + r / tile_rows * tile_bytes + k % depth / slot * line_bytes + r % tile_rows * 4) / size +
            k % slot;
@@ -74,7 +74,7 @@ struct plain_packing {
 
 }  // namespace detail
 
-/// What packed weights of type T are made of: float, bf16, f16, std::int8_t or int4_groups<...>.
+/// What packed weights of type T are made of: float, bf16, f16, std::int8_t, int4_groups<...> or ternary.
 template <class T>
 struct packing;
 template <>
@@ -90,6 +90,7 @@ struct packing<f16> : detail::plain_packing<f16> {};
 template <>
 struct packing<std::int8_t> : detail::plain_packing<std::int8_t> {
   static constexpr bool scaled = true;
+  static constexpr float margin = 0;  ///< on top of the largest magnitude of a row that meets them
 
   static void pack(const float* w, dim k, dim r, std::int8_t* panel, float* scale) noexcept {
     const float largest = detail::magnitude(w, k), per = detail::to_bytes(largest);
@@ -99,8 +100,57 @@ struct packing<std::int8_t> : detail::plain_packing<std::int8_t> {
       panel[place(r, i)] = static_cast<std::int8_t>(static_cast<std::uint8_t>(static_cast<int>(q) + 128));
     }
   }
+  MOE_HD static int code(const std::int8_t* panel, dim r, dim k) noexcept {
+    return static_cast<std::uint8_t>(panel[place(r, k)]) - 128;
+  }
   static float weight(const std::int8_t* panel, dim r, dim k, float scale) noexcept {
-    return scale * static_cast<float>(static_cast<std::uint8_t>(panel[place(r, k)]) - 128);
+    return scale * static_cast<float>(code(panel, r, k));
+  }
+};
+
+/// One scale a matrix: w = scale q, q in -1, 0, 1, scale = mean|w| + 1e-5. A byte holds q + 1 of four k that are 16 apart,
+/// lowest first, so that a line of 64 bytes is four lines of bytes, two bits apart: a step of 64 k is 256 bytes of rows
+/// 0 .. 15 and as many of rows 16 .. 31. The scale of a matrix that is not finite is NaN, and so are its results.
+/// Ma et al. 2024 (BitNet b1.58), arXiv:2402.17764
+template <>
+struct packing<ternary> {
+  using unit = ternary;
+  static constexpr bool scaled = true;
+  static constexpr float margin = 1e-5f;
+  static constexpr dim depth = 64, half_bytes = 256, step_bytes = 2 * half_bytes;
+
+  MOE_HD static constexpr dim place(dim r, dim k) noexcept {
+    return k / depth * step_bytes + r / detail::tile_rows * half_bytes + k % 16 / 4 * detail::line_bytes +
+           r % detail::tile_rows * 4 + k % 4;
+  }
+  MOE_HD static constexpr int shift(dim k) noexcept { return static_cast<int>(k % depth / 16) * 2; }
+
+  template <class U>
+  static float scale_of(matrix_view<const U> w) noexcept {
+    double sum = 0;
+    for (dim r = 0; r < w.rows; ++r)
+      for (dim k = 0; k < w.cols; ++k) sum += std::fabs(static_cast<float>(w(r, k)));
+    const float mean = static_cast<float>(sum / static_cast<double>(w.rows * w.cols));
+    return mean - mean == 0 ? mean + margin : NAN;
+  }
+  /// q of a weight, half to even.
+  static float rounded(float w, float scale) noexcept {
+    const float q = std::nearbyint(w / scale);
+    return q > 1 ? 1 : q < -1 ? -1 : q == q ? q : 0;
+  }
+  /// scale[r] is given: that of the matrix.
+  static void pack(const float* w, dim k, dim r, ternary* panel, float* scale) noexcept {
+    for (dim i = 0; i < detail::round_up(k, depth); ++i) {
+      const int code = static_cast<int>(i < k ? rounded(w[i], scale[r]) : 0) + 1;
+      std::uint8_t& byte = panel[place(r, i)].bits;
+      byte = static_cast<std::uint8_t>((byte & ~(3 << shift(i))) | code << shift(i));
+    }
+  }
+  MOE_HD static int code(const ternary* panel, dim r, dim k) noexcept {
+    return (panel[place(r, k)].bits >> shift(k) & 3) - 1;
+  }
+  static float weight(const ternary* panel, dim r, dim k, float scale) noexcept {
+    return scale * static_cast<float>(code(panel, r, k));
   }
 };
 
@@ -177,15 +227,22 @@ struct packed_matrix {
   float weight(dim i, dim r, dim k) const noexcept {
     return pack_rule::weight(panel(i), r, k, pack_rule::scaled ? panel_scale(i)[r] : 1.f);
   }
-  /// Packs `w`, at most 32 rows, into the i-th panel.
+  /// Packs the matrix w into panels first, first + step, ...
   template <class U>
-  void pack(dim i, matrix_view<const U> w) {
+  void pack(dim first, matrix_view<const U> w, dim step = 1) {
     std::vector<float> row(static_cast<std::size_t>(cols));
-    for (dim r = 0; r < detail::panel_rows; ++r) {
-      for (dim k = 0; k < cols; ++k) row[static_cast<std::size_t>(k)] = r < w.rows ? static_cast<float>(w(r, k)) : 0.f;
-      pack_rule::pack(row.data(), cols, r, panels.row(i),
-                      pack_rule::scaled ? scale.data() + i * detail::panel_rows : nullptr);
+    if constexpr (requires { pack_rule::scale_of(w); }) {
+      const float whole = pack_rule::scale_of(w);
+      for (dim r = 0; r < detail::round_up(w.rows, detail::panel_rows); ++r)
+        scale[static_cast<std::size_t>((first + r / detail::panel_rows * step) * detail::panel_rows + r % detail::panel_rows)] =
+            whole;
     }
+    for (dim i = first, r = 0; r < w.rows; i += step)
+      for (dim in = 0; in < detail::panel_rows; ++in, ++r) {
+        for (dim k = 0; k < cols; ++k) row[static_cast<std::size_t>(k)] = r < w.rows ? static_cast<float>(w(r, k)) : 0.f;
+        pack_rule::pack(row.data(), cols, in, panels.row(i),
+                        pack_rule::scaled ? scale.data() + i * detail::panel_rows : nullptr);
+      }
   }
 };
 

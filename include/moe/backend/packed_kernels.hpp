@@ -11,8 +11,8 @@
 
 namespace moe {
 
-/// What activations become: floats, halves, or bytes with a scale a row: x ~ scale q, q in -127 .. 127, scale = max|x| /
-/// 127. A row that is not finite has a scale of NaN, and so results of NaN.
+/// What activations become: floats, halves, or bytes with a scale a row: x ~ scale q, q in -127 .. 127, scale = (max|x| +
+/// packing<T>::margin) / 127. A row that is not finite has a scale of NaN, and so results of NaN.
 enum class operand : std::uint8_t { f32, bf16, i8 };
 
 /// k of a line of 64 bytes.
@@ -59,6 +59,7 @@ struct panel_product {
   const float* scale = nullptr;  ///< of the rows of the first panel, or null
   std::byte* scratch = nullptr;
   matrix_view<float> c;
+  float zero = 128;  ///< the byte of a weight of zero
 };
 
 /// One level's kernels for one element type of weights.
@@ -115,9 +116,9 @@ void prepare_f32(const float* x, dim k, std::byte* to, float*, bool) noexcept {
     std::memcpy(to, line, sizeof line);
   }
 }
-template <int Build>
+template <int Build, class T = std::int8_t>
 void prepare_i8(const float* x, dim k, std::byte* to, float* factors, bool sums_of_32) noexcept {
-  const float largest = moe::detail::magnitude(x, k), per = moe::detail::to_bytes(largest);
+  const float largest = moe::detail::magnitude(x, k) + packing<T>::margin, per = moe::detail::to_bytes(largest);
   std::int32_t total = 0, part = 0;
   for (dim i = 0; i < moe::detail::round_up(k, sums_of_32 ? 128 : 64); ++i) {
     const auto q = static_cast<std::int8_t>(i < k && per != 0 ? std::nearbyint(x[i] * per) : 0);
@@ -175,6 +176,27 @@ void multiply_bytes(const prepared_rows& a, const panel_product& p) noexcept {
               f[0] * p.scale[j * panel_rows + half * tile_rows + o] * (static_cast<float>(sum[o]) - 128 * f[1]);
       }
 }
+template <int Build>
+void multiply_ternary(const prepared_rows& a, const panel_product& p) noexcept {
+  using rule = packing<ternary>;
+  for (dim j = 0; j < p.panels; ++j)
+    for (dim r = 0; r < a.rows; ++r)
+      for (dim half = 0; half < 2; ++half) {
+        std::int32_t sum[tile_rows] = {};
+        for (dim l = 0; l < a.lines; ++l) {
+          std::int8_t x[64];
+          std::memcpy(x, a.line(r, l), sizeof x);
+          const std::byte* w = p.weights + j * p.panel_bytes + l * rule::step_bytes + half * rule::half_bytes;
+          for (dim k = 0; k < 64; ++k)
+            for (dim o = 0; o < tile_rows; ++o)
+              sum[o] += x[k] * (static_cast<std::int32_t>(w[rule::place(o, k)]) >> rule::shift(k) & 3);
+        }
+        const float* f = a.factor(r);
+        for (dim o = 0; o < tile_rows; ++o)
+          p.c(r, j * panel_rows + half * tile_rows + o) =
+              f[0] * p.scale[j * panel_rows + half * tile_rows + o] * (static_cast<float>(sum[o]) - f[1]);
+      }
+}
 /// Each group's integer sum, less 8 for every weight, times its scale.
 template <int Build, class T>
 void multiply_groups(const prepared_rows& a, const panel_product& p) noexcept {
@@ -204,6 +226,10 @@ packed_kernels kernels_of(basic_scalar<Build>, weights_of<T>) noexcept {
 template <int Build>
 packed_kernels kernels_of(basic_scalar<Build>, weights_of<std::int8_t>) noexcept {
   return {operand::i8, 1, 64, false, 0, detail::prepare_i8<Build>, detail::multiply_bytes<Build>};
+}
+template <int Build>
+packed_kernels kernels_of(basic_scalar<Build>, weights_of<ternary>) noexcept {
+  return {operand::i8, 1, 64, false, 0, detail::prepare_i8<Build, ternary>, detail::multiply_ternary<Build>};
 }
 template <int Build, int Group, class Scale>
 packed_kernels kernels_of(basic_scalar<Build>, weights_of<int4_groups<Group, Scale>>) noexcept {

@@ -6,6 +6,7 @@
 #include "moe/concepts.hpp"
 #include "moe/core/error.hpp"
 #include "moe/expert/ffn.hpp"
+#include "moe/expert/packed_rows.hpp"
 
 namespace moe {
 
@@ -16,9 +17,11 @@ namespace moe {
 ///   bf16, f16                      2                   2^-9, 2^-12 of it
 ///   std::int8_t                    1                   1/254 of the largest of its row
 ///   int4_groups<32>, <128>         0.5625, 0.515625    1/16 of the largest of its group, 1/8 of it next to its opposite
+///   ternary                        0.25                half of the mean magnitude up to that, and what is beyond it
 ///
 /// and, for the scaled types, 4 bytes a row. Activations are floats; with scaled weights each product quantises its rows to
-/// bytes, one scale a row (error 1/254 of the largest of the row).
+/// bytes, one scale a row (error 1/254 of the largest of the row), and sums them exactly. On a device std::int8_t and
+/// ternary run, a thread an element.
 ///
 /// weights  gate_up, down and biases       saves  nothing
 /// errors   shape_error when f is not positive or a tensor does not fit
@@ -68,7 +71,10 @@ struct packed_ffn_expert {
   output make_output(shape s, dim rows, arena& mem) const noexcept { return mem.matrix<float>("ys", rows, s.d); }
   template <class B>
   void make_scratch(const B& backend, shape s, dim rows, arena& mem) const noexcept {
-    count_packed_ffn<T>(backend, s, rows, mem);
+    if constexpr (std::same_as<typename B::space, host>)
+      count_packed_ffn<T>(backend, s, rows, mem);
+    else
+      (void)detail::packed_rows_scratch::make(s, rows, mem);
   }
 
   /// Packs float32 experts into `to`, made by make_weights for the same shape.
@@ -77,12 +83,13 @@ struct packed_ffn_expert {
     basic_ffn_expert<Form, Layout, Biased>{form}.check(from, s);
     check(to, s);
     using source = basic_ffn_expert<Form, Layout, Biased>;
-    const matrix_stack<const float> up = source::up_of(from, s.f), down = stack<const float>(from.down, s.d);
+    const matrix_stack<const float> gate = source::gate_of(from, s.f), up = source::up_of(from, s.f),
+                                    down = stack<const float>(from.down, s.d);
     for (dim e = 0; e < s.experts; ++e) {
       const dim first = e * detail::panels_of(s.f) * together;
-      if constexpr (Form::gated) pack_panels(source::gate_of(from, s.f)[e], to.gate_up, first, together);
-      pack_panels(up[e], to.gate_up, first + together - 1, together);
-      pack_panels(down[e], to.down, e * detail::panels_of(s.d), 1);
+      if constexpr (Form::gated) to.gate_up.pack(first, gate[e], together);
+      to.gate_up.pack(first + together - 1, up[e], together);
+      to.down.pack(e * detail::panels_of(s.d), down[e]);
       if constexpr (Biased) {
         if constexpr (Form::gated) pack_bias(source::gate_bias_of(from, s.f)[e], to.gate_up_bias, first, together);
         pack_bias(source::up_bias_of(from, s.f)[e], to.gate_up_bias, first + together - 1, together);
@@ -102,7 +109,10 @@ struct packed_ffn_expert {
   template <class B, class... Then>
   void forward(const call<B>& on, const weights& w, const input& x, const bank_rows& rows, output ys, context&,
                const Then&... then) const noexcept {
-    packed_ffn(on, rows, rows.gather(x), form, w.gate_up, w.gate_up_bias, w.down, w.down_bias, ys, then...);
+    if constexpr (std::same_as<typename B::space, host>)
+      packed_ffn(on, rows, rows.gather(x), form, w.gate_up, w.gate_up_bias, w.down, w.down_bias, ys, then...);
+    else
+      packed_ffn_by_rows(on, rows, rows.gather(x), form, w.gate_up, w.gate_up_bias, w.down, w.down_bias, ys);
   }
 
  private:
@@ -113,15 +123,17 @@ struct packed_ffn_expert {
     if constexpr (packing<T>::scaled)
       expect(static_cast<dim>(m.scale.size()), rows * detail::panel_rows, what, "scales", "32 a panel");
   }
-  static void pack_panels(matrix_view<const float> w, packed_matrix<T>& to, dim first, dim step) {
-    for (dim r = 0; r < w.rows; r += detail::panel_rows, first += step)
-      to.pack(first, w.slice(r, detail::at_most(w.rows - r, detail::panel_rows)));
-  }
   static void pack_bias(matrix_view<const float> bias, std::span<float> to, dim first, dim step) noexcept {
     for (dim r = 0; r < bias.rows; ++r)
       to[static_cast<std::size_t>((first + r / detail::panel_rows * step) * detail::panel_rows + r % detail::panel_rows)] =
           bias(r, 0);
   }
 };
+
+/// SwiGLU with weights of -1, 0, 1 times a scale for each tensor and expert, as packing<ternary> has it. Both operands are
+/// integers: with alpha = mean|W| + 1e-5, codes = round(W / alpha) clipped to -1 .. 1, beta = max|x| + 1e-5 for each row,
+/// X = round(127 x / beta), all to the nearest, ties to even: x W^T ~ alpha beta / 127 sum X codes.
+/// Ma et al. 2024 (BitNet b1.58), arXiv:2402.17764; as experts: MoTE, arXiv:2506.14435
+using ternary_expert = packed_ffn_expert<ternary>;
 
 }  // namespace moe

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "moe/backend/cpu/packed_int4_avx512.hpp"
+#include "moe/backend/cpu/packed_ternary_avx512.hpp"
 
 #if defined(MOE_X86_KERNELS)
 
@@ -239,7 +240,7 @@ MOE_NO_INLINE void scale_sums(const prepared_rows& a, const panel_product& p, di
   const float* scale = p.scale + panel * panel_rows;
   const __m512 left = _mm512_loadu_ps(scale), right = _mm512_loadu_ps(scale + 16);
   for (dim r = b * a.height, end = r + a.height_of(b); r < end; ++r) {
-    const __m512 unit = _mm512_set1_ps(a.factor(r)[0]), shift = _mm512_set1_ps(128 * a.factor(r)[1]);
+    const __m512 unit = _mm512_set1_ps(a.factor(r)[0]), shift = _mm512_set1_ps(p.zero * a.factor(r)[1]);
     float* c = p.c.row(r) + panel * panel_rows;
     const __m512 low = _mm512_maskz_cvtepi32_ps(0xffff, _mm512_loadu_si512(c));
     const __m512 high = _mm512_maskz_cvtepi32_ps(0xffff, _mm512_loadu_si512(c + 16));
@@ -258,20 +259,33 @@ void multiply_bytes_amx(const prepared_rows& a, const panel_product& p) noexcept
   if (a.rows <= 2) return multiply_512<Build, std::int8_t>(a, p);
   multiply_bytes_amx<Build, Tiles>(a, p, nullptr, 0);
 }
-/// Many rows: two panels at a time are widened to bytes.
-template <int Build, class Tiles, class T>
-void multiply_int4_amx(const prepared_rows& a, const panel_product& p) noexcept {
-  if (a.rows <= rows_512) return multiply_int4_512<Build, T>(a, p);
+/// Many rows: two panels at a time are widened to bytes by widen(panel, scale, to), where a weight of zero is `zero`.
+template <int Build, class Tiles, class Widen>
+void multiply_widened_amx(const prepared_rows& a, const panel_product& p, float zero, Widen widen) noexcept {
   const dim k = a.lines * 64;
   for (dim j = 0; j < p.panels; j += 2) {
     const dim n = p.panels - j < 2 ? p.panels - j : 2;
     const float* scale = p.scale + j * panel_rows;
     for (dim i = 0; i < n; ++i)
-      widen_panel<Build, T>(p.weights + (j + i) * p.panel_bytes, k, scale + i * panel_rows, p.scratch + i * panel_rows * k);
+      widen(p.weights + (j + i) * p.panel_bytes, scale + i * panel_rows, p.scratch + i * panel_rows * k);
     multiply_bytes_amx<Build, Tiles>(
-        a, {p.scratch, panel_rows * k, n, scale, nullptr, p.c.columns(j * panel_rows, n * panel_rows)},
+        a, {p.scratch, panel_rows * k, n, scale, nullptr, p.c.columns(j * panel_rows, n * panel_rows), zero},
         p.weights + (j + n) * p.panel_bytes, p.panel_bytes);
   }
+}
+template <int Build, class Tiles, class T>
+void multiply_int4_amx(const prepared_rows& a, const panel_product& p) noexcept {
+  if (a.rows <= rows_512) return multiply_int4_512<Build, T>(a, p);
+  multiply_widened_amx<Build, Tiles>(a, p, 128, [&](const std::byte* panel, const float* scale, std::byte* to) noexcept {
+    widen_panel<Build, T>(panel, a.lines * 64, scale, to);
+  });
+}
+template <int Build, class Tiles>
+void multiply_ternary_amx(const prepared_rows& a, const panel_product& p) noexcept {
+  if (a.rows <= rows_512) return multiply_ternary_512<Build>(a, p);
+  multiply_widened_amx<Build, Tiles>(a, p, 1, [&](const std::byte* panel, const float*, std::byte* to) noexcept {
+    widen_ternary_panel<Build>(panel, a.lines * 64, to);
+  });
 }
 
 /// Bits of v rounded to bf16, in the upper half of each lane; a NaN stays one. The lower halves hold anything.
@@ -359,6 +373,19 @@ packed_kernels kernels_of(basic_amx<Build>, weights_of<std::int8_t>, Tiles = {})
           0,
           detail::prepare_i8_512<Build>,
           detail::multiply_bytes_amx<Build, Tiles>,
+          false,
+          16,
+          detail::stream_floats<Build>};
+}
+template <int Build, class Tiles = detail::hardware_tiles>
+packed_kernels kernels_of(basic_amx<Build>, weights_of<ternary>, Tiles = {}) noexcept {
+  return {operand::i8,
+          2 * detail::tile_rows,
+          320,
+          false,
+          64,
+          detail::prepare_i8_512<Build, ternary>,
+          detail::multiply_ternary_amx<Build, Tiles>,
           false,
           16,
           detail::stream_floats<Build>};

@@ -228,6 +228,76 @@ void multiply_groups_256(const prepared_rows& a, const panel_product& p) noexcep
                                           p.c.row(r) + j * panel_rows + 8 * v);
 }
 
+/// M rows against half a panel of two bits a weight, 16 weight rows. A word takes 64 pairs of products of 2 by 127, four
+/// steps.
+template <int Build, int M>
+MOE_TARGET(MOE_AVX2)
+MOE_NO_INLINE
+    void multiply_block_ternary_256(const std::byte* a, dim a_step, dim lines, const std::byte* q, const float* factors,
+                                    dim factor_count, const float* scale, float* c, dim ld) noexcept {
+  using rule = packing<ternary>;
+  constexpr dim steps = 4;
+  const __m256i ones = _mm256_set1_epi16(1), mask = _mm256_set1_epi8(3);
+  int_lanes_256 sum[M][2];
+  MOE_UNROLL
+  for (int m = 0; m < M; ++m) sum[m][0] = sum[m][1] = int_lanes_256{};
+  for (dim l = 0; l < lines; l += steps) {
+    int_lanes_256 words[M][2];
+    MOE_UNROLL
+    for (int m = 0; m < M; ++m) words[m][0] = words[m][1] = int_lanes_256{};
+    for (dim end = moe::detail::at_most(lines - l, steps), s = 0; s < end; ++s, a += a_step, q += rule::step_bytes) {
+      MOE_NO_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        _mm_prefetch(reinterpret_cast<const char*>(q + from_memory + i * line_bytes), _MM_HINT_T1);
+        _mm_prefetch(reinterpret_cast<const char*>(q + from_second + i * line_bytes), _MM_HINT_T0);
+        __m256i u = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(q + i * line_bytes)),
+                v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(q + i * line_bytes + 32));
+        MOE_UNROLL
+        for (int n = 0; n < 4; ++n) {
+          const __m256i low = _mm256_and_si256(u, mask), high = _mm256_and_si256(v, mask);
+          u = _mm256_srli_epi16(u, 2);
+          v = _mm256_srli_epi16(v, 2);
+          MOE_UNROLL
+          for (int m = 0; m < M; ++m) {
+            std::int32_t four;
+            std::memcpy(&four, a + 64 * m + 16 * n + 4 * i, 4);
+            const __m256i b = _mm256_set1_epi32(four);
+            words[m][0] = (int_lanes_256)_mm256_add_epi16((__m256i)words[m][0], _mm256_maddubs_epi16(low, b));
+            words[m][1] = (int_lanes_256)_mm256_add_epi16((__m256i)words[m][1], _mm256_maddubs_epi16(high, b));
+          }
+        }
+      }
+    }
+    MOE_UNROLL
+    for (int m = 0; m < M; ++m) {
+      MOE_UNROLL
+      for (int v = 0; v < 2; ++v)
+        sum[m][v] = (int_lanes_256)_mm256_add_epi32((__m256i)sum[m][v], _mm256_madd_epi16((__m256i)words[m][v], ones));
+    }
+  }
+  MOE_UNROLL
+  for (int m = 0; m < M; ++m) {
+    const __m256 unit = _mm256_set1_ps(factors[m * factor_count]), shift = _mm256_set1_ps(factors[m * factor_count + 1]);
+    MOE_UNROLL
+    for (int v = 0; v < 2; ++v)
+      _mm256_storeu_ps(c + m * ld + 8 * v, _mm256_mul_ps(_mm256_mul_ps(unit, _mm256_loadu_ps(scale + 8 * v)),
+                                                         _mm256_sub_ps(_mm256_cvtepi32_ps((__m256i)sum[m][v]), shift)));
+  }
+}
+
+template <int Build>
+void multiply_ternary_256(const prepared_rows& a, const panel_product& p) noexcept {
+  for (dim j = 0; j < p.panels; ++j)
+    for (dim b = 0; b < a.blocks(); ++b)
+      for (dim half = 0; half < 2; ++half)
+        with_constant<rows_256>(a.height_of(b), [&](auto m) {
+          multiply_block_ternary_256<Build, m>(
+              a.block(b), m * line_bytes, a.lines, p.weights + j * p.panel_bytes + half * packing<ternary>::half_bytes,
+              a.factor(b * a.height), a.factor_count, p.scale + j * panel_rows + half * tile_rows,
+              p.c.row(b * a.height) + j * panel_rows + half * tile_rows, p.c.ld);
+        });
+}
+
 }  // namespace moe::arch::detail
 
 namespace moe::arch {
@@ -252,6 +322,16 @@ packed_kernels kernels_of(basic_avx2<Build>, weights_of<std::int8_t>) noexcept {
           0,
           detail::prepare_i8<Build>,
           detail::multiply_bytes_256<Build>};
+}
+template <int Build>
+packed_kernels kernels_of(basic_avx2<Build>, weights_of<ternary>) noexcept {
+  return {operand::i8,
+          detail::rows_256,
+          16 * detail::rows_256,
+          false,
+          0,
+          detail::prepare_i8<Build, ternary>,
+          detail::multiply_ternary_256<Build>};
 }
 template <int Build, int Group, class Scale>
 packed_kernels kernels_of(basic_avx2<Build>, weights_of<int4_groups<Group, Scale>>) noexcept {

@@ -55,13 +55,14 @@ void for_each_panel_block(const prepared_rows& a, const panel_product& p, Multip
     }
 }
 
-/// Asks for weights from memory, and for the lines of both halves of a panel that come soon after the one at q.
+/// Asks for weights from memory, and for the lines of both halves of a panel, `half` bytes apart, that come soon after the
+/// one at q.
 MOE_TARGET(MOE_AVX512)
-inline void ask_ahead(const std::byte* ahead, dim pace, const std::byte* q) noexcept {
+inline void ask_ahead(const std::byte* ahead, dim pace, const std::byte* q, dim half = tile_bytes) noexcept {
   _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T1);
   if (pace > line_bytes) _mm_prefetch(reinterpret_cast<const char*>(ahead + line_bytes), _MM_HINT_T1);
   _mm_prefetch(reinterpret_cast<const char*>(q + from_second), _MM_HINT_T0);
-  _mm_prefetch(reinterpret_cast<const char*>(q + from_second + tile_bytes), _MM_HINT_T0);
+  _mm_prefetch(reinterpret_cast<const char*>(q + from_second + half), _MM_HINT_T0);
 }
 
 /// p, but the compiler does not know: numbers that are read through both are read twice, each as an operand in memory of a
@@ -193,7 +194,7 @@ void multiply_512(const prepared_rows& a, const panel_product& p) noexcept {
 }
 
 /// The same as prepare_i8, 16 numbers at a time.
-template <int Build>
+template <int Build, class T = std::int8_t>
 MOE_TARGET(MOE_AVX512)
 void prepare_i8_512(const float* x, dim k, std::byte* to, float* factors, bool sums_of_32) noexcept {
   const __m512i no_sign = _mm512_set1_epi32(0x7fffffff);
@@ -205,6 +206,7 @@ void prepare_i8_512(const float* x, dim k, std::byte* to, float* factors, bool s
   const std::int32_t bits = _mm512_reduce_max_epi32(largest);
   float most;
   std::memcpy(&most, &bits, sizeof most);
+  most += packing<T>::margin;
   const bool finite = most - most == 0;
   const __m512 per = _mm512_set1_ps(moe::detail::to_bytes(most));
   __m512i total = _mm512_setzero_si512();

@@ -37,6 +37,7 @@ template packed_kernels kernels_of(compiled, weights_of<float>) noexcept;
 template packed_kernels kernels_of(compiled, weights_of<bf16>) noexcept;
 template packed_kernels kernels_of(compiled, weights_of<f16>) noexcept;
 template packed_kernels kernels_of(compiled, weights_of<std::int8_t>) noexcept;
+template packed_kernels kernels_of(compiled, weights_of<ternary>) noexcept;
 template packed_kernels kernels_of(compiled, weights_of<int4_groups<32, f16>>) noexcept;
 template packed_kernels kernels_of(compiled, weights_of<int4_groups<32, bf16>>) noexcept;
 template packed_kernels kernels_of(compiled, weights_of<int4_groups<128, f16>>) noexcept;

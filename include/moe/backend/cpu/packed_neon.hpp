@@ -224,6 +224,69 @@ void multiply_groups_neon(const prepared_rows& a, const panel_product& p) noexce
                                            a.factor(r), p.c.row(r) + j * panel_rows + half * tile_rows);
 }
 
+/// M rows against half a panel of two bits a weight. A word takes 128 products of 2 by 127, eight steps.
+template <int Build, int M>
+MOE_NO_INLINE void multiply_block_ternary_neon(const std::byte* a, dim a_step, dim lines, const std::byte* q,
+                                               const float* factors, dim factor_count, const float* scale, float* c,
+                                               dim ld) noexcept {
+  using rule = packing<ternary>;
+  constexpr dim steps = 8;
+  const uint8x16_t mask = vdupq_n_u8(3);
+  for (dim v = 0; v < 4; ++v, q += 16, scale += 4, c += 4) {
+    const std::byte *x = a, *w = q;
+    int32x4_t low[M], high[M];  // of the lower and upper two weight rows, two sums for each
+    MOE_UNROLL
+    for (int m = 0; m < M; ++m) low[m] = high[m] = vdupq_n_s32(0);
+    for (dim l = 0; l < lines; l += steps) {
+      int16x8_t words[M][2];
+      MOE_UNROLL
+      for (int m = 0; m < M; ++m) words[m][0] = words[m][1] = vdupq_n_s16(0);
+      for (dim end = moe::detail::at_most(lines - l, steps), s = 0; s < end; ++s, x += a_step, w += rule::step_bytes) {
+        MOE_NO_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          const uint8x16_t u = vld1q_u8(reinterpret_cast<const std::uint8_t*>(w + i * line_bytes));
+          const int8x16_t codes[4] = {
+              vreinterpretq_s8_u8(vandq_u8(u, mask)), vreinterpretq_s8_u8(vandq_u8(vshrq_n_u8(u, 2), mask)),
+              vreinterpretq_s8_u8(vandq_u8(vshrq_n_u8(u, 4), mask)), vreinterpretq_s8_u8(vshrq_n_u8(u, 6))};
+          MOE_UNROLL
+          for (int m = 0; m < M; ++m) {
+            MOE_UNROLL
+            for (int n = 0; n < 4; ++n) {
+              const int8x16_t b =
+                  vreinterpretq_s8_s32(vld1q_dup_s32(reinterpret_cast<const std::int32_t*>(x + 64 * m + 16 * n + 4 * i)));
+              words[m][0] = vmlal_s8(words[m][0], vget_low_s8(codes[n]), vget_low_s8(b));
+              words[m][1] = vmlal_high_s8(words[m][1], codes[n], b);
+            }
+          }
+        }
+      }
+      MOE_UNROLL
+      for (int m = 0; m < M; ++m) {
+        low[m] = vpadalq_s16(low[m], words[m][0]);
+        high[m] = vpadalq_s16(high[m], words[m][1]);
+      }
+    }
+    MOE_UNROLL
+    for (int m = 0; m < M; ++m) {
+      const float* f = factors + m * factor_count;
+      const float32x4_t sum = vsubq_f32(vcvtq_f32_s32(vpaddq_s32(low[m], high[m])), vdupq_n_f32(f[1]));
+      vst1q_f32(c + m * ld, vmulq_f32(vmulq_n_f32(vld1q_f32(scale), f[0]), sum));
+    }
+  }
+}
+template <int Build>
+void multiply_ternary_neon(const prepared_rows& a, const panel_product& p) noexcept {
+  for (dim j = 0; j < p.panels; ++j)
+    for (dim b = 0; b < a.blocks(); ++b)
+      with_constant<rows_neon>(a.height_of(b), [&](auto m) {
+        for (dim half = 0; half < 2; ++half)
+          multiply_block_ternary_neon<Build, m>(
+              a.block(b), m * line_bytes, a.lines, p.weights + j * p.panel_bytes + half * packing<ternary>::half_bytes,
+              a.factor(b * a.height), a.factor_count, p.scale + j * panel_rows + half * tile_rows,
+              p.c.row(b * a.height) + j * panel_rows + half * tile_rows, p.c.ld);
+      });
+}
+
 /// The 32 numbers from x[i] on: where they are, or those before k and zeros in `spare`.
 inline const float* next_32(const float* x, dim i, dim k, float (&spare)[32]) noexcept {
   if (i + 32 <= k) return x + i;
@@ -232,7 +295,7 @@ inline const float* next_32(const float* x, dim i, dim k, float (&spare)[32]) no
 }
 
 /// The same as prepare_i8, 32 numbers at a time. Where one is not finite all are multiplied by 0, and NaN becomes 0.
-template <int Build>
+template <int Build, class T = std::int8_t>
 void prepare_i8_neon(const float* x, dim k, std::byte* to, float* factors, bool sums_of_32) noexcept {
   float spare[32];
   uint32x4_t largest = vdupq_n_u32(0);  // as integers magnitudes keep their order, and NaN is above all
@@ -241,7 +304,7 @@ void prepare_i8_neon(const float* x, dim k, std::byte* to, float* factors, bool 
     MOE_UNROLL
     for (int v = 0; v < 8; ++v) largest = vmaxq_u32(largest, vreinterpretq_u32_f32(vabsq_f32(vld1q_f32(from + 4 * v))));
   }
-  const float most = __builtin_bit_cast(float, vmaxvq_u32(largest));
+  const float most = __builtin_bit_cast(float, vmaxvq_u32(largest)) + packing<T>::margin;
   const bool finite = most - most == 0;
   const float per = moe::detail::to_bytes(most);
   std::int32_t total = 0;
@@ -287,6 +350,16 @@ packed_kernels kernels_of(basic_neon<Build>, weights_of<std::int8_t>) noexcept {
           0,
           detail::prepare_i8_neon<Build>,
           detail::multiply_bytes_neon<Build>};
+}
+template <int Build>
+packed_kernels kernels_of(basic_neon<Build>, weights_of<ternary>) noexcept {
+  return {operand::i8,
+          detail::rows_neon,
+          16 * detail::rows_neon,
+          false,
+          0,
+          detail::prepare_i8_neon<Build, ternary>,
+          detail::multiply_ternary_neon<Build>};
 }
 template <int Build, int Group, class Scale>
 packed_kernels kernels_of(basic_neon<Build>, weights_of<int4_groups<Group, Scale>>) noexcept {

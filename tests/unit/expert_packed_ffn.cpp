@@ -13,8 +13,6 @@ using ternary_layer = moe::layer<moe::linear_gate, moe::top_k<2>, moe::ternary_e
 static_assert(moe::Expert<moe::ternary_expert, backend>);
 static_assert(!moe::TrainableExpert<moe::ternary_expert, backend>, "inference only");
 
-int code(const moe::ternary_matrix& m, moe::dim r, moe::dim c) { return ((m.codes(r, c / 4).bits >> (2 * (c % 4))) & 3) - 1; }
-
 // x W^T as the header defines it, in double from the float matrix.
 std::vector<double> product(const std::vector<double>& x, moe::matrix_view<const float> w) {
   double sum = 0, largest = 0;
@@ -35,8 +33,8 @@ std::vector<double> product(const std::vector<double>& x, moe::matrix_view<const
 
 }  // namespace
 
-TEST_SUITE("expert/ternary") {
-  TEST_CASE("packing keeps the codes and the scale of every expert, at two bits a weight") {
+TEST_SUITE("expert/packed_ffn") {
+  TEST_CASE("packing ternary weights keeps the codes and the scale of every expert, at two bits a weight") {
     const moe::shape s{.tokens = 1, .d = 4, .f = 2, .experts = 1};
     std::vector<float> up{0.4f, -0.4f, 0.1f, 0.7f, 0, 0, 0, 0}, gate(8, 1.f), down(8, -2.f);
     moe::ffn_weights w;
@@ -46,11 +44,34 @@ TEST_SUITE("expert/ternary") {
     moe::buffer memory(4096);
     moe::arena mem(memory.bytes());
     const auto packed = moe::ternary_expert{}.pack(w, s, mem);
-    CHECK(packed.up.scale[0] == doctest::Approx(0.2 + 1e-5));  // mean of 0.4 0.4 0.1 0.7 0 0 0 0
+    const auto code = [](const moe::packed_matrix<moe::ternary>& m, moe::dim panel, moe::dim r, moe::dim k) {
+      return moe::packing<moe::ternary>::code(m.panel(panel), r, k);
+    };
+    constexpr moe::dim gate_panel = 0, up_panel = 1;
+    CHECK(packed.gate_up.panel_scale(up_panel)[1] == doctest::Approx(0.2 + 1e-5));  // mean of 0.4 0.4 0.1 0.7 0 0 0 0
+    CHECK(packed.gate_up.panel_scale(gate_panel)[0] == 1 + 1e-5f);
     const int wanted[] = {1, -1, 0, 1, 0, 0, 0, 0};
-    for (moe::dim i = 0; i < 8; ++i) CHECK(code(packed.up, i / 4, i % 4) == wanted[i]);
-    CHECK(code(packed.down, 3, 1) == -1);
-    CHECK(packed.up.codes.rows * packed.up.codes.cols == 2);  // eight weights in two bytes
+    for (moe::dim i = 0; i < 8; ++i) CHECK(code(packed.gate_up, up_panel, i / 4, i % 4) == wanted[i]);
+    CHECK(code(packed.down, 0, 3, 1) == -1);
+    CHECK(packed.down.weight(0, 3, 1) == -(2 + 1e-5f));
+    CHECK(code(packed.down, 0, 5, 7) == 0);  // what fills a panel up
+    CHECK(moe::packed_matrix<moe::ternary>::panel_bytes(2048) == 32 * 2048 / 4);
+  }
+  TEST_CASE("the scale of a ternary matrix is that of all of its panels, and a half of it rounds to zero") {
+    std::vector<float> w(70 * 3, 0.5f);
+    for (std::size_t i = 0; i < w.size(); i += 2) w[i] = 1.5f;
+    w[5] = -0.500005f;  // half of the scale, 1.00001
+    moe::buffer memory(8192);
+    moe::arena mem(memory.bytes());
+    auto packed = moe::packed_matrix<moe::ternary>::make("w", "scale", 3, 3, mem);
+    packed.pack(0, moe::matrix_view<const float>{w.data(), 70, 3});
+    for (const float s : packed.scale) CHECK(s == doctest::Approx(1 + 1e-5));
+    CHECK(packed.weight(0, 0, 0) == packed.scale[0]);
+    CHECK(packed.weight(0, 1, 0) == 0);
+    CHECK(packed.weight(2, 5, 1) == packed.scale[0]);
+    w[7] = std::nanf("");
+    packed.pack(0, moe::matrix_view<const float>{w.data(), 70, 3});
+    for (const float s : packed.scale) CHECK(std::isnan(s));
   }
   TEST_CASE("a layer of packed experts equals the quantised formulas in double") {
     const moe::shape s{.tokens = 8, .d = 10, .f = 6, .experts = 4};  // neither a multiple of four
