@@ -64,4 +64,5 @@ int main() {
   show<std::int8_t>("int8", w, in, y);
   show<moe::int4_groups<128>>("int4, 128 a group", w, in, y);
   show<moe::int4_groups<32>>("int4, 32 a group", w, in, y);
+  show<moe::ternary>("ternary", w, in, y);  // for weights that were trained to be: of others little is left
 }

@@ -15,7 +15,8 @@ constexpr entry entries[] = {{"f32", true, make_f32},
                              {"bf16", true, make_bf16},
                              {"f16", false, make_f16},
                              {"int8", false, make_int8},
-                             {"int4", false, make_int4}};
+                             {"int4", false, make_int4},
+                             {"ternary", false, make_ternary}};
 
 }  // namespace
 

@@ -27,5 +27,9 @@ std::unique_ptr<contestant> make_bf16_training(const model_shape& s);
 std::unique_ptr<contestant> make_f16(const model_shape& s, bool backward);
 std::unique_ptr<contestant> make_int8(const model_shape& s, bool backward);
 std::unique_ptr<contestant> make_int4(const model_shape& s, bool backward);
+std::unique_ptr<contestant> make_ternary(const model_shape& s, bool backward);
+
+/// Stacked matrices, one an expert, as they are once they were packed as ternary weights.
+void round_ternary(matrix_view<float> w, dim experts);
 
 }  // namespace bench

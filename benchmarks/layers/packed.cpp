@@ -43,5 +43,17 @@ std::unique_ptr<contestant> make_bf16(const model_shape& s, bool backward) {
 std::unique_ptr<contestant> make_f16(const model_shape& s, bool) { return make<moe::f16>(s); }
 std::unique_ptr<contestant> make_int8(const model_shape& s, bool) { return make<std::int8_t>(s); }
 std::unique_ptr<contestant> make_int4(const model_shape& s, bool) { return make<moe::int4_groups<32>>(s); }
+std::unique_ptr<contestant> make_ternary(const model_shape& s, bool) { return make<moe::ternary>(s); }
+
+void round_ternary(matrix_view<float> w, dim experts) {
+  using rule = moe::packing<moe::ternary>;
+  const dim rows = w.rows / experts;
+  for (dim e = 0; e < experts; ++e) {
+    const matrix_view<float> one = w.slice(e * rows, rows);
+    const float scale = rule::scale_of(matrix_view<const float>(one));
+    for (dim r = 0; r < rows; ++r)
+      for (dim k = 0; k < w.cols; ++k) one(r, k) = scale * rule::rounded(one(r, k), scale);
+  }
+}
 
 }  // namespace bench

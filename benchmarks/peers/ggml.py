@@ -9,8 +9,8 @@ import pathlib
 
 import numpy as np
 
-F32, F16, Q4_0, Q8_0, I32, BF16 = 0, 1, 2, 8, 26, 30
-TYPES = {"f32": F32, "f16": F16, "bf16": BF16, "int8": Q8_0, "int4": Q4_0}
+F32, F16, Q4_0, Q8_0, I32, BF16, TQ2_0 = 0, 1, 2, 8, 26, 30, 35
+TYPES = {"f32": F32, "f16": F16, "bf16": BF16, "int8": Q8_0, "int4": Q4_0, "ternary": TQ2_0}
 POINTER, LONG, INT, SIZE, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_size_t, ctypes.c_float
 
 libraries = [ctypes.CDLL(str(pathlib.Path(os.environ["MOE_GGML"]) / f"libggml{part}.so"), ctypes.RTLD_GLOBAL)

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """llama.cpp: the nodes that it builds for a layer of experts (mul_mat_id for up, gate and down, swiglu_split, mul, a sum of
 views), run by ggml's CPU backend, weights arranged as it would arrange them when it loads a model. int8 is q8_0, four bits
-q4_0. It is handed the plan, so it does not run the router.
+q4_0, ternary tq2_0. It is handed the plan, so it does not run the router.
 """
 import numpy as np
 

@@ -111,12 +111,16 @@ class contest {
   void build_layers() {
     const auto wants = [&](const entrant& e) { return e.competes() && e.who->wants_layers(options_.rotate); };
     while (std::any_of(entrants_.begin(), entrants_.end(), wants)) {
-      const auto w = std::make_shared<const owned_layer>(shape_, routers_.size());
+      const auto w = std::make_shared<owned_layer>(shape_, routers_.size());
       moe::buffer router(static_cast<std::size_t>(w->router.rows * w->router.cols) * sizeof(float));
       std::copy_n(w->router.data, w->router.rows * w->router.cols, router.as<float>().data());
       routers_.push_back(std::move(router));
-      for (entrant& e : entrants_)
-        if (wants(e)) e.who->take(w);
+      if (wants(entrants_[0])) entrants_[0].who->take(w);
+      // The library rounds by itself; the others are handed what it rounds to.
+      if (type_.name == "ternary" && std::any_of(entrants_.begin() + 1, entrants_.end(), wants))
+        for (const matrix_view<float> m : {w->gate, w->up, w->down}) round_ternary(m, shape_.experts);
+      for (std::size_t i = 1; i < entrants_.size(); ++i)
+        if (wants(entrants_[i])) entrants_[i].who->take(w);
     }
   }
 
