@@ -59,7 +59,6 @@ struct panel_product {
   const float* scale = nullptr;  ///< of the rows of the first panel, or null
   std::byte* scratch = nullptr;
   matrix_view<float> c;
-  float zero = 128;  ///< the byte of a weight of zero
 };
 
 /// One level's kernels for one element type of weights.

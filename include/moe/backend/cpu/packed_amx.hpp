@@ -72,11 +72,23 @@ struct tiles_ahead {
   dim runs = 0, run_bytes = 0, lines = 1, window = 1 << 20;
 };
 
+/// Weights that lie in memory as tiles read them. Others (ternary_weights) are made so in the memory at `to`.
+class stored_weights {
+ public:
+  static constexpr dim step_bytes = 2 * tile_bytes;
+
+  MOE_INLINE explicit stored_weights(const std::byte* at, dim = 0, std::byte* = nullptr, dim = 0) noexcept : at_(at) {}
+  /// The two tiles of the next step.
+  MOE_INLINE const std::byte* next() noexcept { return (at_ += step_bytes) - step_bytes; }
+
+ private:
+  const std::byte* at_;
+};
+
 /// One or two tiles of prepared rows against one panel: sums = or += over `steps` steps.
 struct tile_work {
   const std::byte *upper, *lower;  ///< lower: null where there is one tile
   dim step;                        ///< bytes from step to step, of both
-  const std::byte* weights;
   dim steps;
   tiles_ahead ahead;
   void* sums;
@@ -86,9 +98,9 @@ struct tile_work {
 };
 
 /// Rows that `Pass` leave the first cache to the weights.
-template <int Build, class Tiles, bool Bytes, bool Pass = false>
-MOE_TARGET(MOE_AMX)
-MOE_NO_INLINE void multiply_tiles(const tile_work& w) noexcept {
+template <int Build, class Tiles, bool Bytes, bool Pass = false, class Weights = stored_weights>
+MOE_TARGET(MOE_AMX "," MOE_AVX512)
+MOE_NO_INLINE void multiply_tiles(const tile_work& w, Weights weights) noexcept {
   Tiles::compiler_fence();
   auto* c = static_cast<std::byte*>(w.sums);
   std::byte* below = c + w.upper_rows * w.stride;
@@ -104,9 +116,10 @@ MOE_NO_INLINE void multiply_tiles(const tile_work& w) noexcept {
     Tiles::zero2();
     Tiles::zero3();
   }
-  const std::byte *a = w.upper, *b = w.lower, *q = w.weights, *window = w.ahead.at, *ahead = window;
+  const std::byte *a = w.upper, *b = w.lower, *window = w.ahead.at, *ahead = window;
   dim left = w.ahead.window;
-  for (dim s = 0; s < w.steps; ++s, a += w.step, q += 2 * tile_bytes) {
+  for (dim s = 0; s < w.steps; ++s, a += w.step) {
+    const std::byte* q = weights.next();
     Tiles::load6(q, line_bytes);
     if constexpr (Pass)
       Tiles::pass4(a, line_bytes);
@@ -171,13 +184,16 @@ class tile_heights {
 };
 
 /// A product, finish(block, panel) after each of its sums: floats, or integers in their place. It asks for `bytes` at `next`
-/// for each of its panels, by default for its own weights and those that come after them.
-template <int Build, class Tiles, bool Bytes, class Finish>
+/// for each of its panels, by default for its own weights and those that come after them. `Weights` that are made in
+/// p.scratch are made for the first block of rows; those that follow it find them there.
+template <int Build, class Tiles, bool Bytes, class Weights = stored_weights, class Finish>
 void multiply_panels(const prepared_rows& a, const panel_product& p, Finish finish, const std::byte* next = nullptr,
                      dim bytes = 0) noexcept {
+  constexpr bool stored = std::same_as<Weights, stored_weights>;
   const dim blocks = a.blocks(), steps = a.lines;
-  const dim lines = next ? moe::detail::blocks(bytes, steps * line_bytes) : 2 * tile_rows;  // asked for in a step
-  constexpr dim pages = 4, page_bytes = 4096;
+  const dim lines =
+      next ? moe::detail::blocks(bytes, steps * line_bytes) : Weights::step_bytes / line_bytes;  // asked for in a step
+  constexpr dim pages = 4, page_bytes = 4096, few_steps = 4;
   tile_heights<Tiles> heights;
   const auto work = [&](dim b, dim panel, dim step, dim n) noexcept {
     const dim height = a.height_of(b), upper = height <= tile_rows ? height : (height + 1) / 2, lower = height - upper;
@@ -186,7 +202,6 @@ void multiply_panels(const prepared_rows& a, const panel_product& p, Finish fini
     return tile_work{rows,
                      lower > 0 ? rows + upper * line_bytes : nullptr,
                      height * line_bytes,
-                     p.weights + panel * p.panel_bytes + step * 2 * tile_bytes,
                      n,
                      {},
                      p.c.row(b * a.height) + panel * panel_rows,
@@ -194,15 +209,21 @@ void multiply_panels(const prepared_rows& a, const panel_product& p, Finish fini
                      step > 0,
                      upper};
   };
+  const auto weights = [&](dim panel, dim step, dim n, dim kept) noexcept {
+    return Weights(p.weights + panel * p.panel_bytes + step * Weights::step_bytes, n, p.scratch,
+                   moe::detail::at_most(n, kept));
+  };
   if (blocks == 1) {
     for (dim j = 0; j < p.panels; ++j) {
+      const std::byte* own = p.weights + j * p.panel_bytes;
       tile_work w = work(0, j, 0, steps);
       if (next)
         w.ahead = {next + j * bytes, 1, 0, lines};
+      else if (stored)
+        w.ahead = {own + pages * page_bytes, pages, page_bytes, 2 * tile_rows / pages, page_bytes / tile_bytes * pages / 2};
       else
-        w.ahead = {w.weights + pages * page_bytes, pages, page_bytes, 2 * tile_rows / pages,
-                   page_bytes / tile_bytes * pages / 2};
-      multiply_tiles<Build, Tiles, Bytes>(w);
+        w.ahead = {own + from_memory, 1, 0, lines};
+      multiply_tiles<Build, Tiles, Bytes>(w, weights(j, 0, steps, few_steps));
       finish(0, j);
     }
   } else {
@@ -217,11 +238,14 @@ void multiply_panels(const prepared_rows& a, const panel_product& p, Finish fini
                                             (!last  ? step
                                              : over ? 0
                                                     : end) *
-                                                2 * tile_bytes;
+                                                Weights::step_bytes;
         for (dim b = 0; b < blocks; ++b) {
           tile_work w = work(b, j, step, n);
           w.ahead = {ahead + b * n * line_bytes, share, blocks * n * line_bytes};
-          multiply_tiles<Build, Tiles, Bytes, true>(w);
+          if (stored || b == 0)
+            multiply_tiles<Build, Tiles, Bytes, true>(w, weights(j, step, n, n));
+          else
+            multiply_tiles<Build, Tiles, Bytes, true>(w, stored_weights(p.scratch));
           if (end == steps) finish(b, j);
         }
       }
@@ -233,14 +257,14 @@ template <int Build, class Tiles>
 void multiply_halves_amx(const prepared_rows& a, const panel_product& p) noexcept {
   multiply_panels<Build, Tiles, false>(a, p, [](dim, dim) {});
 }
-/// Integers of a block and a panel become floats.
+/// Integers of a block and a panel become floats; `zero` is the byte of a weight of zero.
 template <int Build>
 MOE_TARGET(MOE_AVX512)
-MOE_NO_INLINE void scale_sums(const prepared_rows& a, const panel_product& p, dim b, dim panel) noexcept {
+MOE_NO_INLINE void scale_sums(const prepared_rows& a, const panel_product& p, dim b, dim panel, float zero) noexcept {
   const float* scale = p.scale + panel * panel_rows;
   const __m512 left = _mm512_loadu_ps(scale), right = _mm512_loadu_ps(scale + 16);
   for (dim r = b * a.height, end = r + a.height_of(b); r < end; ++r) {
-    const __m512 unit = _mm512_set1_ps(a.factor(r)[0]), shift = _mm512_set1_ps(p.zero * a.factor(r)[1]);
+    const __m512 unit = _mm512_set1_ps(a.factor(r)[0]), shift = _mm512_set1_ps(zero * a.factor(r)[1]);
     float* c = p.c.row(r) + panel * panel_rows;
     const __m512 low = _mm512_maskz_cvtepi32_ps(0xffff, _mm512_loadu_si512(c));
     const __m512 high = _mm512_maskz_cvtepi32_ps(0xffff, _mm512_loadu_si512(c + 16));
@@ -251,7 +275,7 @@ MOE_NO_INLINE void scale_sums(const prepared_rows& a, const panel_product& p, di
 template <int Build, class Tiles>
 void multiply_bytes_amx(const prepared_rows& a, const panel_product& p, const std::byte* next, dim bytes) noexcept {
   multiply_panels<Build, Tiles, true>(
-      a, p, [&](dim b, dim panel) noexcept { scale_sums<Build>(a, p, b, panel); }, next, bytes);
+      a, p, [&](dim b, dim panel) noexcept { scale_sums<Build>(a, p, b, panel, 128); }, next, bytes);
 }
 /// One row or two read weights from memory faster without tiles.
 template <int Build, class Tiles>
@@ -259,33 +283,26 @@ void multiply_bytes_amx(const prepared_rows& a, const panel_product& p) noexcept
   if (a.rows <= 2) return multiply_512<Build, std::int8_t>(a, p);
   multiply_bytes_amx<Build, Tiles>(a, p, nullptr, 0);
 }
-/// Many rows: two panels at a time are widened to bytes by widen(panel, scale, to), where a weight of zero is `zero`.
-template <int Build, class Tiles, class Widen>
-void multiply_widened_amx(const prepared_rows& a, const panel_product& p, float zero, Widen widen) noexcept {
+/// Many rows: two panels at a time are widened to bytes.
+template <int Build, class Tiles, class T>
+void multiply_int4_amx(const prepared_rows& a, const panel_product& p) noexcept {
+  if (a.rows <= rows_512) return multiply_int4_512<Build, T>(a, p);
   const dim k = a.lines * 64;
   for (dim j = 0; j < p.panels; j += 2) {
     const dim n = p.panels - j < 2 ? p.panels - j : 2;
     const float* scale = p.scale + j * panel_rows;
     for (dim i = 0; i < n; ++i)
-      widen(p.weights + (j + i) * p.panel_bytes, scale + i * panel_rows, p.scratch + i * panel_rows * k);
+      widen_panel<Build, T>(p.weights + (j + i) * p.panel_bytes, k, scale + i * panel_rows, p.scratch + i * panel_rows * k);
     multiply_bytes_amx<Build, Tiles>(
-        a, {p.scratch, panel_rows * k, n, scale, nullptr, p.c.columns(j * panel_rows, n * panel_rows), zero},
+        a, {p.scratch, panel_rows * k, n, scale, nullptr, p.c.columns(j * panel_rows, n * panel_rows)},
         p.weights + (j + n) * p.panel_bytes, p.panel_bytes);
   }
 }
-template <int Build, class Tiles, class T>
-void multiply_int4_amx(const prepared_rows& a, const panel_product& p) noexcept {
-  if (a.rows <= rows_512) return multiply_int4_512<Build, T>(a, p);
-  multiply_widened_amx<Build, Tiles>(a, p, 128, [&](const std::byte* panel, const float* scale, std::byte* to) noexcept {
-    widen_panel<Build, T>(panel, a.lines * 64, scale, to);
-  });
-}
 template <int Build, class Tiles>
 void multiply_ternary_amx(const prepared_rows& a, const panel_product& p) noexcept {
-  if (a.rows <= rows_512) return multiply_ternary_512<Build>(a, p);
-  multiply_widened_amx<Build, Tiles>(a, p, 1, [&](const std::byte* panel, const float*, std::byte* to) noexcept {
-    widen_ternary_panel<Build>(panel, a.lines * 64, to);
-  });
+  if (a.rows <= 2) return multiply_ternary_512<Build>(a, p);
+  multiply_panels<Build, Tiles, true, ternary_weights<Build>>(
+      a, p, [&](dim b, dim panel) noexcept { scale_sums<Build>(a, p, b, panel, 1); });
 }
 
 /// Bits of v rounded to bf16, in the upper half of each lane; a NaN stays one. The lower halves hold anything.
@@ -383,7 +400,7 @@ packed_kernels kernels_of(basic_amx<Build>, weights_of<ternary>, Tiles = {}) noe
           2 * detail::tile_rows,
           320,
           false,
-          64,
+          32,
           detail::prepare_i8_512<Build, ternary>,
           detail::multiply_ternary_amx<Build, Tiles>,
           false,
