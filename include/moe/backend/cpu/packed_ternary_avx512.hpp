@@ -52,8 +52,9 @@ MOE_NO_INLINE void multiply_block_ternary(const block_work& w) noexcept {
   for (int m = 0; m < M; ++m) {
     MOE_UNROLL
     for (int n = 1; n < kinds; ++n) {
-      left[m][0] = (int_lanes)_mm512_add_epi32((__m512i)left[m][0], _mm512_srai_epi32((__m512i)left[m][n], 2 * n));
-      right[m][0] = (int_lanes)_mm512_add_epi32((__m512i)right[m][0], _mm512_srai_epi32((__m512i)right[m][n], 2 * n));
+      const __m512i places = _mm512_set1_epi32(2 * n);
+      left[m][0] = (int_lanes)_mm512_add_epi32((__m512i)left[m][0], _mm512_srav_epi32((__m512i)left[m][n], places));
+      right[m][0] = (int_lanes)_mm512_add_epi32((__m512i)right[m][0], _mm512_srav_epi32((__m512i)right[m][n], places));
     }
     const float* f = w.factors + m * w.factor_count;
     const __m512 unit = _mm512_set1_ps(f[0]), shift = _mm512_set1_ps(f[1]);
