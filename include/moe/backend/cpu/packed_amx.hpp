@@ -300,7 +300,7 @@ void multiply_int4_amx(const prepared_rows& a, const panel_product& p) noexcept 
 }
 template <int Build, class Tiles>
 void multiply_ternary_amx(const prepared_rows& a, const panel_product& p) noexcept {
-  if (a.rows <= 2) return multiply_ternary_512<Build>(a, p);
+  if (a.rows <= 4) return multiply_ternary_512<Build>(a, p);
   multiply_panels<Build, Tiles, true, ternary_weights<Build>>(
       a, p, [&](dim b, dim panel) noexcept { scale_sums<Build>(a, p, b, panel, 1); });
 }
