@@ -36,8 +36,8 @@ int main() {
       dy[i] = 2 * (y[i] - wanted) / static_cast<float>(x.size());
       loss += (y[i] - wanted) * (y[i] - wanted) / static_cast<double>(x.size());
     }
-    for (float& v : grads.as<float>()) v = 0;  // backward adds
-    layer.backward(w, view(x), ctx, view(dy), {}, dw, mem);  // {}: no gradient of x is wanted
+    // {}: no gradient of x is wanted; those of the weights take the place of the last step's
+    layer.backward(w, view(x), ctx, view(dy), {}, dw, mem, moe::gradient_mode::replace);
     const double norm = moe::global_norm(moe::serial{}, grads.as<float>());
     optimizer.step(moe::serial{}, {.rate = rate(step), .step = step, .scale = moe::clip_factor(norm, 1.f)}, params.as<float>(),
                    grads.as<float>(), moments);

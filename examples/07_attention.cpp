@@ -2,7 +2,7 @@
 // Gated attention over a text, trained for a while and then decoded one token at a time through a cache.
 #include <cmath>
 #include <cstdio>
-#include <cstring>
+
 #include "moe/backend/cpu.hpp"
 #include "moe/moe.hpp"
 
@@ -54,11 +54,10 @@ int main() {
   auto context = layer.make_context(tokens, mem);
   float first = 0, last = 0;
   for (int step = 0; step < 400; ++step) {
-    std::memset(slopes.bytes().data(), 0, slopes.size());
     layer.forward(w, in, {y.data(), tokens, d}, context, mem);
     last = loss(y, wanted, dy);
     first = step == 0 ? last : first;
-    layer.backward(w, in, context, {dy.data(), tokens, d}, {}, dw, mem);
+    layer.backward(w, in, context, {dy.data(), tokens, d}, {}, dw, mem, moe::gradient_mode::replace);
     for (std::size_t i = 0; i < slopes.as<float>().size(); ++i) parameters.as<float>()[i] -= 4.f * slopes.as<float>()[i];
   }
   // [/train]

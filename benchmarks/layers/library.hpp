@@ -65,7 +65,7 @@ class library_layer : public contestant {
   std::vector<Weights> layers_;
 };
 
-/// A training step: forward, then the gradients of everything. y is the result of forward; gradients add up from call to call.
+/// A training step: forward, then the gradients of everything. y is the result of forward; gradients are those of the call.
 template <int K, class Expert, class Weights>
 class library_training : public library_layer<K, Expert, Weights> {
   using base = library_layer<K, Expert, Weights>;
@@ -89,7 +89,7 @@ class library_training : public library_layer<K, Expert, Weights> {
     const auto x = this->batches_[i].x;
     const matrix_view<float> dx(dx_.template as<float>().data(), x.rows, x.cols);
     this->net_.forward(this->weights_[i], x, y, this->context_, this->mem_);
-    this->net_.backward(this->weights_[i], x, this->context_, x, dx, dw_, this->mem_);
+    this->net_.backward(this->weights_[i], x, this->context_, x, dx, dw_, this->mem_, moe::gradient_mode::replace);
   }
 
  private:

@@ -208,8 +208,9 @@ class contest {
   row result(dim T, double skew, const machine_limits& limits) const {
     const double tokens = static_cast<double>(T), time = entrants_[0].turns.time(), router = 4 * shape_.router_weights();
     const double weights = active_ * shape_.expert_weights() * type_.bytes + router;
-    const double gradients = active_ * shape_.expert_weights() * 4 + router, rows = 4 * tokens * static_cast<double>(shape_.d);
-    const double moved = options_.backward ? 2 * weights + 2 * gradients + 4 * rows : weights + 2 * rows;
+    const double gradients = static_cast<double>(shape_.experts) * shape_.expert_weights() * 4 + router;
+    const double rows = 4 * tokens * static_cast<double>(shape_.d);
+    const double moved = options_.backward ? 2 * weights + gradients + 4 * rows : weights + 2 * rows;
     const double flops = shape_.flops(T) * (options_.backward ? 3 : 1);
     const double by_memory = moved / limits.dram_read, by_compute = flops / limits.peak(type_.multiplies);
     row r{shape_, type_, T, limits.threads, skew, options_.backward, tokens / time, flops / time,

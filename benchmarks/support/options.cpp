@@ -46,7 +46,7 @@ other implementations of them, all in turn in one process; prints medians.
 
 The roof of a row is what the machine's measured limits allow: the weights of the experts that are used, the router, x and y
 moved once at the speed of memory, or the multiply-adds of the experts at the peak of the unit of that type, whichever takes
-longer. A training step moves the weights twice, for forward and for backward, and reads and writes the gradients once.
+longer. A training step moves the weights twice, for forward and for backward, and writes the gradients of all experts once.
 Operations of attention are those of pairs of a query and a key that it sees, 4 d for each head, and 2.5 times as many for
 gradients.
 A turn counts where nobody else slowed the processor down right before and right after it; each implementation waits for such

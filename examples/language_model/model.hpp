@@ -9,6 +9,7 @@
 #pragma once
 
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -135,12 +136,13 @@ class language_model {
     return bytes_of([&](moe::arena& mem) { (void)make_slopes(T, mem); }) + block_.scratch_bytes(T, past);
   }
 
-  /// dw += the gradient of the mean loss, in nats.
+  /// dw = the gradient of the mean loss, in nats.
   void backward(const weights& w, context& ctx, gradients& dw, moe::arena& mem) const {
     moe::scratch_frame frame(mem);
     const on_type on = call(ctx.in.tokens(), mem);
     auto [dh, below] = make_slopes(ctx.in.tokens(), mem);
     cross_entropy_backward(on, ctx.logits, ctx.in);
+    moe::for_each_tensor(std::tie(dw.embedding, dw.norm, dw.head), [&](auto m) { fill(on, m, 0.f); });
     fill(on, dh, 0.f);
     fill(on, below, 0.f);
     gemm_nn(on, ctx.logits, w.head, below);
@@ -148,7 +150,7 @@ class language_model {
     norm_.backward(on, w.norm, ctx.h[count_], ctx.norm, below, dh, dw.norm);
     for (std::size_t l = count_; l-- > 0;) {
       fill(on, below, 0.f);
-      block_.backward(w.blocks[l], input(ctx, l), ctx.blocks[l], dh, below, dw.blocks[l], mem);
+      block_.backward(w.blocks[l], input(ctx, l), ctx.blocks[l], dh, below, dw.blocks[l], mem, moe::gradient_mode::replace);
       std::swap(dh, below);
     }
     embedding_.backward(on, ctx.in, dh, dw.embedding);

@@ -141,9 +141,6 @@ learning_curve train(language_model_instance<Block>& m, const std::string& name,
     moe::arena mem(work.bytes());
     auto ctx = m.make_context(b.of(train_text.bytes), mem);
     const double bits = m.net.forward(m.w, ctx, mem);
-    executor.for_each(n, 65536, [&](moe::dim first, moe::dim last) {
-      std::fill(grads.as<float>().data() + first, grads.as<float>().data() + last, 0.f);
-    });
     m.net.backward(m.w, ctx, dw, mem);
     const double norm = moe::global_norm(executor, grads.as<const float>());
     optimizer.step(executor, {.rate = rate(step), .step = step, .scale = moe::clip_factor(norm, 1.f)}, w,

@@ -116,7 +116,7 @@ struct ill_composed {
   context make_inference_context(dim, any) const noexcept { return {}; }
   void forward(any, any, any, any, any) const noexcept {}
   void replay(any, any, any, any, any, any) const noexcept {}
-  void backward(any, any, any, any, any, any, any) const noexcept {}
+  void backward(any, any, any, any, any, any, any, any = {}) const noexcept {}
   void check_forward(any, any, any, any, any) const noexcept {}
   void check_backward(any, any, any, any, any, any, any) const noexcept {}
   std::size_t weight_bytes() const noexcept { return 0; }

@@ -12,6 +12,8 @@
 ///   make_scratch([backend,] shape[, rows], arena&) what forward takes from on.scratch; with the backend where each of its
 ///                                                  threads takes a part
 ///   make_backward_scratch(shape[, rows], arena&)   what backward takes from on.scratch
+///   replaces_gradients                    true: backward follows on.gradients; else the layer clears dw where that says
+///                                         replace, and backward adds
 ///
 /// Steps on the host that go on without a join (docs/policies.md, Joins), where both sides offer them:
 ///   Gate    forward(on, w, x, scores, ctx, then)   calls then(first, n) once for each run of tokens whose scores are final
@@ -29,6 +31,7 @@
 #include "moe/core/call.hpp"
 #include "moe/core/error.hpp"
 #include "moe/core/plan.hpp"
+#include "moe/core/tensors.hpp"
 #include "moe/core/then.hpp"
 #include "moe/core/view.hpp"
 
@@ -306,12 +309,38 @@ void check_weights(const P& p, const typename P::weights& w, shape s) {
   if constexpr (requires { p.check(w, s); }) p.check(w, s);
 }
 
+template <class P>
+inline constexpr bool replaces_gradients = false;
+template <class P>
+  requires requires {
+    { P::replaces_gradients } -> std::convertible_to<bool>;
+  }
+inline constexpr bool replaces_gradients<P> = P::replaces_gradients;
+
+/// All tensors there are become 0.
+template <class B, class V>
+void clear(const call<B>& on, const V& views) noexcept {
+  for_each_tensor(views, [&](matrix_view<float> m) {
+    if (m) fill(on, m, 0.f);
+  });
+}
+/// The call for the backward of P: where gradients are to be replaced and P cannot, they are cleared here and P adds.
+template <class P, class B>
+call<B> to_differentiate(const call<B>& on, const weights_grad<P>& dw) noexcept {
+  call<B> own = on;
+  if (replaces_gradients<P> || on.gradients == gradient_mode::add) return own;
+  clear(on, dw);
+  own.gradients = gradient_mode::add;
+  return own;
+}
+
 /// Backward of an expert below a sum of rows. One that wants stored rows gets them: its output is computed again,
 /// dweight[r] += <dy, ys_r>, and dys_r = weight_r dy. Below a sum without weights <dy, ys_r> is nobody's gradient.
 template <class X, class B>
-void expert_backward(const call<B>& on, const X& x, const typename X::weights& w, const typename X::input& in,
+void expert_backward(const call<B>& caller, const X& x, const typename X::weights& w, const typename X::input& in,
                      const bank_rows& rows, const typename X::context& ctx, gathered<float> dys, input_grad<X>& dx,
                      weights_grad<X>& dw, std::span<float> dweight) noexcept {
+  const call<B> on = to_differentiate<X>(caller, dw);
   const std::span<float> share = dys.weight ? dweight : std::span<float>{};
   if constexpr (backward_from_tokens<X, B>) {
     x.backward(on, w, in, rows, ctx, dys, dx, dw, weighs_input<X> ? dweight : share);

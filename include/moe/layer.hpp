@@ -204,13 +204,14 @@ class layer_impl {
     }
   }
 
-  /// dy -> dx (+=), dw (+=). `ctx` as forward left it, with the same w and x.
+  /// dy -> dx (+=), dw (+=, or = with gradient_mode::replace). `ctx` as forward left it, with the same w and x.
   void backward(const weights& w, const input& x, const context& ctx, const at_edge<matrix_view<const float>>& dy,
-                const input_grad& dx, gradients& dw, arena_type& mem) const {
+                const input_grad& dx, gradients& dw, arena_type& mem, gradient_mode mode = gradient_mode::add) const {
     static_assert(parts::trainable, "moe::layer: this layer cannot train: one of its parts has no backward [docs/policies.md]");
     if constexpr (parts::trainable) {
       check_backward(w, x, ctx, dy, dx, dw, mem);
-      run_backward(space::open(w), space::open(x), ctx, space::open(dy), space::open(dx), space::open(dw), space::open(mem));
+      run_backward(space::open(w), space::open(x), ctx, space::open(dy), space::open(dx), space::open(dw), space::open(mem),
+                   mode);
     }
   }
 
@@ -414,10 +415,10 @@ class layer_impl {
     }
   }
   void run_backward(const weight_views& w, const typename G::input& x, const context& ctx, matrix_view<const float> dy,
-                    detail::input_grad<G> dx, gradient_views& dw, moe::arena& mem) const {
+                    detail::input_grad<G> dx, gradient_views& dw, moe::arena& mem, gradient_mode mode) const {
     scratch_frame frame(mem);
     mem.align();
-    const call<B> on{backend_, mem, ctx.sizes, ctx.training, ctx.random};
+    const call<B> on{backend_, mem, ctx.sizes, ctx.training, ctx.random, mode};
     const dim rows = router_.max_rows(ctx.sizes);
     const std::span<float> dweight = mem.vector<float>("dweight", rows);
     fill(on, matrix_view<float>{dweight.data(), 1, rows}, 0.f);
@@ -427,15 +428,17 @@ class layer_impl {
       auto& din = expert_input<detail::input_grad<X>>(dx);
       row_gradient<C, typename X::output> dys{};
       if constexpr (keeps_rows) dys = experts_.make_output(on.sizes, rows, mem);
-      combine_.backward(on, w.combine, in, ctx.plan, ctx.rows, ctx.combine, dy, dys, din, dw.combine, dweight);
+      combine_.backward(to_differentiate<C>(on, dw.combine), w.combine, in, ctx.plan, ctx.rows, ctx.combine, dy, dys, din,
+                        dw.combine, dweight);
       if constexpr (keeps_rows)
-        experts_.backward(on, w.experts, in, ctx.plan.all(), ctx.experts, dys, din, dw.experts, dweight);
+        experts_.backward(to_differentiate<X>(on, dw.experts), w.experts, in, ctx.plan.all(), ctx.experts, dys, din,
+                          dw.experts, dweight);
       else
         expert_backward(on, experts_, w.experts, in, ctx.plan.all(), ctx.experts, dys, din, dw.experts, dweight);
     }
     const auto dscores = mem.matrix<float>("dscores", ctx.sizes.tokens, ctx.sizes.experts);
-    router_.backward(on, w.router, ctx.plan, ctx.router, dweight, dscores, dw.router);
-    gate_.backward(on, w.gate, x, ctx.gate, dscores, dx, dw.gate);
+    router_.backward(to_differentiate<R>(on, dw.router), w.router, ctx.plan, ctx.router, dweight, dscores, dw.router);
+    gate_.backward(to_differentiate<G>(on, dw.gate), w.gate, x, ctx.gate, dscores, dx, dw.gate);
   }
   static void copy_plan(const typename R::plan& from, typename R::plan& to) noexcept {
     const auto copy = [](auto a, auto b, dim n) {

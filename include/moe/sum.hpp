@@ -128,16 +128,16 @@ class basic_dense {
       run(on, space::open(w), space::open(in), space::open(out), ctx);
     });
   }
-  /// dy -> dx (+=), dw (+=)
+  /// dy -> dx (+=), dw (+=, or = with gradient_mode::replace)
   void backward(const weights& w, const input& x, const context& ctx, const at_edge<matrix_view<const float>>& dy,
-                const input_grad& dx, gradients& dw, arena_type& mem) const {
+                const input_grad& dx, gradients& dw, arena_type& mem, gradient_mode mode = gradient_mode::add) const {
     static_assert(TrainableExpert<X, B>, "moe::dense: this expert has no backward [docs/policies.md]");
     if constexpr (TrainableExpert<X, B>) {
       check_backward(w, x, ctx, dy, dx, dw, mem);
       moe::arena& m = space::open(mem);
       scratch_frame frame(m);
       m.align();
-      const call<B> on{backend_, m, ctx.sizes, ctx.training, ctx.random};
+      const call<B> on{backend_, m, ctx.sizes, ctx.training, ctx.random, mode};
       const auto& v = space::open(w);
       auto& g = space::open(dw);
       auto in_grad = space::open(dx);
@@ -152,6 +152,7 @@ class basic_dense {
       detail::expert_backward(on, expert_, v.expert, space::open(x), rows, ctx.expert, dys, in_grad, g.expert, dweight);
       if constexpr (Gated) {
         for_each_token(on, on.sizes.tokens, close_gate<typename B::arch>{v.gate, s, in_grad});
+        if (mode == gradient_mode::replace) detail::clear(on, g.gate);
         if (g.gate) sum_rows(on, rows, gathered<float>{space::open(x), nullptr, s.row(1)}, g.gate);
       }
     }
@@ -374,11 +375,11 @@ class sum {
     routed_.replay(w.routed, x, recorded, y, ctx.routed, mem);
     add_shared(w, x, y, ctx, mem);
   }
-  void backward(const weights& w, const input& x, const context& ctx, const matrix_view<const float>& dy, const input_grad& dx,
-                gradients& dw, arena_type& mem) const {
+  void backward(const weights& w, const input& x, const context& ctx, const matrix_view<const float>& dy,
+                const input_grad& dx, gradients& dw, arena_type& mem, gradient_mode mode = gradient_mode::add) const {
     check_backward(w, x, ctx, dy, dx, dw, mem);
-    routed_.backward(w.routed, x, ctx.routed, dy, dx, dw.routed, mem);
-    shared_.backward(w.shared, x, ctx.shared, dy, dx, dw.shared, mem);
+    routed_.backward(w.routed, x, ctx.routed, dy, dx, dw.routed, mem, mode);
+    shared_.backward(w.shared, x, ctx.shared, dy, dx, dw.shared, mem, mode);
   }
   /// What forward and backward check before they write anything.
   template <class In = input, class Out = matrix_view<float>>

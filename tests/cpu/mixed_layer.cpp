@@ -190,6 +190,30 @@ TEST_SUITE("expert/ffn") {
       for (std::size_t i = t.offset / 4; i < (t.offset + t.bytes) / 4; ++i) REQUIRE(got.dw[i] == (frozen ? 0.f : want.dw[i]));
     }
   }
+  TEST_CASE("with bf16 weights gradients that replace what was there are those added to zeros, at every level") {
+    const auto check = []<class L>(const L& net, dim T) {
+      testing::mixed_model<L> m(net, T, net.sizes().d, 3);
+      m.forward();
+      m.backward();
+      return testing::replaces_gradients(m);
+    };
+    using biased = moe::basic_ffn_expert<moe::glu<moe::silu>, moe::interleaved, true, moe::bf16>;
+    const moe::thread_pool pool(3);
+    using pooled = cpu<moe::pool_executor>;
+    for (const moe::shape& s : shapes) {
+      CAPTURE(s.tokens);
+      testing::at_every_level([&] {
+        CHECK(check(testing::bf16_layer<1, cpu<>>(s), s.tokens));
+        CHECK(check(testing::bf16_layer<1, cpu<>, biased>(s), s.tokens));
+        CHECK(check(testing::bf16_layer<1, pooled>(s, pooled(moe::pool_executor(pool))), s.tokens));
+      });
+#if defined(MOE_X86)
+      if (includes(moe::report_cpu_level().machine, moe::cpu_level::avx512))
+        CHECK(check(testing::bf16_layer<1, emulated>(s), s.tokens));
+#endif
+    }
+    CHECK(check(testing::bf16_layer<1, cpu<>>({.d = 64, .f = 48, .experts = 1}), 600));  // more rows than a cut of the depth
+  }
   TEST_CASE("gradients are float32 and lie where those of float32 weights do") {
     const moe::shape s{.tokens = 8, .d = 24, .f = 40, .experts = 3};
     const testing::bf16_layer<2, cpu<>> half(s);

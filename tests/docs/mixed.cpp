@@ -29,8 +29,7 @@ TEST_SUITE("docs/tutorial") {
     copy.write(masters.as<float>());  // once; from here on each step of the optimizer writes it
 
     const auto step = [&](moe::dim t, moe::matrix_view<const float> x, moe::matrix_view<const float> dy) {
-      for (float& v : grads.as<float>()) v = 0;  // backward adds
-      net.backward(w, x, ctx, dy, {}, dw, mem);
+      net.backward(w, x, ctx, dy, {}, dw, mem, moe::gradient_mode::replace);
       optimizer.step(threads, {.rate = 1e-3f, .step = t}, masters.as<float>(), grads.as<float>(), moments, copy);
     };
     // [/mixed]

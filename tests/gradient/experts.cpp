@@ -112,6 +112,10 @@ TEST_SUITE("sum") {
     };
     loss();
     net.backward(w, view(x), ctx, view(dy), view(dx), dw, mem);
+    const std::vector<float> added(grads.as<float>().begin(), grads.as<float>().end());
+    testing::spoil(net.gradient_catalogue(), grads.as<float>());
+    net.backward(w, view(x), ctx, view(dy), {}, dw, mem, moe::gradient_mode::replace);
+    CHECK(testing::same_bits(grads.as<float>(), added));
     double worst = 0;
     const auto probe = [&](float& v, float got) {
       const float kept = v, h = 0x1p-7f;

@@ -64,9 +64,9 @@ struct packed : Block {
     Block::forward(w, with(x), y, ctx, mem);
   }
   void backward(const typename Block::weights& w, const input& x, const typename Block::context& ctx,
-                moe::matrix_view<const float> dy, moe::matrix_view<float> dx, typename Block::gradients& dw,
-                moe::arena& mem) const {
-    Block::backward(w, with(x), ctx, dy, dx, dw, mem);
+                moe::matrix_view<const float> dy, moe::matrix_view<float> dx, typename Block::gradients& dw, moe::arena& mem,
+                moe::gradient_mode mode = moe::gradient_mode::add) const {
+    Block::backward(w, with(x), ctx, dy, dx, dw, mem, mode);
   }
 };
 

@@ -80,7 +80,13 @@ struct trial {
       std::vector<float> twin(static_cast<std::size_t>(m * n));  // of the same rows: the same gradient
       const matrix_view<float> second{twin.data(), m, n};
       for (dim r = 0; r < m; ++r) std::copy_n(c.row(r), n, second.row(r));
-      halves.gemm_tn(left, right, c, left, second, room.bytes().data());
+      const moe::buffer fresh(static_cast<std::size_t>(2 * m * n) * sizeof(float));  // whole lines where n has them
+      const matrix_view<float> zeros{fresh.as<float>().data(), m, n}, garbage{zeros.data + m * n, m, n};
+      std::fill_n(garbage.data, m * n, NAN);
+      halves.gemm_tn(left, right, zeros, {}, {}, true, room.bytes().data());
+      halves.gemm_tn(left, right, garbage, {}, {}, false, room.bytes().data());
+      CHECK(testing::same_bits({zeros.data, fresh.size() / 8}, {garbage.data, fresh.size() / 8}));
+      halves.gemm_tn(left, right, c, left, second, true, room.bytes().data());
       for (dim r = 0; r < m; ++r) CHECK(std::memcmp(second.row(r), c.row(r), static_cast<std::size_t>(n) * sizeof(float)) == 0);
       return;
     }

@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
+#include <limits>
 #include <string>
 #include <utility>
 #include <vector>
@@ -99,8 +101,9 @@ struct model {
   moe::matrix_view<const float> dy_view() const noexcept { return {dy.data(), tokens, d}; }
 
   void forward() { net.forward(w, in, y_view(), ctx, work); }
-  /// Adds to dx and to the flat gradients.
+  /// Adds to dx and to the flat gradients, or replaces them.
   void backward() { net.backward(w, in, ctx, dy_view(), din, dw, work); }
+  void backward(moe::gradient_mode mode) { net.backward(w, in, ctx, dy_view(), din, dw, work, mode); }
 };
 
 /// The arrays of a plan that say who goes where; weights are not compared.
@@ -129,6 +132,25 @@ assignments assignments_of(const Context& ctx) {
     return {};
 }
 
+/// Makes every gradient of a catalogue NaN; what lies between them stays.
+inline void spoil(const std::vector<moe::slot>& catalogue, std::span<float> flat) {
+  for (const moe::slot& s : catalogue)
+    std::fill_n(flat.data() + s.offset / sizeof(float), s.bytes / sizeof(float), std::numeric_limits<float>::quiet_NaN());
+}
+inline bool same_bits(std::span<const float> a, std::span<const float> b) {
+  return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size_bytes()) == 0);
+}
+/// Whether gradients that replace NaN are those that were added to zeros, bit for bit: after one forward and one backward.
+template <class L>
+bool replaces_gradients(model<L>& m) {
+  const std::vector<float> wanted(m.gradients().begin(), m.gradients().end());
+  spoil(m.net.gradient_catalogue(), m.gradients());
+  const std::vector<float> dx = m.dx;
+  m.backward(moe::gradient_mode::replace);
+  m.dx = dx;
+  return same_bits(m.gradients(), wanted);
+}
+
 struct gradient_report {
   double worst = 0;   ///< largest error of a probe
   std::string where;  ///< its tensor and element: "experts.down(3, 7)"
@@ -143,7 +165,8 @@ struct no_auxiliary_loss {
   }
 };
 
-/// Compares backward with central differences of the loss <dy, y> + auxiliary(ctx), over every x and every float32 weight.
+/// Compares backward, which has to write the same gradients whether it adds to zeros or replaces NaN, with central
+/// differences of the loss <dy, y> + auxiliary(ctx), over every x and every float32 weight.
 ///
 /// The loss is the difference of two runs, taken element by element in double: what a probe does not touch is equal bit
 /// for bit and cancels, so only the touched elements bring their float32 rounding.
@@ -159,6 +182,7 @@ gradient_report gradcheck(const L& layer, dim T, dim d, std::uint64_t seed, Auxi
   m.backward();
   const assignments plan = assignments_of(m.ctx);
   gradient_report report;
+  if (!replaces_gradients(m)) return {.worst = HUGE_VAL, .where = "gradients that are replaced"};
 
   std::vector<float> ahead(m.y.size());
   // The slope at v over one step; false where the plan changed.

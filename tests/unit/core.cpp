@@ -6,13 +6,16 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <span>
 #include <string>
+#include <tuple>
 #include <type_traits>
 #include <vector>
 
 #include "moe/core/dtype.hpp"
 #include "moe/core/error.hpp"
 #include "moe/core/rng.hpp"
+#include "moe/core/tensors.hpp"
 #include "moe/core/view.hpp"
 
 using namespace moe;
@@ -264,6 +267,39 @@ TEST_SUITE("core/dtype") {
   }
   TEST_CASE("four ternary weights share a byte") {
     CHECK(sizeof(ternary) * 8 == 4 * dtype<ternary>::bits);
+  }
+}
+
+TEST_SUITE("core/tensors") {
+  TEST_CASE("every matrix and span of float is met once, in order, whatever holds them") {
+    struct pair {
+      matrix_view<float> a, b;
+    };
+    struct several {
+      template <class F>
+      void each(const F& f) const {
+        f(first, rest);
+      }
+      std::span<float> first;
+      pair rest;
+    };
+    struct none {};
+    struct all {
+      [[no_unique_address]] none empty;
+      std::tuple<pair, std::span<float>> tuple;
+      matrix_view<float> alone;
+      several counted;
+      dim number = 0;
+    };
+    float v[7] = {};
+    const auto one = [&](int i) { return matrix_view<float>(v + i, 1, 1); };
+    const all views{{}, {{one(0), one(1)}, {v + 2, 1}}, one(3), {{v + 4, 1}, {one(5), one(6)}}};
+    float next = 1;
+    for_each_tensor(views, [&](matrix_view<float> m) {
+      CHECK(m.rows * m.cols == 1);
+      *m.data = next++;
+    });
+    for (int i = 0; i < 7; ++i) CHECK(v[i] == 1 + i);
   }
 }
 

@@ -14,6 +14,7 @@ using moe::dim;
 using moe::idx;
 using testing::as_device;
 using testing::emulated_device;
+using testing::same_bits;
 namespace layers = testing::layers;
 
 /// A layer on the emulated device with what a host model has: the same weights, x and dy.
@@ -37,6 +38,11 @@ struct emulated {
     net.forward(w, as_device(m.x_view()), as_device(moe::matrix_view<float>(y.data(), m.tokens, m.d)), ctx, work);
     net.backward(w, as_device(m.x_view()), ctx, as_device(m.dy_view()),
                  as_device(moe::matrix_view<float>(dx.data(), m.tokens, m.d)), dw, work);
+    const std::vector<float> added(grads.template as<float>().begin(), grads.template as<float>().end());
+    testing::spoil(net.gradient_catalogue(), grads.template as<float>());
+    net.backward(w, as_device(m.x_view()), ctx, as_device(m.dy_view()), typename L::input_grad(), dw, work,
+                 moe::gradient_mode::replace);
+    CHECK(same_bits(grads.template as<float>(), added));
   }
 };
 
@@ -47,9 +53,6 @@ double worst_difference(std::span<const float> a, std::span<const float> b) {
     scale = std::max(scale, std::abs(double{b[i]}));
   }
   return worst / scale;
-}
-bool same_bits(std::span<const float> a, std::span<const float> b) {
-  return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size_bytes()) == 0);
 }
 
 template <template <class> class L, class... Parts>

@@ -91,6 +91,23 @@ TEST_SUITE("layer") {
     flat.net.forward(w, flat.x_view(), {y.data(), T, d}, flat.ctx, flat.work);
     CHECK(y == flat.y);
   }
+  TEST_CASE("gradients that are replaced leave frozen ones alone, and dx is added to") {
+    model once(net(), T, d, 3), m(net(), T, d, 3);
+    once.forward();
+    once.backward();
+    for (float& v : m.dx) v = 8;
+    for (float& v : m.gradients()) v = 8;
+    m.dw.gate.w = {};
+    m.dw.experts.up = {};
+    m.forward();
+    m.backward(moe::gradient_mode::replace);
+    for (std::size_t i = 0; i < m.dx.size(); ++i) CHECK(m.dx[i] == doctest::Approx(8 + once.dx[i]).epsilon(1e-5));
+    for (const moe::slot& s : m.net.catalogue())
+      for (std::size_t i = s.offset / 4; i < (s.offset + s.bytes) / 4; ++i) {
+        INFO(s.name);
+        REQUIRE(m.gradients()[i] == (s.name == "gate.w" || s.name == "experts.up" ? 8 : once.gradients()[i]));
+      }
+  }
   TEST_CASE("forward overwrites y, backward adds to dx and to every gradient") {
     model once(net(), T, d, 3), m(net(), T, d, 3);
     once.forward();

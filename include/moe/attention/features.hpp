@@ -65,6 +65,12 @@ struct attention_weights {
   matrix_view<float> query_gate, key_gate, value_gate, layer_gate;     ///< [heads*head_cols, d]
   rms_norm::weights q_norm, k_norm;  ///< [d_k]
   [[no_unique_address]] typename C::key_convolution::weights convolution{};
+
+  template <class F>
+  void each(const F& f) const {
+    f(q, k, v, o, q_bias, k_bias, v_bias, output_gate, query_gate, key_gate, value_gate, layer_gate, q_norm, k_norm,
+      convolution);
+  }
 };
 
 namespace detail {

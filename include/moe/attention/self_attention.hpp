@@ -148,13 +148,16 @@ class self_attention {
   template <class T>
   void forward(const weights& w, input in, matrix_view<float> y, cache<T>& past, arena& mem) const;
 
-  /// dy -> dx (+=), dw (+=). ctx as forward left it, with the same w and in. An empty view is a gradient nobody wants.
+  /// dy -> dx (+=), dw (+=, or = with gradient_mode::replace). ctx as forward left it, with the same w and in. An empty view
+  /// is a gradient nobody wants.
   void backward(const weights& w, const input& in, const context& ctx, matrix_view<const float> dy, matrix_view<float> dx,
-                gradients& dw, arena& mem) const {
+                gradients& dw, arena& mem, gradient_mode mode = gradient_mode::add) const {
     check_backward(w, in, ctx, dy, dx, mem);
     scratch_frame frame(mem);
     mem.align();
-    run_backward(call<B>{backend_, mem, {.tokens = ctx.tokens, .d = d_}}, w, in, ctx, dy, dx, dw);
+    const call<B> on{backend_, mem, {.tokens = ctx.tokens, .d = d_}};
+    if (mode == gradient_mode::replace) detail::clear(on, dw);
+    run_backward(on, w, in, ctx, dy, dx, dw);
   }
 
   /// What forward and backward check before they write anything; a block asks all its parts first.

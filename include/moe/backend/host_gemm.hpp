@@ -123,36 +123,37 @@ void grouped_dgrad(const call<B>& on, const bank_rows& rows, const rows_for<W>& 
     detail::copy_tile(typename B::arch{}, c, detail::part_of(dx, t));
   });
 }
-/// c[e] += the sum over e's rows of a[r]^T b[r]: a[A,m] and b[A,n] read through the plan, c[e] of m x n. The gradient of
-/// weights of type W: with bf16, levels that multiply bf16 round a and b to it.
+/// c[e] += or, to replace it, = the sum over e's rows of a[r]^T b[r]: a[A,m] and b[A,n] read through the plan, c[e] of m x
+/// n. The gradient of weights of type W: with bf16, levels that multiply bf16 round a and b to it.
 template <class W, HostBackend B>
 void grouped_wgrad(const call<B>& on, const bank_rows& rows, const rows_for<W>& a, const rows_for<W>& b,
-                   matrix_stack<float> c) noexcept {
+                   matrix_stack<float> c, gradient_mode mode) noexcept {
   if constexpr (std::same_as<W, bf16>)
-    if (a.halves) return detail::halves_wgrad(on, rows, a, b, c, {}, {});
+    if (a.halves) return detail::halves_wgrad(on, rows, a, b, c, {}, {}, mode);
   const detail::tile_products<typename B::arch, W> products;
   const detail::gradient_grid grid(rows.offsets, c.first.rows, c.first.cols, arch::detail::gradient_rows, 1024);
   on.executor().for_each(grid.tiles(), 1, [&](dim i, dim last) {
     for (; i < last; ++i) {
       const detail::gradient_tile t = grid[i];
+      if (mode == gradient_mode::replace) detail::clear_tile(typename B::arch{}, t.of(c));
       products.tn(a.from(t.first), b.from(t.first), t.row, t.column, t.depth, t.of(c));
     }
   });
 }
-/// The same, and c2[e] += the sum of a2[r]^T b[r]. Either of c and c2 may be empty.
+/// The same, and c2[e] likewise of a2[r]^T b[r]. Either of c and c2 may be empty.
 template <class W, HostBackend B>
 void grouped_wgrad(const call<B>& on, const bank_rows& rows, const rows_for<W>& a, const rows_for<W>& b,
-                   matrix_stack<float> c, const rows_for<W>& a2, matrix_stack<float> c2) noexcept {
+                   matrix_stack<float> c, const rows_for<W>& a2, matrix_stack<float> c2, gradient_mode mode) noexcept {
   if constexpr (std::same_as<W, bf16>)
-    if (a.halves && c.first && c2.first) return detail::halves_wgrad(on, rows, a, b, c, a2, c2);
-  if (c.first) grouped_wgrad<W>(on, rows, a, b, c);
-  if (c2.first) grouped_wgrad<W>(on, rows, a2, b, c2);
+    if (a.halves && c.first && c2.first) return detail::halves_wgrad(on, rows, a, b, c, a2, c2, mode);
+  if (c.first) grouped_wgrad<W>(on, rows, a, b, c, mode);
+  if (c2.first) grouped_wgrad<W>(on, rows, a2, b, c2, mode);
 }
-/// The same in float32.
+/// c[e] += the sum over e's rows of a[r]^T b[r], in float32.
 template <HostBackend B>
 void grouped_gemm_tn(const call<B>& on, const bank_rows& rows, gathered<float> a, gathered<float> b,
                      matrix_stack<float> c) noexcept {
-  grouped_wgrad<float>(on, rows, a, b, c);
+  grouped_wgrad<float>(on, rows, a, b, c, gradient_mode::add);
 }
 
 /// c[m,n] += a[m,k] b[n,k]^T

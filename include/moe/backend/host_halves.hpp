@@ -197,7 +197,7 @@ void halves_dgrad(const call<B>& on, const bank_rows& rows, const mixed_rows& dz
 /// grouped_wgrad of halves, of one gradient or, where there is a c2, of two.
 template <HostBackend B>
 void halves_wgrad(const call<B>& on, const bank_rows& rows, const mixed_rows& a, const mixed_rows& b, matrix_stack<float> c,
-                  const mixed_rows& a2, matrix_stack<float> c2) noexcept {
+                  const mixed_rows& a2, matrix_stack<float> c2, gradient_mode mode) noexcept {
   scratch_frame frame(on.scratch);
   const arch::half_kernels k = mixed_kernels_of(typename B::arch{}).halves;
   const gradient_grid grid(rows.offsets, c.first.rows, c.first.cols, half_gradient_rows, half_gradient_columns);
@@ -211,7 +211,7 @@ void halves_wgrad(const call<B>& on, const bank_rows& rows, const mixed_rows& a,
       };
       const matrix_view<const bf16> second = c2.first ? part(a2, t.row, t.rows) : matrix_view<const bf16>{};
       k.gemm_tn(part(a, t.row, t.rows), part(b, t.column, t.columns), t.of(c), second,
-                c2.first ? t.of(c2) : matrix_view<float>{}, room);
+                c2.first ? t.of(c2) : matrix_view<float>{}, mode == gradient_mode::add, room);
     }
   });
 }

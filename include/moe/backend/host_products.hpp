@@ -245,9 +245,10 @@ struct half_kernels {
   /// The same of a[m,k] b[k,n].
   void (*gemm_nn)(matrix_view<const bf16> a, matrix_view<const bf16> b, matrix_view<float> c, bool add,
                   std::byte* room) noexcept = nullptr;
-  /// c[m,n] += a[k,m]^T b[k,n] and, where there is a c2, c2[m,n] += a2[k,m]^T b.
+  /// c[m,n] = or, where `add`, += a[k,m]^T b[k,n] and, where there is a c2, c2[m,n] likewise of a2[k,m]^T b. k may be 0.
+  /// Others read c after the next join.
   void (*gemm_tn)(matrix_view<const bf16> a, matrix_view<const bf16> b, matrix_view<float> c, matrix_view<const bf16> a2,
-                  matrix_view<float> c2, std::byte* room) noexcept = nullptr;
+                  matrix_view<float> c2, bool add, std::byte* room) noexcept = nullptr;
 };
 
 /// What a level computes products of float32 rows with bf16 weights with, and the float32 gradients of such weights: the

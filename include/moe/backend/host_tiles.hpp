@@ -95,6 +95,11 @@ void copy_tile(Arch arch, matrix_view<float> from, matrix_view<float> to) noexce
   for (dim r = 0; r < to.rows; ++r)
     for_each_lane(arch, to.cols, [&, r](dim j, auto lane) { lane.store(to.row(r) + j, lane.load(from.row(r) + j)); });
 }
+template <class Arch>
+void clear_tile(Arch arch, matrix_view<float> c) noexcept {
+  for (dim r = 0; r < c.rows; ++r)
+    for_each_lane(arch, c.cols, [&, r](dim j, auto lane) { lane.store(c.row(r) + j, typename decltype(lane)::value(0)); });
+}
 /// The rows of a tile, all equal to their columns of the bias v[e](j, 0), or 0 where there is none.
 template <class Arch>
 void start(Arch arch, matrix_view<float> c, const tile& t, matrix_stack<const float> v) noexcept {

@@ -14,6 +14,7 @@ namespace moe {
 template <class Trunk>
 struct mix_before_trunk {
   static constexpr bool weighted_rows = true;
+  static constexpr bool replaces_gradients = true;  // expert_backward sees to it
   using weights = typename Trunk::weights;
   using weights_grad = detail::weights_grad<Trunk>;
   struct context {

@@ -7,6 +7,9 @@
 
 namespace moe {
 
+/// What backward does with the gradients of weights: adds to what is there, or takes the place of whatever is there.
+enum class gradient_mode : unsigned char { add, replace };
+
 /// Handed to every policy: the backend and its level, scratch memory, the sizes at hand, and the random numbers. Primitives
 /// are free functions over it, found by argument-dependent lookup: `gemm_nt(on, x, w.up, z)`.
 template <class B>
@@ -19,9 +22,10 @@ struct call {
   shape sizes;            ///< of the layer, with the tokens of this call; of the bank inside a set of experts
   bool training = false;  ///< noise, jitter and dropout act
   moe::rng rng{};
+  gradient_mode gradients = gradient_mode::add;  ///< replace: for policies alone that say replaces_gradients
 
   const auto& executor() const noexcept { return backend.executor(); }
-  call with(shape s) const noexcept { return {backend, scratch, s, training, rng}; }
+  call with(shape s) const noexcept { return {backend, scratch, s, training, rng, gradients}; }
 };
 
 }  // namespace moe

@@ -35,7 +35,7 @@ using ffn_weights = basic_ffn_weights<float>;
 template <class Form = glu<silu>, class Layout = separate, bool Biased = false, class W = float>
 struct basic_ffn_expert {
   static_assert(std::same_as<W, float> || std::same_as<W, bf16>, "moe::basic_ffn_expert: weights must be float or bf16");
-  static constexpr bool gated = Form::gated, fused = Form::gated && Layout::fused;
+  static constexpr bool gated = Form::gated, fused = Form::gated && Layout::fused, replaces_gradients = true;
   using input = matrix_view<const float>;
   using input_grad = matrix_view<float>;
   using output = matrix_view<float>;
@@ -128,6 +128,8 @@ struct basic_ffn_expert {
     if constexpr (rounds && !Biased) grouped_up_backward<true>(on, rows, form, dys.weight, ctx.z, s.a, s.dz, dweight);
     else grouped_up_backward(on, rows, form, dys.weight, ctx.z, s.a, s.dz, dweight);
     if constexpr (Biased) {
+      if (on.gradients == gradient_mode::replace)
+        for (const auto& bias : {dw.up_bias, dw.gate_bias, dw.gate_up_bias, dw.down_bias}) detail::clear(on, bias);
       if (dw.down_bias) sum_rows(on, rows, dys, stack(dw.down_bias, d));
       add_bias_gradient(on, rows, s.dz.columns(gated ? f : 0, f), up_bias_of(dw, f));
       if constexpr (gated) add_bias_gradient(on, rows, s.dz.columns(0, f), gate_bias_of(dw, f));
@@ -136,8 +138,8 @@ struct basic_ffn_expert {
       round_rows(on, rows, a);
       round_rows(on, rows, dz);
     }
-    if (dw.down) grouped_wgrad<W>(on, rows, dy, a, stack(dw.down, d));
-    grouped_wgrad<W>(on, rows, dup, xs, up_of(dw, f), dgate, gated ? gate_of(dw, f) : matrix_stack<float>{});
+    if (dw.down) grouped_wgrad<W>(on, rows, dy, a, stack(dw.down, d), on.gradients);
+    grouped_wgrad<W>(on, rows, dup, xs, up_of(dw, f), dgate, gated ? gate_of(dw, f) : matrix_stack<float>{}, on.gradients);
     if (!dx) return;
     grouped_dgrad(on, rows, dup, up, dgate, gated ? gate : matrix_stack<const W>{}, s.dx);
     scatter_add_rows(on, rows, gathered<float>{s.dx}, dx);

@@ -84,6 +84,7 @@ class expert_set {
 
  public:
   static constexpr bool weighs_input = (detail::weighs_input<X> || ...);
+  static constexpr bool replaces_gradients = true;  // bank by bank
   static constexpr bool banks_read_the_same = (std::same_as<typename first::input, typename X::input> && ...);
   using input = typename first::input;
   using input_grad = detail::input_grad<first>;

@@ -25,7 +25,8 @@ struct weighed_rows {
 /// weights, saves  those of X      adds to  dx, the gradients of X, dweight[r] = <d(weight x), x>
 template <class X>
 struct weigh_input {
-  static constexpr bool weighs_input = true, stores_rows = std::same_as<typename X::output, matrix_view<float>>;
+  static constexpr bool weighs_input = true, replaces_gradients = true;
+  static constexpr bool stores_rows = std::same_as<typename X::output, matrix_view<float>>;
   using input = matrix_view<const float>;
   using input_grad = matrix_view<float>;
   using output = std::conditional_t<stores_rows, matrix_view<float>, weighed_rows<typename X::output>>;

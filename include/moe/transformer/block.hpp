@@ -148,21 +148,26 @@ class transformer_block {
     infer(w, in, y, mem,
           [&](const input& normed, matrix_view<float> h) { attention_.forward(w.attention, normed, h, past, mem); });
   }
-  /// dy -> dx (+=), dw (+=). ctx as forward left it, with the same w and in. An empty dx is not computed.
+  /// dy -> dx (+=), dw (+=, or = with gradient_mode::replace). ctx as forward left it, with the same w and in. An empty dx
+  /// is not computed.
   void backward(const weights& w, const input& in, const context& ctx, matrix_view<const float> dy, matrix_view<float> dx,
-                gradients& dw, arena& mem) const {
+                gradients& dw, arena& mem, gradient_mode mode = gradient_mode::add) const {
     check_backward(w, in, ctx, dy, dx, dw, mem);
     scratch_frame frame(mem);
     mem.align();
     const slopes s = carve_slopes(in.x.rows, mem);
     const on_type on = call_of(in, mem);
+    if (mode == gradient_mode::replace) {
+      detail::clear(on, dw.attention_norm);
+      detail::clear(on, dw.layer_norm);
+    }
     fill(on, s.dh, 0.f);
     fill(on, s.dnormed, 0.f);
-    layer_.backward(w.layer, ctx.layer_in, ctx.layer, dy, s.dnormed, dw.layer, mem);
+    layer_.backward(w.layer, ctx.layer_in, ctx.layer, dy, s.dnormed, dw.layer, mem, mode);
     add(on, dy, s.dh);
     norm_.backward(on, w.layer_norm, ctx.h, ctx.layer_norm, s.dnormed, s.dh, dw.layer_norm);
     fill(on, s.dnormed, 0.f);
-    attention_.backward(w.attention, with(in, ctx.attention_in), ctx.attention, s.dh, s.dnormed, dw.attention, mem);
+    attention_.backward(w.attention, with(in, ctx.attention_in), ctx.attention, s.dh, s.dnormed, dw.attention, mem, mode);
     if (dx) add(on, s.dh, dx);
     norm_.backward(on, w.attention_norm, in.x, ctx.attention_norm, s.dnormed, dx, dw.attention_norm);
   }

@@ -20,6 +20,11 @@ inline __m512i first_halves(const bf16* p, dim n) noexcept {
   return _mm512_maskz_loadu_epi16(n < 32 ? (1u << n) - 1 : 0xffffffffu, p);
 }
 
+/// The first n of 16 floats.
+inline __mmask16 first_floats(dim n) noexcept {
+  return static_cast<__mmask16>(n >= 16 ? 0xffff : n > 0 ? (1u << n) - 1 : 0);
+}
+
 /// Rows of at most 32 halves, each filled up to 32 with zeros.
 MOE_TARGET(MOE_AVX512)
 inline void round_up_rows(matrix_view<const bf16> from, bf16* to) noexcept {
@@ -52,6 +57,39 @@ class weights_ahead {
   dim apart_ = 0, row_ = 0, run_ = 0, at_ = 0;
 };
 
+/// Sums of a block, rows of 32 floats, that take the place of a part of a gradient. They are written past the caches, a few
+/// rows at a time while the next block is multiplied: a core that waits for memory would multiply nothing. To be settled.
+class sums_behind {
+ public:
+  sums_behind() noexcept = default;
+  sums_behind(const float* sums, matrix_view<float> to) noexcept
+      : sums_(sums), to_(to.data), ld_(to.ld), rows_(to.rows), cols_(to.cols), whole_(is_whole(to)) {}
+
+  MOE_TARGET(MOE_AVX512)
+  void write(dim rows) noexcept {
+    for (; rows > 0 && rows_ > 0; --rows, --rows_, sums_ += panel_rows, to_ += ld_) {
+      const __m512 left = _mm512_load_ps(sums_), right = _mm512_load_ps(sums_ + 16);
+      if (whole_) {
+        _mm512_stream_ps(to_, left);
+        _mm512_stream_ps(to_ + 16, right);
+      } else {
+        _mm512_mask_storeu_ps(to_, first_floats(cols_), left);
+        _mm512_mask_storeu_ps(to_ + 16, first_floats(cols_ - 16), right);
+      }
+    }
+  }
+
+ private:
+  static bool is_whole(matrix_view<float> m) noexcept {
+    return m.cols == panel_rows && m.ld % 16 == 0 && reinterpret_cast<std::uintptr_t>(m.data) % line_bytes == 0;
+  }
+
+  const float* sums_ = nullptr;
+  float* to_ = nullptr;
+  dim ld_ = 0, rows_ = 0, cols_ = 0;
+  bool whole_ = false;
+};
+
 /// One or two blocks of rows against 32 packed columns: sums = or += over `steps` steps.
 struct rows_work {
   const bf16 *upper, *lower;  ///< lower: null where there is one block
@@ -63,6 +101,8 @@ struct rows_work {
   bool add;
   weights_ahead* ahead = nullptr;  ///< where rows pass by, so many of its lines come nearer in every step
   dim lines = 0;
+  sums_behind* behind = nullptr;  ///< where columns pass by, so many of its rows are written in every step
+  dim written = 0;
 };
 
 /// Which operand passes by, loaded so that the first cache keeps the other one.
@@ -102,6 +142,7 @@ MOE_NO_INLINE void multiply_rows(const rows_work& w) noexcept {
       Tiles::add_halves0();
       Tiles::pass7(q + tile_bytes, line_bytes);
       Tiles::add_halves1();
+      w.behind->write(w.written);
       if (two) Tiles::load5(lower, row);
     }
     if (!two) continue;
@@ -291,12 +332,12 @@ inline void turn_columns(matrix_view<const bf16> a, bf16* to) noexcept {
     }
 }
 
-/// to += from, the rows of which are 32 floats
+/// to += from, the rows of which are 32 floats.
 MOE_TARGET(MOE_AVX512)
 inline void add_sums(const float* from, matrix_view<float> to) noexcept {
   for (dim r = 0; r < to.rows; ++r, from += panel_rows)
     for (dim j = 0; j < to.cols; j += 16) {
-      const __mmask16 some = static_cast<__mmask16>(to.cols - j < 16 ? (1u << (to.cols - j)) - 1 : 0xffff);
+      const __mmask16 some = first_floats(to.cols - j);
       const __m512 sum = _mm512_add_ps(_mm512_loadu_ps(from + j), _mm512_maskz_loadu_ps(some, to.row(r) + j));
       _mm512_mask_storeu_ps(to.row(r) + j, some, sum);
     }
@@ -309,44 +350,61 @@ inline constexpr dim turned_columns = 256, packed_halves = 1024 * half_cut;
 inline dim gradient_room_amx(dim m, dim n) noexcept {
   return packed_bytes(at_most(m, turned_columns)) + at_most(packed_bytes(n), packed_halves * dim{sizeof(bf16)});
 }
-/// c[m,n] += a[k,m]^T b[k,n], at most half_cut deep; `columns` are those of b, packed, and `left` room for some of a's. A
-/// pair of blocks of a's columns stays in the first cache while columns of b pass by, so that rows of c are read and written
-/// as they lie in memory.
+/// c[m,n] = or += a[k,m]^T b[k,n], at most half_cut deep; `columns` are those of b, packed, and `left` room for some of a's.
+/// A pair of blocks of a's columns stays in the first cache while columns of b pass by, so that rows of c are read and
+/// written as they lie in memory. To be settled where it does not add.
 template <int Build, class Tiles>
-void product_tn_packed(matrix_view<const bf16> a, const std::byte* columns, matrix_view<float> c, bf16* left) noexcept {
+void product_tn_packed(matrix_view<const bf16> a, const std::byte* columns, matrix_view<float> c, bool add,
+                       bf16* left) noexcept {
   constexpr dim pair = 2 * tile_rows;
-  alignas(64) float sums[pair * panel_rows];
+  alignas(64) float sums[2][pair * panel_rows];
+  sums_behind behind;
+  dim turn = 0;
   tile_heights<Tiles> heights;
   const dim steps = blocks(a.rows, 32), block = steps * 32 * tile_rows;
+  const dim written = steps > 0 ? blocks(pair, steps) : 0;
   for (dim i = 0; i < c.rows; i += pair) {
     const dim m = at_most(c.rows - i, pair), upper = at_most(m, tile_rows), lower = m - upper, turned = i % turned_columns;
     if (turned == 0) turn_columns(a.columns(i, at_most(c.rows - i, turned_columns)), left);
     const bf16* rows = left + turned / tile_rows * block;
     heights.set(upper, lower > 0 ? lower : 1);
     for (dim j = 0; j < c.cols; j += panel_rows) {
+      const matrix_view<float> to = c.slice(i, m).columns(j, at_most(c.cols - j, panel_rows));
+      float* own = sums[turn];
       multiply_rows<Build, Tiles, passing::columns>({rows, lower > 0 ? rows + block : nullptr, 32, 32 * tile_rows,
-                                                     columns + j * steps * line_bytes, steps, sums,
-                                                     sums + upper * panel_rows, panel_rows, false});
-      add_sums(sums, c.slice(i, m).columns(j, at_most(c.cols - j, panel_rows)));
+                                                     columns + j * steps * line_bytes, steps, own, own + upper * panel_rows,
+                                                     panel_rows, false, nullptr, 0, &behind, written});
+      behind.write(pair);
+      if (add) {
+        add_sums(own, to);
+      } else {
+        behind = sums_behind(own, to);
+        turn = 1 - turn;
+      }
     }
   }
+  behind.write(pair);
   Tiles::release();
 }
-/// c[m,n] += a[k,m]^T b[k,n], and c2 += a2^T b where there is a c2. b is packed once for both.
+/// c[m,n] = or += a[k,m]^T b[k,n], and c2 likewise of a2^T b where there is a c2. b is packed once for both.
 template <int Build, class Tiles>
 void product_tn_amx(matrix_view<const bf16> a, matrix_view<const bf16> b, matrix_view<float> c, matrix_view<const bf16> a2,
-                    matrix_view<float> c2, std::byte* room) noexcept {
+                    matrix_view<float> c2, bool add, std::byte* room) noexcept {
   auto* left = reinterpret_cast<bf16*>(room);
   std::byte* right = room + packed_bytes(at_most(c.rows, turned_columns));
-  for (dim first = 0; first < b.rows; first += half_cut) {
+  for (dim first = 0; first < b.rows || (first == 0 && !add); first += half_cut) {  // no rows: sums of nothing
     const dim depth = at_most(b.rows - first, half_cut);
-    const dim band = packed_halves / round_up(depth, 32) / panel_rows * panel_rows;
+    const dim band = packed_halves / round_up(depth > 0 ? depth : 1, 32) / panel_rows * panel_rows;
     for (dim from = 0; from < b.cols; from += band) {
       const dim n = at_most(b.cols - from, band);
       pack_columns(b.slice(first, depth).columns(from, n), n, right);
-      product_tn_packed<Build, Tiles>(a.slice(first, depth), right, c.columns(from, n), left);
-      if (c2) product_tn_packed<Build, Tiles>(a2.slice(first, depth), right, c2.columns(from, n), left);
+      const auto part = [&](matrix_view<const bf16> l, matrix_view<float> to) {
+        product_tn_packed<Build, Tiles>(l.slice(first, depth), right, to.columns(from, n), add || first > 0, left);
+      };
+      part(a, c);
+      if (c2) part(a2, c2);
     }
+    if (!add) settle_lines();
   }
 }
 

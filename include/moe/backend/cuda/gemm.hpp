@@ -110,7 +110,7 @@ struct row_product {
   }
 };
 
-/// c[e] += the sum over e's rows of a[r]^T b[r].
+/// c[e] += or, to replace it, = the sum over e's rows of a[r]^T b[r].
 struct outer_product {
   static constexpr int outputs = 1;
   static constexpr bool a_along_k = false, b_along_k = false;
@@ -118,6 +118,7 @@ struct outer_product {
   device_rows rows;
   gathered<float> left, right;
   matrix_stack<float> out;
+  gradient_mode mode;
 
   MOE_HD block_tile tile(dim block) const noexcept { return find_tile_of_stack(out.first.rows, out.first.cols, block); }
   MOE_HD dim depth(const block_tile& t) const noexcept { return rows.count(t.expert); }
@@ -126,7 +127,8 @@ struct outer_product {
     return right.row(rows.at(t.expert) + k)[t.column + j];
   }
   MOE_HD void store(const block_tile& t, dim i, dim j, const float (&sum)[1]) const noexcept {
-    out[t.expert](t.row + i, t.column + j) += sum[0];
+    float& to = out[t.expert](t.row + i, t.column + j);
+    to = mode == gradient_mode::add ? to + sum[0] : sum[0];
   }
 };
 
@@ -170,20 +172,20 @@ void grouped_dgrad(const call<B>& on, const bank_rows& rows, gathered<float> dz,
 template <DeviceBackend B>
 void grouped_gemm_tn(const call<B>& on, const bank_rows& rows, gathered<float> a, gathered<float> b,
                      matrix_stack<float> c) noexcept {
-  detail::run_outer_product(on, detail::outer_product{detail::device_rows(rows), a, b, c});
-}
-template <class W, DeviceBackend B>
-  requires std::same_as<W, float>
-void grouped_wgrad(const call<B>& on, const bank_rows& rows, gathered<float> a, gathered<float> b,
-                   matrix_stack<float> c) noexcept {
-  grouped_gemm_tn(on, rows, a, b, c);
+  detail::run_outer_product(on, detail::outer_product{detail::device_rows(rows), a, b, c, gradient_mode::add});
 }
 template <class W, DeviceBackend B>
   requires std::same_as<W, float>
 void grouped_wgrad(const call<B>& on, const bank_rows& rows, gathered<float> a, gathered<float> b, matrix_stack<float> c,
-                   gathered<float> a2, matrix_stack<float> c2) noexcept {
-  if (c.first) grouped_gemm_tn(on, rows, a, b, c);
-  if (c2.first) grouped_gemm_tn(on, rows, a2, b, c2);
+                   gradient_mode mode) noexcept {
+  detail::run_outer_product(on, detail::outer_product{detail::device_rows(rows), a, b, c, mode});
+}
+template <class W, DeviceBackend B>
+  requires std::same_as<W, float>
+void grouped_wgrad(const call<B>& on, const bank_rows& rows, gathered<float> a, gathered<float> b, matrix_stack<float> c,
+                   gathered<float> a2, matrix_stack<float> c2, gradient_mode mode) noexcept {
+  if (c.first) grouped_wgrad<W>(on, rows, a, b, c, mode);
+  if (c2.first) grouped_wgrad<W>(on, rows, a2, b, c2, mode);
 }
 
 template <DeviceBackend B>
@@ -201,7 +203,7 @@ void gemm_nn(const call<B>& on, matrix_view<const float> a, matrix_view<const fl
 }
 template <DeviceBackend B>
 void gemm_tn(const call<B>& on, matrix_view<const float> a, matrix_view<const float> b, matrix_view<float> c) noexcept {
-  detail::run_outer_product(on, detail::outer_product{detail::device_rows(a.rows), {a}, {b}, {c, 0}});
+  detail::run_outer_product(on, detail::outer_product{detail::device_rows(a.rows), {a}, {b}, {c, 0}, gradient_mode::add});
 }
 
 }  // namespace moe
