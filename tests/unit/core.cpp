@@ -142,6 +142,26 @@ void check_type(element id, int bits, bool packed, const char* printed) {
 
 constexpr format bf16_format{8, 7}, f16_format{5, 10};
 
+/// What for_each_tensor meets.
+struct pair_of_views {
+  matrix_view<float> a, b;
+};
+struct counted_views {
+  std::span<float> first;
+  pair_of_views rest;
+  template <class F>
+  void each(const F& f) const {
+    f(first, rest);
+  }
+};
+struct all_views {
+  [[no_unique_address]] std::tuple<> empty;
+  std::tuple<pair_of_views, std::span<float>> tuple;
+  matrix_view<float> alone;
+  counted_views counted;
+  dim number = 0;
+};
+
 }  // namespace
 
 TEST_SUITE("core/view") {
@@ -272,28 +292,9 @@ TEST_SUITE("core/dtype") {
 
 TEST_SUITE("core/tensors") {
   TEST_CASE("every matrix and span of float is met once, in order, whatever holds them") {
-    struct pair {
-      matrix_view<float> a, b;
-    };
-    struct several {
-      template <class F>
-      void each(const F& f) const {
-        f(first, rest);
-      }
-      std::span<float> first;
-      pair rest;
-    };
-    struct none {};
-    struct all {
-      [[no_unique_address]] none empty;
-      std::tuple<pair, std::span<float>> tuple;
-      matrix_view<float> alone;
-      several counted;
-      dim number = 0;
-    };
     float v[7] = {};
     const auto one = [&](int i) { return matrix_view<float>(v + i, 1, 1); };
-    const all views{{}, {{one(0), one(1)}, {v + 2, 1}}, one(3), {{v + 4, 1}, {one(5), one(6)}}};
+    const all_views views{{}, {{one(0), one(1)}, {v + 2, 1}}, one(3), {{v + 4, 1}, {one(5), one(6)}}};
     float next = 1;
     for_each_tensor(views, [&](matrix_view<float> m) {
       CHECK(m.rows * m.cols == 1);
