@@ -48,7 +48,7 @@ template <class C, class T>
 struct trial {
   using layer = moe::self_attention<C, moe::cpu<>>;
   layer net;
-  std::vector<float> values, x = normals(S * N * d, 5, 1), whole = std::vector<float>(S * N * d);
+  std::vector<float> values, x, whole = std::vector<float>(S * N * d);
   moe::buffer params, angles, memory, work;
   moe::arena mem;
   typename layer::weights w;
@@ -66,6 +66,12 @@ struct trial {
     w = net.make_weights(p);
     table = net.make_table(N, a);
     cache = net.template make_cache<T>(S, N, c);
+    begin(5);
+  }
+  /// Other tokens; none of them has come.
+  void begin(std::uint64_t seed) {
+    x = normals(S * N * d, seed, 1);
+    for (dim s = 0; s < S; ++s) cache.reset(s);
     net.forward(w, {{x.data(), S * N, d}, {offsets, {}}, table}, {whole.data(), S * N, d}, mem);
   }
   static std::size_t scratch(const layer& net) {
@@ -96,7 +102,25 @@ struct trial {
     for (dim t = 10; t < N - 4; ++t) worst = std::max(worst, next(t, 1, 1));
     return std::max(worst, next(N - 4, 4, 4));
   }
+  double in_pieces_of(dim n) {
+    double worst = 0;
+    for (dim t = 0; t < N; t += n) worst = std::max(worst, next(t, std::min(n, N - t), std::min(n, N - t)));
+    return worst;
+  }
 };
+
+/// The largest error of prefills in pieces, and of decoding, over several texts.
+template <class T>
+double worst_of_blocks() {
+  trial<blocks, T> t(moe::block_attention{.block = 4, .k = 2});
+  double worst = 0;
+  for (std::uint64_t seed = 0; seed < 12; ++seed)
+    for (const dim n : {1, 6, 13}) {
+      t.begin(seed);
+      worst = std::max(worst, t.in_pieces_of(n));
+    }
+  return worst;
+}
 
 }  // namespace
 
@@ -117,6 +141,35 @@ TEST_SUITE("attention/self_attention_cache") {
     CHECK(trial<convolved, moe::bf16>().in_pieces() < 0.02);
     CHECK(trial<convolved, moe::f16>().in_pieces() < 0.003);
     CHECK(trial<convolved, std::int8_t>().in_pieces() < 0.05);
+  }
+  TEST_CASE("smaller elements do not change which blocks are chosen, in a piece of a prefill no more than in decoding") {
+    // Rounded keys have other means, and another block is off by tenths.
+    CHECK(worst_of_blocks<float>() < 2e-5);
+    CHECK(worst_of_blocks<moe::bf16>() < 0.05);
+    CHECK(worst_of_blocks<moe::f16>() < 0.005);
+    CHECK(worst_of_blocks<std::int8_t>() < 0.1);
+  }
+  TEST_CASE("a sequence that is reset begins anew, its convolution as well") {
+    trial<convolved, float> t;
+    t.next(0, 9, 9);
+    t.cache.reset(0);
+    t.cache.reset(1);
+    CHECK(t.next(0, 9, 9) < 2e-5);
+    t.cache.truncate(0, 9);
+    CHECK_THROWS_WITH_AS(t.cache.truncate(0, 8),
+                         "self_attention::cache::truncate: n is 8, expected 0 or 9 (the length of sequence 0): the "
+                         "convolution keeps its last keys only",
+                         moe::shape_error);
+    CHECK_THROWS_AS(t.cache.truncate(0, 10), moe::shape_error);
+    CHECK_THROWS_AS(t.cache.reset(S), moe::shape_error);
+    CHECK(t.next(9, 3, 3) < 2e-5);
+  }
+  TEST_CASE("without a convolution tokens are forgotten one by one") {
+    trial<published, float> t;
+    t.next(0, 9, 9);
+    t.cache.truncate(0, 4);
+    t.cache.truncate(1, 4);
+    CHECK(t.next(4, 5, 5) < 2e-5);
   }
   TEST_CASE("a sequence may rest while another goes on") {
     trial<convolved, float> t;

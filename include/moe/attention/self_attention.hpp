@@ -121,11 +121,17 @@ class self_attention {
     run_forward(call<B>{backend_, mem, {.tokens = ctx.tokens, .d = d_}}, w, in, y, ctx);
   }
   /// Tokens of each sequence so far: keys and values as elements of T, as attention reads them; with a convolution, its last
-  /// keys.
+  /// keys. Tokens are forgotten through the cache, so that both forget them.
   template <class T>
   struct cache {
     kv_cache<T> tokens;
     typename detail::key_tail<conv>::type tail;
+
+    /// Forgets sequence s.
+    void reset(dim s) { truncate(s, 0); }
+    /// Forgets what sequence s has beyond its first n tokens.
+    /// errors   shape_error, with a convolution also for 0 < n < length: the keys that it would read next are gone
+    void truncate(dim s, dim n);
   };
   /// For so many sequences of at most `capacity` tokens, none of which has come.
   template <class T>
@@ -240,14 +246,16 @@ class self_attention {
     if constexpr (convolves) conv{}.forward(on, w.convolution, matrix_view<const float>(rotated_keys(c)), in.sequences, c.k);
     {
       scratch_frame frame(on.scratch);
-      attend_tokens(on, problem(in.sequences), c, bind_gate(on, c), 0, queries(c), keys(c), values(c));
+      const attention_problem p = problem(in.sequences);
+      const auto means = [&](const key_blocks& blocks) noexcept { prepare_key_blocks(on, p, keys(c), blocks); };
+      attend_tokens(on, p, c, bind_gate(on, c), 0, queries(c), keys(c), values(c), means);
     }
     project_back(on, w, c, y);
   }
-  /// o of the tokens from `first` on, gated, into their rows.
-  template <class Gates, class Q, class K, class V>
-  void attend_tokens(const call<B>& on, const attention_problem& p, const context& c, const Gates& gates, dim first, const Q& q,
-                     const K& k, const V& v) const noexcept {
+  /// o of the tokens from `first` on, gated, into their rows; means(blocks) fills in the blocks' centroids.
+  template <class Gates, class Q, class K, class V, class Means>
+  void attend_tokens(const call<B>& on, const attention_problem& p, const context& c, const Gates& gates, dim first,
+                     const Q& q, const K& k, const V& v, [[maybe_unused]] Means means) const noexcept {
     const auto finish = [&](dim t, dim a, float* o, float lse) noexcept {
       const auto bytes = static_cast<std::size_t>(heads_.dv) * sizeof(float);
       t += first;
@@ -260,7 +268,7 @@ class self_attention {
     };
     const auto blocks = [&] { return carve_blocks(c, p.sequences(), k[0].rows, on.scratch); };
     select(blocks, [&](const auto& selection) {
-      if constexpr (requires { selection.centroids; }) prepare_key_blocks(on, p, k, selection);
+      if constexpr (requires { selection.centroids; }) means(selection);
       attend(on, p, q, k, v, selection, finish);
     });
   }

@@ -21,6 +21,19 @@ struct head_rows {
 
 template <class C, class B>
 template <class T>
+void self_attention<C, B>::cache<T>::truncate(dim s, dim n) {
+  if constexpr (convolves)
+    if (s >= 0 && s < tokens.sizes.sequences && n > 0 && n < tokens.length(s))
+      throw shape_error("self_attention::cache::truncate: n is " + std::to_string(n) + ", expected 0 or " +
+                        std::to_string(tokens.length(s)) + " (the length of sequence " + std::to_string(s) +
+                        "): the convolution keeps its last keys only");
+  tokens.truncate(s, n);
+  if constexpr (convolves)
+    if (n == 0) conv{}.reset(tail, s);
+}
+
+template <class C, class B>
+template <class T>
 std::size_t self_attention<C, B>::scratch_bytes(dim tokens, const cache<T>& past) const noexcept {
   return counted([&](arena& mem) {
     const kv_cache_shape& s = past.tokens.sizes;
@@ -41,7 +54,6 @@ std::size_t self_attention<C, B>::scratch_bytes(dim tokens, const cache<T>& past
       count_attend(backend_, problem({}), {tokens, s.capacity}, every_key{}, mem);
       if constexpr (C::selection::blocks) {
         const key_blocks blocks = carve_blocks({}, 1, s.capacity, mem);
-        (void)count_prepare_key_blocks(backend_, heads_, mem);
         count_attend(backend_, problem({}), {tokens, s.capacity}, blocks, mem);
       }
     });
@@ -123,8 +135,13 @@ void self_attention<C, B>::extend_tokens(const call<B>& on, const input& in, con
         past.tokens.read_values(s, a, 0, rows.second.columns(a * heads_.dv, heads_.dv));
       }
     });
+    // As a step of decoding chooses: by the means of the keys as they came, not as they are stored.
+    const auto means = [&](const key_blocks& blocks) noexcept {
+      for (dim b = 0; b < detail::blocks(past.tokens.length(s), blocks.block); ++b)
+        for (dim a = 0; a < heads_.kv_heads; ++a) past.tokens.centroid(s, a, b, blocks.centroids.row(b) + a * heads_.d);
+    };
     attend_tokens(on, problem({}), c, gates, first, q, split_heads(rows.first, heads_.kv_heads),
-                  split_heads(rows.second, heads_.kv_heads));
+                  split_heads(rows.second, heads_.kv_heads), means);
   }
 }
 
