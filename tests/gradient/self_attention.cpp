@@ -30,7 +30,7 @@ struct every_gate : moe::attention_features {
   using rotary = moe::rotary<moe::interleaved_pairs>;
   using output_gate = moe::output_gate<moe::elementwise>;
   using query_gate = moe::output_gate<moe::elementwise, moe::silu>;
-  using key_gate = moe::output_gate<moe::headwise>;
+  using key_gate = moe::output_gate<moe::elementwise>;  // the norm of heads would cancel one that is headwise
   using value_gate = moe::output_gate<moe::head_shared>;
   using layer_gate = moe::output_gate<moe::elementwise, moe::ns_sigmoid>;
   static constexpr bool normalises_heads = true;
@@ -84,8 +84,8 @@ struct trial {
   void backward() { net.backward(w, in, ctx, {dy.data(), T, d}, {dx.data(), T, d}, dw, mem); }
 };
 
-/// The largest difference between gradients and central differences, relative to 1 + the gradient. Gradients that replace
-/// NaN have to be the same.
+/// The largest difference between gradients and central differences, relative to the difference or the root mean square of
+/// the tensor's gradients, whichever is larger. Gradients that replace NaN have to be the same.
 template <class C>
 double worst_gradient(trial<C>& t) {
   t.forward();
@@ -95,7 +95,7 @@ double worst_gradient(trial<C>& t) {
   t.net.backward(t.w, t.in, t.ctx, {t.dy.data(), T, d}, {}, t.dw, t.mem, moe::gradient_mode::replace);
   CHECK(testing::same_bits(t.grads.template as<float>(), added));
   double worst = 0;
-  const auto probe = [&](float& v, float gradient) {
+  const auto probe = [&](float& v, float gradient, double rms) {
     constexpr float step = 4e-3f;
     const float kept = v;
     v = kept + step;
@@ -104,15 +104,21 @@ double worst_gradient(trial<C>& t) {
     const double below = t.forward();
     v = kept;
     const double difference = (above - below) / (2 * double{step});
-    worst = std::max(worst, std::fabs(difference - double{gradient}) / (1 + std::fabs(difference)));
+    worst = std::max(worst, std::fabs(difference - double{gradient}) / std::max(std::fabs(difference), rms));
   };
-  for (std::size_t i = 0; i < t.x.size(); i += 5) probe(t.x[i], t.dx[i]);
+  const auto rms_of = [](std::span<const float> gradient) {
+    double squares = 0;
+    for (const float g : gradient) squares += double{g} * double{g};
+    return std::sqrt(squares / static_cast<double>(gradient.size()));
+  };
+  const double rms_of_x = rms_of(t.dx);
+  for (std::size_t i = 0; i < t.x.size(); i += 5) probe(t.x[i], t.dx[i], rms_of_x);
   const auto values = t.params.template as<float>(), gradients = t.grads.template as<float>();
-  for (const moe::slot& s : t.net.catalogue())
-    for (dim i = 0; i < s.rows * s.cols; i += 1 + s.rows * s.cols / 23) {
-      const std::size_t at = s.offset / sizeof(float) + static_cast<std::size_t>(i);
-      probe(values[at], gradients[at]);
-    }
+  for (const moe::slot& s : t.net.catalogue()) {
+    const std::size_t first = s.offset / sizeof(float), n = static_cast<std::size_t>(s.rows * s.cols);
+    const double rms = rms_of(gradients.subspan(first, n));
+    for (std::size_t i = 0; i < n; i += 1 + n / 23) probe(values[first + i], gradients[first + i], rms);
+  }
   return worst;
 }
 
@@ -135,13 +141,13 @@ std::vector<double> by_formulas(const trial<C>& t, bool naive = false) {
   r.query = [=, &t](std::size_t a, std::size_t j) {
     return row(t.w.q, t.w.q_bias, naive ? a * width + j : a / group * group_cols + a % group * width + j);
   };
-  r.logit = [=, &t](std::size_t a, std::size_t j) {
+  const auto logit = [=, &t](std::size_t a, std::size_t j) {
     return row(t.w.q, t.w.q_bias, naive ? 4 * width + a * own + j : a / group * group_cols + group * width + a % group * own + j);
   };
   r.key = [=, &t](std::size_t g, std::size_t j) { return row(t.w.k, t.w.k_bias, g * width + j); };
   r.value = [=, &t](std::size_t g, std::size_t j) { return row(t.w.v, t.w.v_bias, g * dv + j); };
-  r.logits_of_a_head = own;
-  r.gate = [](double s) { return 1 / (1 + std::exp(-s)); };
+  r.output_gate =
+      reference::gated_by(logit, own == 1 ? reference::gates::head : reference::gates::channel, 4, d, reference::sigmoid);
   r.turn = [](reference::numbers v, std::size_t p) { return reference::turned_half_split(v, p); };
   r.norm = [&t](reference::numbers v, bool query) {
     return reference::normalised(v, query ? t.w.q_norm.weight.data() : t.w.k_norm.weight.data());
@@ -176,7 +182,8 @@ TEST_SUITE("attention/self_attention") {
     CHECK(distance(t.y, by_formulas(t)) < 2e-5);
   }
   TEST_CASE("gradients of every weight and of x match finite differences, for every feature") {
-    const auto check = [](auto t) { CHECK(worst_gradient(t) < 3e-3); };
+    // Differences of float32 results are rounded by up to 1e-2; attention_gates.cpp is stricter.
+    const auto check = [](auto t) { CHECK(worst_gradient(t) < 2e-2); };
     SUBCASE("bare") { check(trial<bare>()); }
     SUBCASE("a window") { check(trial<bare>(moe::attention_mask{.window = 5})); }
     SUBCASE("published, headwise") { check(trial<published<moe::headwise>>()); }

@@ -17,14 +17,17 @@ using numbers = std::vector<double>;
 struct self_attention {
   std::size_t d, h, h_kv, width, dv;
   std::vector<std::size_t> starts;  ///< first tokens of the sequences, and T
-  /// Rows of weights by name: query(a, j), gate(a, j) and so on give a row of d numbers and a bias.
+  /// Rows of weights by name: query(a, j), key(a, j) and so on give a row of d numbers and a bias.
   struct row {
     const float* weight;
     double bias = 0;
   };
-  std::function<row(std::size_t, std::size_t)> query, key, value, logit;
-  std::size_t logits_of_a_head = 0;
-  std::function<double(double)> gate;
+  using rows = std::function<row(std::size_t, std::size_t)>;
+  rows query, key, value;
+  /// Head a behind its gate, whose logits come from x[d]; the gate of the layer has one head, y. Queries, keys and values
+  /// are gated before norm and rotation.
+  using gate = std::function<numbers(numbers, std::size_t, const float*)>;
+  gate query_gate, key_gate, value_gate, output_gate, layer_gate;
   std::function<numbers(numbers, std::size_t)> turn;                    ///< a head at a position
   std::function<numbers(numbers, bool)> norm;                           ///< a head of queries (true) or keys
   std::function<double(std::size_t, std::size_t)> convolution;          ///< w(l, channel of all key heads)
@@ -37,16 +40,16 @@ struct self_attention {
     for (std::size_t i = 0; i < d; ++i) sum += double{r.weight[i]} * double{x[i]};
     return sum;
   }
-  numbers head(const std::function<row(std::size_t, std::size_t)>& rows, std::size_t a, std::size_t n, const float* x) const {
+  numbers head(const rows& of, const gate& by, std::size_t a, std::size_t n, const float* x) const {
     numbers y(n);
-    for (std::size_t j = 0; j < n; ++j) y[j] = times(rows(a, j), x, d);
-    return y;
+    for (std::size_t j = 0; j < n; ++j) y[j] = times(of(a, j), x, d);
+    return by ? by(y, a, x) : y;
   }
   /// Keys of one head of one sequence, as attention reads them.
   std::vector<numbers> keys_of(std::size_t g, const float* x, std::size_t first, std::size_t end) const {
     std::vector<numbers> raw, out;
     for (std::size_t t = first; t < end; ++t) {
-      numbers k = head(key, g, width, x + t * d);
+      numbers k = head(key, key_gate, g, width, x + t * d);
       if (norm) k = norm(k, false);
       if (turn) k = turn(k, t - first);
       raw.push_back(k);
@@ -71,7 +74,7 @@ struct self_attention {
         const std::size_t first = starts[s], end = starts[s + 1], g = a / (h / h_kv);
         const std::vector<numbers> k = keys_of(g, x, first, end);
         for (std::size_t t = first; t < end; ++t) {
-          numbers q = head(query, a, width, x + t * d);
+          numbers q = head(query, query_gate, a, width, x + t * d);
           if (norm) q = norm(q, true);
           if (turn) q = turn(q, t - first);
           const std::vector<std::size_t> seen = visible(k, q, t - first);
@@ -86,18 +89,45 @@ struct self_attention {
           for (double& v : score) total += v = std::exp(v - largest);
           numbers o(dv);
           for (std::size_t j = 0; j < seen.size(); ++j) {
-            const numbers v = head(value, g, dv, x + (first + seen[j]) * d);
+            const numbers v = head(value, value_gate, g, dv, x + (first + seen[j]) * d);
             for (std::size_t i = 0; i < dv; ++i) o[i] += score[j] / total * v[i];
           }
-          for (std::size_t i = 0; i < dv && gate; ++i)
-            o[i] *= gate(times(logit(a, logits_of_a_head == 1 ? 0 : i), x + t * d, d));
+          if (output_gate) o = output_gate(o, a, x + t * d);
           for (std::size_t r = 0; r < d; ++r)
             for (std::size_t i = 0; i < dv; ++i) y[t * d + r] += double{output[r * h * dv + a * dv + i]} * o[i];
         }
       }
+    for (std::size_t t = 0; t < T && layer_gate; ++t) {
+      const auto at = y.begin() + static_cast<std::ptrdiff_t>(t * d);
+      const numbers gated = layer_gate(numbers(at, at + static_cast<std::ptrdiff_t>(d)), 0, x + t * d);
+      std::copy(gated.begin(), gated.end(), at);
+    }
     return y;
   }
 };
+
+/// What a logit gates: a channel of a head, a head, or with the mean of its kind over all heads a channel of every head.
+enum class gates { channel, head, channel_of_all };
+
+inline double sigmoid(double z) { return 1 / (1 + std::exp(-z)); }
+inline double ns_sigmoid(double z) { return 0.5 + 0.5 * sigmoid(z); }
+inline double silu(double z) { return z * sigmoid(z); }
+
+/// y g(s), or y + g(s), with logits s = logit(a, j) x of n heads.
+inline self_attention::gate gated_by(self_attention::rows logit, gates what, std::size_t n, std::size_t d,
+                                     double (*g)(double), bool adds = false) {
+  return [=](numbers y, std::size_t a, const float* x) {
+    for (std::size_t j = 0; j < y.size(); ++j) {
+      double s = 0;
+      if (what == gates::channel) s = self_attention::times(logit(a, j), x, d);
+      if (what == gates::head) s = self_attention::times(logit(a, 0), x, d);
+      for (std::size_t b = 0; what == gates::channel_of_all && b < n; ++b)
+        s += self_attention::times(logit(b, j), x, d) / static_cast<double>(n);
+      y[j] = adds ? y[j] + g(s) : y[j] * g(s);
+    }
+    return y;
+  };
+}
 
 /// Every key up to the query's own.
 inline std::vector<std::size_t> all_until(const std::vector<numbers>&, const numbers&, std::size_t t) {
@@ -135,6 +165,15 @@ inline numbers turned_half_split(numbers x, std::size_t position, double base = 
     x[i + half] = a * std::sin(angle) + b * std::cos(angle);
   }
   return x;
+}
+/// The same of pairs (2i, 2i + 1).
+inline numbers turned_interleaved(const numbers& x, std::size_t position, double base = 10000) {
+  const std::size_t half = x.size() / 2;
+  numbers apart(x.size()), y(x.size());
+  for (std::size_t i = 0; i < x.size(); ++i) apart[i % 2 * half + i / 2] = x[i];
+  apart = turned_half_split(apart, position, base);
+  for (std::size_t i = 0; i < x.size(); ++i) y[i] = apart[i % 2 * half + i / 2];
+  return y;
 }
 inline numbers normalised(numbers x, const float* weight) {
   double square = 0;
