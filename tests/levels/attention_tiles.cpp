@@ -5,6 +5,7 @@
 
 #include "moe/backend/cpu.hpp"
 #include "support/attention_checks.hpp"
+#include "support/chosen_blocks.hpp"
 #include "support/emulated_tiles.hpp"
 #include "support/executors.hpp"
 #include "support/levels.hpp"
@@ -71,6 +72,17 @@ void check_gradients(const testing::attention_floats& got, const Numbers& wanted
   compare("dq", got.dq, wanted.dq);
   compare("dk", got.dk, wanted.dk);
   compare("dv", got.dv, wanted.dv);
+}
+/// f(backend) on tiles in plain C++, and on those of the machine, or what it has instead.
+template <class F>
+void for_both_tiles(F f) {
+  for (const bool machine : {false, true}) {
+    CAPTURE(machine);
+    if (machine)
+      f(moe::cpu<>{});
+    else
+      f(on_tiles{});
+  }
 }
 reference::attention_shape sizes(dim m, dim n, dim h, dim h_kv, dim d, dim dv) {
   reference::attention_shape s;
@@ -153,6 +165,45 @@ TEST_SUITE("cpu/attention_amx" * doctest::skip(!has_512())) {
       check(got, floats, trial.v);
     }
     CHECK(testing::emulated_tiles::faults == 0);
+  }
+  TEST_CASE("of blocks on tiles that score the same the lower ones are chosen") {
+    constexpr dim n = 420, block = 2, d = 32;  // more blocks than are ranked at once
+    testing::attention_trial<moe::bf16> same(sizes(n, n, 2, 1, d, d)), stairs = same;
+    for (dim j = 0; j < n; ++j) std::copy_n(same.k.begin(), d, same.k.begin() + j * d);
+    std::fill(stairs.q.begin(), stairs.q.end(), moe::bf16(0.f));
+    std::fill(stairs.k.begin(), stairs.k.end(), moe::bf16(0.f));
+    for (dim i = 0; i < n * 2; ++i) stairs.q[static_cast<std::size_t>(i * d)] = moe::bf16(1.f);
+    for (dim j = 0; j < n; ++j)
+      stairs.k[static_cast<std::size_t>(j * d)] = moe::bf16(static_cast<float>(j / block / 3));  // three of a kind
+    for (const dim k : {2, 3, 6, 9, 10, 14})
+      for (const auto* t : {&same, &stairs}) {
+        CAPTURE(k);
+        for_both_tiles([&](const auto& backend) {
+          std::vector<moe::idx> chosen;
+          (void)t->blocks(backend, block, k, &chosen);
+          CHECK(testing::wrong_choices(*t, block, k, chosen) == 0);
+        });
+      }
+  }
+  TEST_CASE("a block on tiles whose score is NaN or -inf is not chosen, where a query may have all or must choose") {
+    constexpr float infinity = std::numeric_limits<float>::infinity(), nan = std::numeric_limits<float>::quiet_NaN();
+    for (const float strange : {1.f, nan, -infinity, infinity})
+      for (const dim k : {4, 12}) {
+        CAPTURE(strange);
+        CAPTURE(k);
+        const auto t = testing::with_strange_block<moe::bf16>(sizes(250, 250, 2, 1, 40, 32), strange);
+        auto early = t;  // that query where it may have all
+        std::copy_n(t.q.begin() + 248 * 80, 80, early.q.begin() + 35 * 80);
+        for_both_tiles([&](const auto& backend) {
+          std::vector<moe::idx> chosen;
+          const auto got = t.blocks(backend, 10, k, &chosen);
+          CHECK(testing::wrong_choices(t, 10, k, chosen) == 0);
+          if (strange != infinity)
+            CHECK(std::all_of(got.o.begin() + 10 * 64, got.o.begin() + 248 * 64, [](float x) { return std::isfinite(x); }));
+          (void)early.blocks(backend, 10, k, &chosen);
+          CHECK(testing::wrong_choices(early, 10, k, chosen) == 0);
+        });
+      }
   }
   TEST_CASE("packed keys and values take 2 (d + dv) bytes for each key and key head, and one for each 32 keys") {
     const moe::attention_problem p{{8, 2, 64, 64}};

@@ -1,15 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention over chosen blocks of keys (MoBA) at every level, against its definition and against the composition of policies.
+// Attention over chosen blocks of keys (MoBA) at every level, against its definition and against the composition of
+// policies.
+#include "moe/recipe/moba.hpp"
+
 #include <doctest/doctest.h>
 
 #include <algorithm>
 #include <limits>
 
+#include "moe/attention/select_blocks.hpp"
 #include "moe/backend/cpu.hpp"
 #include "moe/backend/cpu/attention_levels.hpp"
 #include "moe/backend/executor/thread_pool.hpp"
-#include "moe/recipe/moba.hpp"
 #include "support/attention_checks.hpp"
+#include "support/chosen_blocks.hpp"
 #include "support/executors.hpp"
 #include "support/levels.hpp"
 
@@ -17,7 +21,8 @@ namespace {
 
 using moe::bf16, moe::dim, moe::f16, moe::idx;
 using reference::attention_shape, reference::worst_difference;
-using testing::attention_floats, testing::attention_trial, testing::expect_equal, testing::expect_near, testing::rows;
+using testing::attention_floats, testing::attention_trial, testing::expect_equal, testing::chosen_by, testing::expect_near,
+    testing::rows;
 using serial = moe::cpu<moe::arch::native, moe::serial>;
 using pooled = moe::cpu<moe::arch::native, moe::pool_executor>;
 
@@ -27,14 +32,6 @@ std::size_t at(dim i) { return static_cast<std::size_t>(i); }
 // As attention_tolerance<float>().
 constexpr double tolerance = 1e-5;
 std::vector<double> doubles(const std::vector<float>& v) { return {v.begin(), v.end()}; }
-/// The earlier blocks that query t chose under head a.
-std::vector<idx> chosen_by(const std::vector<idx>& chosen, const attention_shape& s, dim k, dim t, dim a) {
-  std::vector<idx> r = rows(chosen, t * s.h + a, 1, k - 1);
-  std::erase(r, -1);
-  std::sort(r.begin(), r.end());
-  return r;
-}
-
 /// With blocks of `block` keys and k of them: against the definition's mask.
 template <class T>
 void compare(const attention_shape& s, dim block, dim k, std::uint64_t seed = 1) {
@@ -72,6 +69,48 @@ attention_trial<float> rigged(const attention_shape& s, dim block, F score) {
   return t;
 }
 
+/// One head of one sequence as gate, router, experts and combine compute it.
+template <dim K = 4>
+struct composed_head {
+  using layer = moe::moba<K, serial>;
+  dim d;
+  layer net;
+  moe::buffer work;
+  moe::arena mem;
+  typename layer::context ctx;
+  std::vector<float> o, dq, dk, dv;
+
+  composed_head(const attention_trial<float>& t, dim block)
+      : d(t.shape.d),
+        net({.tokens = t.shape.m, .d = d, .experts = (t.shape.n + block - 1) / block}, moe::block_mean_gate{block},
+            moe::kv_block_expert{block}),
+        work(net.context_bytes(t.shape.m) + net.scratch_bytes(t.shape.m)),
+        mem(work.bytes()),
+        ctx(net.make_context(t.shape.m, mem)),
+        o(t.q.size()),
+        dq(t.q.size()),
+        dk(t.k.size()),
+        dv(t.k.size()) {
+    const auto view = [&](auto& m) { return moe::matrix_view(m.data(), static_cast<dim>(m.size()) / d, d); };
+    const moe::attention_input in{view(t.q), view(t.k), view(t.v)};
+    typename layer::weights w;
+    typename layer::gradients dw;
+    net.forward(w, in, view(o), ctx, mem);
+    net.backward(w, in, ctx, view(t.dout), {view(dq), view(dk), view(dv)}, dw, mem);
+  }
+  /// Of the plan: the own block among them.
+  std::vector<idx> experts_of(dim t) const {
+    std::vector<idx> r;
+    for (idx j = ctx.plan.token_offsets[at(t)]; j < ctx.plan.token_offsets[at(t + 1)]; ++j) {
+      const auto& offsets = ctx.plan.offsets;
+      r.push_back(static_cast<idx>(std::upper_bound(offsets.begin(), offsets.end(), ctx.plan.position[at(j)]) -
+                                   offsets.begin() - 1));
+    }
+    std::sort(r.begin(), r.end());
+    return r;
+  }
+};
+
 constexpr attention_shape small{.h = 4, .h_kv = 2, .d = 32, .dv = 40, .m = 290, .n = 290};
 
 }  // namespace
@@ -84,11 +123,11 @@ TEST_SUITE("backend/host_moba") {
   TEST_CASE("blocks of any size, of few keys or many, in any number") {
     const auto of = [](dim m, dim n) { return attention_shape{.h = 2, .h_kv = 1, .d = 16, .dv = 16, .m = m, .n = n}; };
     compare<float>(of(60, 60), 1, 5);
-    compare<float>(of(450, 450), 2, 8);         // more blocks than are scored at once
-    compare<float>(of(700, 700), 200, 2, 3);    // more keys than a step
+    compare<float>(of(450, 450), 2, 8);       // more blocks than are scored at once
+    compare<float>(of(700, 700), 200, 2, 3);  // more keys than a step
     compare<float>(of(520, 520), 128, 3);
-    compare<float>(of(300, 301), 33, 30);       // more than there are
-    compare<float>(of(50, 50), 64, 2);          // one block
+    compare<float>(of(300, 301), 33, 30);  // more than there are
+    compare<float>(of(50, 50), 64, 2);     // one block
     compare<float>(of(1, 333), 10, 4);
     compare<float>(of(1, 1), 10, 4);
     compare<float>(of(0, 20), 10, 4);
@@ -104,7 +143,13 @@ TEST_SUITE("backend/host_moba") {
     CHECK(std::count(r.dq.begin(), r.dq.begin() + 750 * 64, 0.f) == 750 * 64);
   }
   TEST_CASE("blocks restart at every packed sequence, and the last of one serves no other") {
-    const attention_shape s{.h = 4, .h_kv = 2, .d = 32, .dv = 32, .m = 240, .n = 330, .query_offsets = {0, 30, 30, 190, 200, 240},
+    const attention_shape s{.h = 4,
+                            .h_kv = 2,
+                            .d = 32,
+                            .dv = 32,
+                            .m = 240,
+                            .n = 330,
+                            .query_offsets = {0, 30, 30, 190, 200, 240},
                             .key_offsets = {0, 100, 105, 265, 270, 330}};
     compare<float>(s, 16, 3);
     compare<bf16>(s, 7, 2);
@@ -138,7 +183,8 @@ TEST_SUITE("backend/host_moba") {
       const attention_floats dense = t.dense(serial{});
       for (const dim k : {1, 2, 5}) {
         const dim first = k * 20;  // queries that have no more blocks than they may choose
-        CHECK(worst_difference(rows(t.blocks(serial{}, 20, k).o, 0, first, 160), doubles(rows(dense.o, 0, first, 160))) < tolerance);
+        CHECK(worst_difference(rows(t.blocks(serial{}, 20, k).o, 0, first, 160), doubles(rows(dense.o, 0, first, 160))) <
+              tolerance);
       }
     });
   }
@@ -173,7 +219,8 @@ TEST_SUITE("backend/host_moba") {
       (void)steps.blocks(serial{}, 4, 3, &chosen);
       for (dim i = 24; i < small.m; ++i) {
         const auto last = static_cast<idx>(i / 4 - 1), low = last / 3 * 3;  // the first of the highest stair
-        REQUIRE(chosen_by(chosen, small, 3, i, 1) == (low < last ? std::vector<idx>{low, low + 1} : std::vector<idx>{low - 3, low}));
+        REQUIRE(chosen_by(chosen, small, 3, i, 1) ==
+                (low < last ? std::vector<idx>{low, low + 1} : std::vector<idx>{low - 3, low}));
       }
     });
   }
@@ -229,7 +276,9 @@ TEST_SUITE("backend/host_moba") {
           }
       expect_equal(t.blocks(serial{}, 30, 3), wanted);
       for (dim j = 0; j < 300; ++j) {
-        const auto zeros = [&](const std::vector<float>& g) { return std::count(g.begin() + j * 64, g.begin() + (j + 1) * 64, 0.f); };
+        const auto zeros = [&](const std::vector<float>& g) {
+          return std::count(g.begin() + j * 64, g.begin() + (j + 1) * 64, 0.f);
+        };
         REQUIRE((zeros(wanted.dk) == 64) == unseen(j));
         REQUIRE((zeros(wanted.dv) == 64) == unseen(j));
       }
@@ -270,39 +319,66 @@ TEST_SUITE("backend/host_moba") {
   TEST_CASE("it equals the composition of gate, router, experts and combine") {
     constexpr dim T = 130, N = 170, d = 32, block = 13;
     const attention_trial<float> t({.h = 1, .h_kv = 1, .d = d, .dv = d, .m = T, .n = N});
-    using head = moe::moba<4, serial>;
-    const head net({.tokens = T, .d = d, .experts = (N + block - 1) / block}, moe::block_mean_gate{block}, moe::kv_block_expert{block});
-    moe::buffer work(net.context_bytes(T) + net.scratch_bytes(T));
-    moe::arena mem(work.bytes());
-    auto ctx = net.make_context(T, mem);
-    attention_floats wanted{std::vector<float>(at(T * d)), {}, std::vector<float>(at(T * d)), std::vector<float>(at(N * d)),
-                            std::vector<float>(at(N * d))};
-    const auto view = [](auto& m) { return moe::matrix_view(m.data(), static_cast<dim>(m.size()) / d, d); };
-    const moe::attention_input in{view(t.q), view(t.k), view(t.v)};
-    head::weights w;
-    head::gradients dw;
-    net.forward(w, in, view(wanted.o), ctx, mem);
-    net.backward(w, in, ctx, view(t.dout), {view(wanted.dq), view(wanted.dk), view(wanted.dv)}, dw, mem);
+    const composed_head<> head(t, block);
     testing::at_every_level([&] {
       std::vector<idx> chosen;
       const attention_floats got = t.blocks(serial{}, block, 4, &chosen);
-      CHECK(worst_difference(got.o, doubles(wanted.o)) < tolerance);
-      CHECK(worst_difference(got.dq, doubles(wanted.dq)) < tolerance);
-      CHECK(worst_difference(got.dk, doubles(wanted.dk)) < tolerance);
-      CHECK(worst_difference(got.dv, doubles(wanted.dv)) < tolerance);
+      CHECK(worst_difference(got.o, doubles(head.o)) < tolerance);
+      CHECK(worst_difference(got.dq, doubles(head.dq)) < tolerance);
+      CHECK(worst_difference(got.dk, doubles(head.dk)) < tolerance);
+      CHECK(worst_difference(got.dv, doubles(head.dv)) < tolerance);
       for (dim i = 0; i < T; ++i) {
-        std::vector<idx> experts;  // of the plan, the own block among them
-        for (idx j = ctx.plan.token_offsets[at(i)]; j < ctx.plan.token_offsets[at(i + 1)]; ++j) {
-          const idx row = ctx.plan.position[at(j)];
-          experts.push_back(static_cast<idx>(std::upper_bound(ctx.plan.offsets.begin(), ctx.plan.offsets.end(), row) -
-                                             ctx.plan.offsets.begin() - 1));
-        }
-        std::sort(experts.begin(), experts.end());
         std::vector<idx> own = chosen_by(chosen, t.shape, 4, i, 0);
         own.push_back(static_cast<idx>((N - T + i) / block));
-        REQUIRE(own == experts);
+        REQUIRE(own == head.experts_of(i));
       }
     });
+  }
+  TEST_CASE_TEMPLATE("a block whose score is NaN or -inf is not chosen, where a query may have all or must choose", T, float,
+                     bf16) {
+    const attention_shape s{.h = 2, .h_kv = 1, .d = 32, .dv = 32, .m = 65, .n = 65};  // own = k - 1 from query 30
+    for (const float strange : {1.f, not_a_number, -infinity, infinity}) {
+      CAPTURE(strange);
+      const auto t = testing::with_strange_block<T>(s, strange);
+      attention_trial<T> early = t;  // that query where it may have all
+      std::copy_n(t.q.begin() + 63 * 64, 64, early.q.begin() + 35 * 64);
+      testing::at_every_level([&] {
+        std::vector<idx> chosen;
+        const attention_floats got = t.blocks(serial{}, 10, 4, &chosen);
+        CHECK(testing::wrong_choices(t, 10, 4, chosen) == 0);
+        if (strange != infinity)
+          CHECK(std::all_of(got.o.begin() + 10 * 64, got.o.begin() + 63 * 64, [](float x) { return std::isfinite(x); }));
+        (void)early.blocks(serial{}, 10, 4, &chosen);
+        CHECK(testing::wrong_choices(early, 10, 4, chosen) == 0);
+      });
+    }
+  }
+  TEST_CASE("decoding and the composition refuse the same blocks") {
+    constexpr dim N = 65, d = 32, block = 10, k = 4;
+    const attention_shape s{.h = 1, .h_kv = 1, .d = d, .dv = d, .m = N, .n = N};
+    for (const float strange : {1.f, not_a_number, -infinity, infinity}) {
+      CAPTURE(strange);
+      const auto t = testing::with_strange_block<float>(s, strange);
+      const auto wanted = testing::chosen_by_definition(t, block, k);
+      const composed_head<> head(t, block);
+      moe::arena count;
+      const moe::kv_cache_shape shape{{1, 1, d, d}, 1, N, block};
+      (void)moe::kv_cache<float>::make(shape, count);
+      const moe::buffer memory(moe::padded(count));
+      moe::arena mem(memory.bytes());
+      auto cache = moe::kv_cache<float>::make(shape, mem);
+      for (dim i = 0; i < N; ++i) {
+        const auto row = [&](const std::vector<float>& v) { return moe::matrix_view<const float>(v.data() + i * d, 1, d); };
+        cache.append_to(testing::on<serial>(), 0, row(t.k), row(t.v));
+        std::vector<idx> own(k), all = wanted[at(i)];
+        all.push_back(static_cast<idx>(i / block));
+        moe::select_blocks(testing::on<serial>(), cache, row(t.q), moe::matrix_view<idx>{own.data(), 1, k});
+        std::erase(own, -1);
+        CAPTURE(i);
+        CHECK(own == all);
+        CHECK(head.experts_of(i) == all);
+      }
+    }
   }
   TEST_CASE("memory grows with the number of tokens and not with its square") {
     const moe::scalar<moe::serial> backend;
@@ -314,15 +390,20 @@ TEST_SUITE("backend/host_moba") {
     };
     constexpr dim B = 128, k = 8;
     // A mean for each block; one more than whole ones.
-    const auto kept = [&](moe::arena& mem, moe::attention_sizes n) { (void)carve_key_blocks(p.heads, 1, n.keys, B, k, mem); };
+    const auto kept = [&](moe::arena& mem, moe::attention_sizes n) {
+      (void)carve_key_blocks(p.heads, 1, n.keys, B, k, mem);
+    };
     for (const dim n : {1024, 4096, 1 << 20}) {
       CHECK(of(n, kept) == at(n / B + 1) * 2 * 64 * sizeof(float));
     }
     const moe::key_blocks selection{B, k};
     const auto forward = [&](moe::arena& mem, moe::attention_sizes n) { count_attend(backend, p, n, selection, mem); };
-    const auto backward = [&](moe::arena& mem, moe::attention_sizes n) { count_attend_backward(backend, p, n, selection, mem); };
+    const auto backward = [&](moe::arena& mem, moe::attention_sizes n) {
+      count_attend_backward(backend, p, n, selection, mem);
+    };
     // One number for each block and thread; gradients of keys and values for each part of the queries.
     CHECK(of(1 << 20, forward) - of(1 << 19, forward) == (1 << 19) / B * sizeof(idx));
-    CHECK(of(1 << 20, backward) - of(1 << 19, backward) == (1 << 19) / B * sizeof(idx) + (std::size_t{1} << 19) * 8 * 2 * 128 * 4);
+    CHECK(of(1 << 20, backward) - of(1 << 19, backward) ==
+          (1 << 19) / B * sizeof(idx) + (std::size_t{1} << 19) * 8 * 2 * 128 * 4);
   }
 }

@@ -17,12 +17,12 @@ inline select_blocks_scratch make_select_blocks_scratch(const kv_cache_shape& s,
 
 namespace detail {
 
-/// Puts the k best of n scores, the lower one of equals first, into `best` and -1 where there are fewer. NaN is never
-/// chosen.
+/// Puts the k best of n scores, the lower one of equals first, into `best` and -1 where there are fewer. NaN and -inf are
+/// never chosen.
 inline void keep_best(const float* score, dim n, idx* best, dim k) noexcept {
   dim kept = 0;
   for (dim b = 0; b < n; ++b) {
-    if (score[b] != score[b] || (kept == k && !(k > 0 && score[b] > score[best[k - 1]]))) continue;
+    if (!(score[b] > -infinity) || (kept == k && !(k > 0 && score[b] > score[best[k - 1]]))) continue;
     dim at = kept < k ? kept++ : k - 1;
     for (; at > 0 && score[b] > score[best[at - 1]]; --at) best[at] = best[at - 1];
     best[at] = static_cast<idx>(b);

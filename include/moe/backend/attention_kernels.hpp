@@ -98,6 +98,12 @@ struct attention_ranking {
   const dim* own;  ///< ascending: a row may choose the blocks before its own, where they are more than `room`
   float* best;
   idx* which;
+
+  /// Elements j .. j + 32 of row r, of d: zeros after the last.
+  const bf16* elements(dim r, dim j, dim d) const noexcept {
+    constexpr dim high = 16, wide = 32, bytes = 64;
+    return reinterpret_cast<const bf16*>(rows + ((r / high * detail::blocks(d, wide) + j / wide) * high + r % high) * bytes);
+  }
 };
 
 /// Rows of float, bf16 or f16 as they lie.

@@ -10,9 +10,27 @@
 
 namespace moe {
 
+namespace detail {
+
+/// Whether a number is 2^50 or more, or none.
+inline bool any_large(const float* x, dim n) noexcept {
+  int large = 0;
+  for (dim j = 0; j < n; ++j) large |= !(std::fabs(x[j]) < 0x1p50f);
+  return large != 0;
+}
+/// The same of 32 halves.
+inline bool any_large(const bf16* x) noexcept {
+  constexpr int size = 0x7fff, bound = 0x5880;
+  int large = 0;
+  for (dim j = 0; j < 32; ++j) large |= (x[j].bits & size) >= bound;
+  return large != 0;
+}
+
+}  // namespace detail
+
 /// Every query meets its own block of `block` keys, up to its own position, and under each head the k - 1 earlier blocks
 /// whose mean key has the largest product with it (the lower block where two are equal); all of them where there are fewer.
-/// A causal mask without a window.
+/// A block whose product is NaN or -inf is never among them. A causal mask without a window.
 struct key_blocks {
   static constexpr bool gathers = true;
   /// Of a tile: as many as make packing keys cheap, for a block meets a part of them only.
@@ -55,6 +73,7 @@ struct key_blocks {
     return chosen.row(token * p.heads.heads + t.head * group + r % group);
   }
   void find_own(const detail::attention_slot& s, slot& b) const noexcept;
+  void refuse(matrix_view<const float> means, const detail::attention_slot& s, slot& b) const noexcept;
   void rank(const attention_kernels& kernels, dim first, dim n, const detail::attention_slot& s, slot& b) const noexcept;
   void group_by_block(dim rows_here, slot& b) const noexcept;
 };
@@ -81,6 +100,31 @@ inline void key_blocks::find_own(const detail::attention_slot& s, slot& b) const
     for (dim j = 0; j < earlier(); ++j) {
       b.which[place(r, j)] = j < b.own[r] && b.own[r] <= earlier() ? static_cast<idx>(j) : -1;
       b.best[place(r, j)] = -detail::infinity;
+    }
+  }
+}
+/// Rows with no more earlier blocks than they may choose have all of them, and give back those that are never chosen. Sums
+/// of products of numbers below 2^50 are numbers, so that hardly any is computed.
+inline void key_blocks::refuse(matrix_view<const float> means, const detail::attention_slot& s, slot& b) const noexcept {
+  constexpr dim piece = 32;
+  const dim d = means.cols;
+  const auto large_row = [&](dim r) {
+    if (!s.ranking) return detail::any_large(s.state.q.row(r), d);
+    bool large = false;
+    for (dim j = 0; j < d; j += piece) large |= detail::any_large(s.ranking->elements(r, j, d));
+    return large;
+  };
+  const auto element = [&](dim r, dim j) {
+    return s.ranking ? static_cast<float>(s.ranking->elements(r, j, d)[j % piece]) : s.state.q(r, j);
+  };
+  bool large_mean = false;
+  for (dim c = 0; c < means.rows; ++c) large_mean |= detail::any_large(means.row(c), d);
+  for (dim r = 0; r < s.state.q.rows && b.own[r] <= earlier(); ++r) {
+    if (b.own[r] <= 0 || (!large_mean && !large_row(r))) continue;
+    for (dim c = 0; c < b.own[r]; ++c) {
+      float score = 0;
+      for (dim j = 0; j < d; ++j) score += element(r, j) * means(c, j);
+      if (!(score > -detail::infinity)) b.which[place(r, c)] = -1;
     }
   }
 }
@@ -119,10 +163,12 @@ inline void key_blocks::choose(const attention_kernels& kernels, const attention
                                detail::attention_slot& s, slot& b) const noexcept {
   find_own(s, b);
   const dim n = s.state.q.rows, blocks_before = b.own[n - 1];
-  if (blocks_before > earlier() && earlier() > 0)
-    detail::for_each_key_step(0, blocks_before, [&](dim first, dim some) {
-      const matrix_view<float> means =
-          centroids.columns(t.head * p.heads.d, p.heads.d).slice(first_centroid(t.in) + first, some);
+  const matrix_view<float> all =
+      centroids.columns(t.head * p.heads.d, p.heads.d).slice(first_centroid(t.in), blocks_before > 0 ? blocks_before : 0);
+  refuse(all.slice(0, detail::at_most(all.rows, earlier())), s, b);
+  if (all.rows > earlier() && earlier() > 0)
+    detail::for_each_key_step(0, all.rows, [&](dim first, dim some) {
+      const matrix_view<float> means = all.slice(first, some);
       if (s.ranking) {
         attention_ranking of = *s.ranking;
         of.count = n;
