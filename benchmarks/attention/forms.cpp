@@ -210,7 +210,8 @@ class backward final : public attention_contestant {
       return moe::split_heads(matrix_view<float>(v.data(), n, heads * s.d), heads);
     };
     const auto dout = moe::split_heads(matrix_view<const float>(source_->q), s.h);
-    attention_delta(on, x_->problem.heads, dout, rows(x_->o, s.m, s.h), {delta_.data(), s.m, s.h});
+    attention_delta(on, x_->problem.heads, dout, rows(x_->o, s.m, s.h), {delta_.data(), s.m, s.h},
+                    rounds_gradients(on.backend, x_->q(), x_->k(), x_->v()));
     attend_backward(on, x_->problem, x_->q(), x_->k(), x_->v(), selected_.selection, dout, {lse_.data(), s.m, s.h},
                     {delta_.data(), s.m, s.h}, rows(dq_, s.m, s.h), rows(dk_, s.n, s.h_kv), rows(dv_, s.n, s.h_kv));
   }

@@ -110,7 +110,8 @@ struct attention_trial {
     with_memory([&](moe::arena& mem) { count_attend_backward(backend, p, sizes(), selection, mem); },
                 [&](const moe::call<B>& on) {
                   const auto out = heads_of(dout, shape.m, shape.h);
-                  attention_delta(on, p.heads, out, heads_of(std::as_const(r.o), shape.m, shape.h), delta_rows);
+                  attention_delta(on, p.heads, out, heads_of(std::as_const(r.o), shape.m, shape.h), delta_rows,
+                                  rounds_gradients(backend, queries(), keys(), values()));
                   attend_backward(on, p, queries(), keys(), values(), selection, out, {r.lse.data(), shape.m, shape.h},
                                   delta_rows, heads_of(r.dq, shape.m, shape.h), heads_of(r.dk, shape.n, shape.h_kv),
                                   heads_of(r.dv, shape.n, shape.h_kv));

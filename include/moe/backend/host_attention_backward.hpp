@@ -146,16 +146,26 @@ void count_attend_backward(const B& backend, const attention_problem& p, attenti
                                               detail::attention_grid(p, n, selection.rows(p.heads) / 2).rows(), mem);
 }
 
-/// delta[t,a] = <do, o> of token t under head a. With a gate after attention, y' = y g, the gated tensors give the same:
+/// Whether attend_backward rounds dout to bf16 before it multiplies: where q, k and v are bf16 and the level multiplies
+/// bf16.
+template <HostBackend B, HeadViews Q, HeadViews K, HeadViews V>
+bool rounds_gradients(const B&, const Q&, const K&, const V&) noexcept {
+  return detail::all_halves<Q, K, V> && attention_kernels_of(typename B::arch{}).backward_halves;
+}
+/// delta[t,a] = <do, o> of token t under head a; of the rounded do where attend_backward rounds it, so that the terms of a
+/// query that sees few keys cancel as they should. With a gate after attention, y' = y g, the gated tensors give the same:
 /// <dy, y> = <dy', y'>.
 template <HostBackend B, HeadViews DO, HeadViews O>
-void attention_delta(const call<B>& on, const attention_heads& h, const DO& dout, const O& o,
-                     matrix_view<float> delta) noexcept {
+void attention_delta(const call<B>& on, const attention_heads& h, const DO& dout, const O& o, matrix_view<float> delta,
+                     bool rounded = false) noexcept {
   for_each_token(on, delta.rows, [=](dim t) {
     for (dim a = 0; a < h.heads; ++a) {
       const auto* x = dout[a].row(t);
       const auto* y = o[a].row(t);
-      delta(t, a) = detail::sum_of(h.dv, [&](dim j) { return static_cast<float>(x[j]) * static_cast<float>(y[j]); });
+      const auto term = [=](dim j, float dy) { return dy * static_cast<float>(y[j]); };
+      delta(t, a) =
+          rounded ? detail::sum_of(h.dv, [&](dim j) { return term(j, static_cast<float>(bf16(static_cast<float>(x[j])))); })
+                  : detail::sum_of(h.dv, [&](dim j) { return term(j, static_cast<float>(x[j])); });
     }
   });
 }
@@ -174,7 +184,7 @@ void attend_backward(const call<B>& on, const attention_problem& p, const Q& q, 
   const detail::attention_sums sums = detail::carve_attention_sums(kernels, p, parts.count, n.keys, on.scratch);
   const detail::slot_memory slots =
       detail::make_attention_backward_slots(on.backend, p, n, selection, grid.rows(), on.scratch);
-  const bool on_halves = detail::all_halves<Q, K, V> && kernels.backward_halves;
+  const bool on_halves = rounds_gradients(on.backend, q, k, v);
   detail::share_units(on, slots, parts.units(), [&](arena mem, auto take) {
     detail::attention_backward_slot s = detail::carve_attention_backward_slot(kernels, p.heads, grid.rows(), mem);
     typename Selection::slot chosen = selection.carve(p, n, grid.rows(), mem);
