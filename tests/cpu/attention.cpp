@@ -222,6 +222,52 @@ TEST_SUITE("backend/host_attention") {
     compare_all(&attention_trial<float>::k, got.dk);
     compare_all(&attention_trial<float>::v, got.dv);
   }
+  TEST_CASE("a tile walks over the steps of keys that one of its queries sees, and over no other") {
+    const moe::scalar<moe::serial> backend;
+    const auto kernels = attention_kernels_of(moe::arch::scalar{});
+    const auto compare_steps = [&](dim m, dim n, attention_mask mask) {
+      CAPTURE(m);
+      CAPTURE(mask.window);
+      const moe::attention_problem p{{2, 1, 8, 8}, mask};
+      const moe::every_key selection;
+      const moe::detail::attention_grid grid(p, {m, n}, selection.rows(p.heads));
+      moe::arena count;
+      (void)moe::detail::carve_attention_slot(kernels, p.heads, grid.rows(), count);
+      const moe::buffer memory(moe::padded(count));
+      moe::arena mem(memory.bytes());
+      moe::detail::attention_slot s = moe::detail::carve_attention_slot(kernels, p.heads, grid.rows(), mem);
+      dim steps = 0;
+      for (dim unit = 0; unit < grid.size(); ++unit) {
+        const moe::detail::attention_tile t = grid[unit];
+        moe::detail::start_rows(p, t, s);
+        std::vector<dim> walked, seen;
+        selection.for_each_step(p, t, s, {}, [&](const moe::detail::step_range& r) {
+          CHECK(r.keys == std::min<dim>(128, s.end[s.state.q.rows - 1] - r.key));
+          walked.push_back(r.key);
+        });
+        for (dim step = 0; step < n; step += 128) {
+          bool any = false;
+          for (dim key = step; key < std::min(step + 128, n); ++key)
+            for (dim i = t.first; i < t.first + t.queries; ++i) {
+              const dim position = n - m + i;
+              any = any || !mask.causal || (key <= position && (mask.window == 0 || key > position - mask.window));
+            }
+          if (any) seen.push_back(step);
+        }
+        CHECK(walked == seen);
+        steps += static_cast<dim>(walked.size());
+      }
+      return steps;
+    };
+    // Tiles of 192 queries: of causal ones, number i of 5 sees the first (i + 1) 192 keys.
+    CHECK(compare_steps(960, 960, {}) == 2 + 3 + 5 + 6 + 8);
+    CHECK(compare_steps(960, 960, {.causal = false}) == 5 * 8);
+    CHECK(compare_steps(960, 960, {true, 1}) == 2 + 2 + 2 + 2 + 2);
+    CHECK(compare_steps(960, 960, {true, 200}) == 2 + 3 + 4 + 4 + 4);
+    CHECK(compare_steps(100, 960, {}) == 8);
+    CHECK(compare_steps(100, 960, {true, 150}) == 3);
+    CHECK(compare_steps(960, 400, {}) == 0 + 0 + 1 + 2 + 4);  // the first 560 queries see nothing
+  }
 }
 
 TEST_SUITE("backend/host_attention memory") {
