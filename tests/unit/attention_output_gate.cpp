@@ -22,6 +22,10 @@ double value(moe::sigmoid, double z) { return 1 / (1 + std::exp(-z)); }
 double value(moe::ns_sigmoid, double z) { return 0.5 + 0.5 / (1 + std::exp(-z)); }
 double value(moe::silu, double z) { return z / (1 + std::exp(-z)); }
 double value(moe::identity, double z) { return z; }
+double slope(moe::sigmoid, double z) { return std::exp(-std::fabs(z)) / std::pow(1 + std::exp(-std::fabs(z)), 2); }
+double slope(moe::ns_sigmoid, double z) { return slope(moe::sigmoid{}, z) / 2; }
+double slope(moe::silu, double z) { return value(moe::sigmoid{}, z) + z * slope(moe::sigmoid{}, z); }
+double slope(moe::identity, double) { return 1; }
 
 /// y' from y[T, n*width] and logits, as the paper writes it.
 template <class G, class A, class F>
@@ -177,6 +181,54 @@ TEST_SUITE("attention/output_gate") {
       CHECK(std::fabs(static_cast<float>(to[i]) - static_cast<float>(y[i]) / (1 + std::exp(-z))) <=
             std::fabs(static_cast<float>(y[i])) * 0x1p-8f);
     }
+  }
+  TEST_CASE("gradients of halves are those of the formula, rounded once, where logits are far from zero") {
+    for_every_gate([]<class G, class A, class F>(variant<G, A, F>) {
+      constexpr dim cols = moe::output_gate<G, A, F>::cols(n, width);
+      std::vector<bf16> s, y, dto, dy(T * n * width), ds(T * cols);
+      for (dim i = 0; i < T * cols; ++i)  // 8 .. 20 or -20 .. -8, of one sign in a row: heads may share them
+        s.push_back(bf16((i / cols % 2 ? -1.f : 1.f) * (8 + 12 * static_cast<float>(i * 37 % 101) / 100)));
+      for (const float v : normals(T * n * width, 2)) y.push_back(bf16(v));
+      for (const float v : normals(T * n * width, 3)) dto.push_back(bf16(v));
+      const auto heads = [](std::vector<bf16>& v) {
+        return moe::split_heads(matrix_view<bf16>{v.data(), T, static_cast<dim>(v.size()) / T}, n);
+      };
+      moe::buffer memory(4096);
+      moe::arena mem(memory.bytes());
+      moe::output_gate<G, A, F>{}.backward(moe::call<backend>{{}, mem, {}}, heads(s), n, heads(y), heads(dto), heads(dy),
+                                           heads(ds));
+      const auto number = [](const std::vector<bf16>& v, dim i) {
+        return static_cast<double>(static_cast<float>(v[static_cast<std::size_t>(i)]));
+      };
+      const auto logit = [&](dim t, dim a, dim j) {
+        if constexpr (std::is_same_v<G, headwise>) return number(s, t * n + a);
+        if constexpr (std::is_same_v<G, elementwise>) return number(s, (t * n + a) * width + j);
+        double sum = 0;
+        for (dim b = 0; b < n; ++b) sum += number(s, (t * n + b) * width + j);
+        return sum / n;
+      };
+      constexpr bool scales = std::is_same_v<F, multiplicative>;
+      std::vector<double> sums(ds.size()), sizes(ds.size());
+      dim wrong = 0;
+      for (dim t = 0; t < T; ++t)
+        for (dim a = 0; a < n; ++a)
+          for (dim j = 0; j < width; ++j) {
+            const dim i = (t * n + a) * width + j;
+            const double z = logit(t, a, j), up = number(dto, i), wanted = scales ? up * value(A{}, z) : up;
+            wrong += !(std::fabs(number(dy, i) - wanted) <= std::fabs(wanted) * 0x1p-8);
+            const double term = (scales ? up * number(y, i) : up) * slope(A{}, z);
+            for (dim b = 0; b < n; ++b) {  // heads that have a part in it
+              if (!std::is_same_v<G, head_shared> && b != a) continue;
+              const auto to = static_cast<std::size_t>(std::is_same_v<G, headwise> ? t * n + a : (t * n + b) * width + j);
+              sums[to] += term / (std::is_same_v<G, head_shared> ? n : 1);
+              sizes[to] += std::fabs(term) / (std::is_same_v<G, head_shared> ? n : 1);
+            }
+          }
+      CHECK(wrong == 0);
+      for (std::size_t i = 0; i < ds.size(); ++i)
+        wrong += !(std::fabs(static_cast<double>(static_cast<float>(ds[i])) - sums[i]) <= sizes[i] * 0x1p-8);
+      CHECK(wrong == 0);
+    });
   }
   TEST_CASE("a gate that does not depend on the input is a stack whose rows are one") {
     std::vector<float> learned = normals(n * width, 1), y = normals(T * n * width, 2), to(y.size());
