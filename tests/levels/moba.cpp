@@ -69,8 +69,10 @@ attention_trial<float> rigged(const attention_shape& s, dim block, F score) {
   return t;
 }
 
+template <dim K>
+using number = std::integral_constant<dim, K>;
 /// One head of one sequence as gate, router, experts and combine compute it.
-template <dim K = 4>
+template <moe::dim K = 4>
 struct composed_head {
   using layer = moe::moba<K, serial>;
   dim d;
@@ -284,6 +286,45 @@ TEST_SUITE("backend/host_moba") {
       }
     });
   }
+  TEST_CASE("gradients are those of finite differences, where a step changes no choice") {
+    constexpr dim block = 2, k = 3;
+    const attention_trial<float> at_rest({.h = 2, .h_kv = 1, .d = 64, .dv = 64, .m = 9, .n = 12});
+    const auto run = [&](const attention_trial<float>& t) {
+      std::vector<idx> chosen;
+      std::vector<std::vector<idx>> blocks;
+      attention_floats r = t.blocks(serial{}, block, k, &chosen);
+      for (dim row = 0; row < t.shape.m * t.shape.h; ++row)
+        blocks.push_back(chosen_by(chosen, t.shape, k, row / t.shape.h, row % t.shape.h));
+      return std::pair(r, blocks);
+    };
+    const auto [got, choices] = run(at_rest);
+    dim checked = 0, skipped = 0;
+    const auto compare_all = [&](auto member, const std::vector<float>& gradient) {
+      for (std::size_t i = 0; i < gradient.size(); i += 37) {
+        constexpr float h = 1.f / 64;
+        attention_trial<float> up = at_rest, down = at_rest;
+        (up.*member)[i] += h;
+        (down.*member)[i] -= h;
+        const auto [above, above_choices] = run(up);
+        const auto [below, below_choices] = run(down);
+        if (above_choices != choices || below_choices != choices) {
+          ++skipped;
+          continue;
+        }
+        ++checked;
+        double difference = 0;
+        for (std::size_t j = 0; j < above.o.size(); ++j)
+          difference += (double{above.o[j]} - double{below.o[j]}) * at_rest.dout[j];
+        const double slope = difference / (double{(up.*member)[i]} - double{(down.*member)[i]});
+        REQUIRE(std::fabs(slope - gradient[i]) < 1e-3);  // h^2
+      }
+    };
+    compare_all(&attention_trial<float>::q, got.dq);
+    compare_all(&attention_trial<float>::k, got.dk);
+    compare_all(&attention_trial<float>::v, got.dv);
+    INFO("skipped " << skipped);
+    CHECK(checked >= 9 * skipped);
+  }
   TEST_CASE("bits are equal for any number of threads, however the work is shared") {
     const attention_trial<float> t({.h = 4, .h_kv = 2, .d = 32, .dv = 32, .m = 1200, .n = 1250});
     std::vector<idx> chosen, again;
@@ -316,22 +357,75 @@ TEST_SUITE("backend/host_moba") {
       }
     });
   }
-  TEST_CASE("it equals the composition of gate, router, experts and combine") {
-    constexpr dim T = 130, N = 170, d = 32, block = 13;
+  TEST_CASE_TEMPLATE("it equals the composition of gate, router, experts and combine", K, number<1>, number<2>, number<4>,
+                     number<9>) {
+    constexpr dim T = 130, N = 170, d = 32, block = 13, k = K::value;
     const attention_trial<float> t({.h = 1, .h_kv = 1, .d = d, .dv = d, .m = T, .n = N});
-    const composed_head<> head(t, block);
+    const composed_head<k> head(t, block);
     testing::at_every_level([&] {
       std::vector<idx> chosen;
-      const attention_floats got = t.blocks(serial{}, block, 4, &chosen);
+      const attention_floats got = t.blocks(serial{}, block, k, &chosen);
       CHECK(worst_difference(got.o, doubles(head.o)) < tolerance);
       CHECK(worst_difference(got.dq, doubles(head.dq)) < tolerance);
       CHECK(worst_difference(got.dk, doubles(head.dk)) < tolerance);
       CHECK(worst_difference(got.dv, doubles(head.dv)) < tolerance);
       for (dim i = 0; i < T; ++i) {
-        std::vector<idx> own = chosen_by(chosen, t.shape, 4, i, 0);
+        std::vector<idx> own = chosen_by(chosen, t.shape, k, i, 0);
         own.push_back(static_cast<idx>((N - T + i) / block));
         REQUIRE(own == head.experts_of(i));
       }
+    });
+  }
+  TEST_CASE("each query head of each packed sequence equals a composition of its own") {
+    constexpr dim d = 16, block = 8;
+    const attention_shape s{.h = 4,
+                            .h_kv = 2,
+                            .d = d,
+                            .dv = d,
+                            .m = 100,
+                            .n = 130,
+                            .query_offsets = {0, 40, 60, 100},
+                            .key_offsets = {0, 40, 83, 130}};
+    const attention_trial<float> t(s);
+    // Gradients of keys and values add up over the heads of a group.
+    attention_floats wanted{std::vector<float>(t.q.size()),
+                            {},
+                            std::vector<float>(t.q.size()),
+                            std::vector<float>(t.k.size()),
+                            std::vector<float>(t.v.size())};
+    for (std::size_t sequence = 0; sequence < 3; ++sequence)
+      for (dim a = 0; a < s.h; ++a) {
+        const dim query = s.query_offsets[sequence], key = s.key_offsets[sequence], g = a / 2;
+        attention_trial<float> one({.h = 1,
+                                    .h_kv = 1,
+                                    .d = d,
+                                    .dv = d,
+                                    .m = s.query_offsets[sequence + 1] - query,
+                                    .n = s.key_offsets[sequence + 1] - key});
+        const auto columns = [&](const std::vector<float>& from, dim first, dim heads, dim head, std::vector<float>& to) {
+          for (dim i = 0; i < static_cast<dim>(to.size()); ++i)
+            to[at(i)] = from[at(((first + i / d) * heads + head) * d + i % d)];
+        };
+        columns(t.q, query, 4, a, one.q);
+        columns(t.k, key, 2, g, one.k);
+        columns(t.v, key, 2, g, one.v);
+        columns(t.dout, query, 4, a, one.dout);
+        const composed_head<3> head(one, block);
+        const auto add = [&](const std::vector<float>& from, dim first, dim heads, dim column, std::vector<float>& to) {
+          for (dim i = 0; i < static_cast<dim>(from.size()); ++i)
+            to[at(((first + i / d) * heads + column) * d + i % d)] += from[at(i)];
+        };
+        add(head.o, query, 4, a, wanted.o);
+        add(head.dq, query, 4, a, wanted.dq);
+        add(head.dk, key, 2, g, wanted.dk);
+        add(head.dv, key, 2, g, wanted.dv);
+      }
+    testing::at_every_level([&] {
+      const attention_floats got = t.blocks(serial{}, block, 3);
+      CHECK(worst_difference(got.o, doubles(wanted.o)) < tolerance);
+      CHECK(worst_difference(got.dq, doubles(wanted.dq)) < tolerance);
+      CHECK(worst_difference(got.dk, doubles(wanted.dk)) < tolerance);
+      CHECK(worst_difference(got.dv, doubles(wanted.dv)) < tolerance);
     });
   }
   TEST_CASE_TEMPLATE("a block whose score is NaN or -inf is not chosen, where a query may have all or must choose", T, float,
