@@ -76,6 +76,55 @@ TEST_SUITE("attention/signal_to_noise") {
     CHECK(moe::signal_to_noise(a, 64, 2 * best.block) < moe::reliable_signal_to_noise(best.k / 2, 8192 / (2 * best.block)));
     CHECK(moe::advise_blocks(8192, 1024, 64, {.gap = 0.6}).block < best.block);  // a weaker signal, smaller blocks
   }
+  // A block outranks the right one with probability Phi(-SNR). Where that is k/n, the score of the right block is in the
+  // mean sqrt(2) z deviations above others, those of the best k of n begin at z = Phi^-1(1 - k/n), and the right one is
+  // among them with probability Phi(sqrt(2) z - z).
+  TEST_CASE(
+      "of random keys the advised top-k holds the right block as often as a reliable one, blocks twice as large less "
+      "often") {
+    constexpr dim keys = 512, budget = 64, d = 32, trials = 300;
+    const moe::key_affinity a{.gap = 0.97};
+    const moe::block_advice best = moe::advise_blocks(keys, budget, d, a, 4);
+    REQUIRE(best.reliable);
+    REQUIRE(best.block == 8);
+    const double least =
+        1 - moe::probability_outranked((std::sqrt(2.0) - 1) * moe::reliable_signal_to_noise(best.k, keys / best.block));
+    const moe::rng random(7);
+    std::uint64_t drawn = 0;
+    std::vector<double> affinity(keys);
+    dim found[2] = {}, above[2] = {};  // with the advised blocks, with larger ones
+    for (dim i = 0; i < trials; ++i) {
+      for (double& of : affinity) {
+        double square = 0;
+        for (dim j = 0; j < d; ++j) {
+          const double v = random.normal(drawn++);
+          square += v * v;
+          if (j == 0) of = v;
+        }
+        of /= std::sqrt(square);
+      }
+      affinity[0] += a.gap;
+      for (const dim larger : {0, 1}) {
+        const dim block = best.block << larger, n = keys / block, k = best.k >> larger;
+        const auto score = [&](dim c) {
+          double sum = 0;
+          for (dim j = 0; j < block; ++j) sum += affinity[static_cast<std::size_t>(c * block + j)];
+          return sum;
+        };
+        dim better = 0;
+        for (dim c = 1; c < n - 1; ++c) better += score(c) > score(0);  // the last is the query's own: always taken
+        above[larger] += better;
+        found[larger] += better < k - 1;
+      }
+    }
+    const auto share = [](dim part, dim of) { return static_cast<double>(part) / static_cast<double>(of); };
+    const dim others = keys / best.block - 2, larger_others = keys / (2 * best.block) - 2;
+    CHECK(share(above[0], trials * others) == doctest::Approx(best.outranked).epsilon(0.15));
+    CHECK(share(above[0], trials * others) < share(best.k, keys / best.block));
+    CHECK(share(above[1], trials * larger_others) > share(best.k / 2, keys / (2 * best.block)));
+    CHECK(share(found[0], trials) >= least);
+    CHECK(share(found[1], trials) < least);
+  }
   TEST_CASE("where no block is reliable the smallest is advised, and impossible sizes are refused") {
     const moe::block_advice none = moe::advise_blocks(1 << 20, 64, 64, {.gap = 0.01});
     CHECK(!none.reliable);
