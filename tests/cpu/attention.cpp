@@ -318,6 +318,23 @@ TEST_SUITE("backend/host_attention memory") {
     CHECK(tile >= 4 * floats);
     CHECK(tile <= 4 * floats + 8192);
   }
+  TEST_CASE("at every level backward takes a tile of floats for each thread, and on tiles one of halves") {
+    const moe::attention_problem p{{8, 2, 64, 128}};
+    constexpr dim rows = 192, step = 128, pitch = step + 16, d = 64, dv = 128, keys = 256;
+    testing::at_every_level([&] {
+      const dim columns = columns_of(moe::arch::native{}), d_padded = (d + columns - 1) / columns * columns;
+      const std::size_t sums = 2 * keys * at(d_padded + dv) * 4;
+      const std::size_t tile = scratch_of<moe::arch::native>(p, {keys, keys}, true) - sums;
+      const std::size_t floats = at(rows * (d + dv + 2 + 2 * 2 + pitch) + step * columns + rows * d_padded + rows * pitch +
+                                    rows * dv + step * 128);
+      const bool halves = attention_kernels_of(moe::arch::native{}).backward_halves != nullptr;
+      const std::size_t rounded = at(rows * (d + step + dv + d + dv) + 32 * dv + step * (d + dv + d) + 2 * step * rows);
+      const std::size_t blocks = halves ? 2 * rounded : 0;
+      CHECK(tile >= 4 * floats + blocks);
+      CHECK(tile <= 4 * floats + blocks + 8192);
+      CHECK(scratch_of<moe::arch::native>(p, {keys, keys}, true, 3) == sums + 3 * tile);
+    });
+  }
 }
 
 TEST_SUITE("attention/problem") {

@@ -474,6 +474,26 @@ TEST_SUITE("backend/host_moba") {
       }
     }
   }
+  TEST_CASE("pairs of queries and keys are as many as the formula says: an eighth of the keys for k B = N/8") {
+    constexpr dim N = 512, block = 16, k = N / 8 / block;
+    const attention_trial<float> t({.h = 2, .h_kv = 1, .d = 16, .dv = 16, .m = N, .n = N});
+    std::vector<idx> chosen;
+    (void)t.blocks(serial{}, block, k, &chosen);
+    dim pairs = 0, wanted = 0;
+    for (dim i = 0; i < N; ++i)
+      for (dim a = 0; a < 2; ++a) {
+        const dim here = static_cast<dim>(chosen_by(chosen, t.shape, k, i, a).size()) * block + i % block + 1;
+        REQUIRE(here <= N / 8);  // 7/8 of the keys are left out
+        if (i == N - 1) CHECK(here == N / 8);
+        pairs += here;
+        wanted += i % block + 1 + block * std::min(i / block, k - 1);
+      }
+    CHECK(pairs == wanted);
+    // Of dense causal attention, with b = k B: (2 b N - b^2) / N^2 = 15/64, less half a block for each query's own one.
+    const auto share = static_cast<double>(pairs) / static_cast<double>(N * (N + 1));
+    CHECK(share < 15. / 64);
+    CHECK(share > 15. / 64 - double{block} / N);
+  }
   TEST_CASE("memory grows with the number of tokens and not with its square") {
     const moe::scalar<moe::serial> backend;
     const moe::attention_problem p{{8, 2, 64, 64}};
