@@ -295,4 +295,23 @@ TEST_SUITE("backend/host_decode") {
     for (std::size_t i = 12; i < 24; ++i) CHECK(std::fabs(o[i]) < 1);
     for (std::size_t i = 4; i < 8; ++i) CHECK(lse[i] > 6);
   }
+  TEST_CASE("scratch is that of the queries and of most units of a step: chunks of 512 keys, or k blocks for each head") {
+    const moe::kv_cache_shape s{{.heads = 12, .kv_heads = 2, .d = 40, .dv = 72}, 3, 1100, 32};
+    const auto bytes = [](auto carve) {
+      moe::arena count;
+      carve(count);
+      return static_cast<dim>(count.peak());
+    };
+    constexpr dim group = 6, padded_group = 8, d = 64, dv = 96, queries = 3 * 12, key_heads = 3 * 2, lost = 9 * 64 * 4;
+    for (const dim k : {0, 4}) {
+      const dim units = k > 0 ? queries * k : key_heads * (3 + 1);
+      const dim wanted = 4 * units * (3 + group + padded_group * (dv + 2)) + queries * (4 * d + 4 * d) + 4 * (2 * key_heads + 1);
+      const dim got = bytes([&](moe::arena& mem) { moe::make_decode_scratch(s, k, mem); });
+      CHECK(got >= wanted);
+      CHECK(got <= wanted + lost);  // between tensors, each of which begins at a multiple of 64 elements
+    }
+    const dim chosen = bytes([&](moe::arena& mem) { (void)moe::make_select_blocks_scratch(s, mem); });
+    CHECK(chosen >= 4 * queries * (40 + 35));
+    CHECK(chosen <= 4 * queries * (40 + 35) + 2 * 64 * 4);
+  }
 }

@@ -25,7 +25,9 @@ void check_blocks(const kv_cache<T>& cache, matrix_view<const idx> blocks) {
 
 }  // namespace detail
 
-/// What decode takes from on.scratch; k: columns of `blocks`, or 0.
+/// What decode takes from on.scratch at every level, d and dv padded to multiples of 32; k: columns of `blocks`, or 0. 8 d
+/// bytes for each query head, and for each unit 4 (dv + 2) bytes for each head of a group, a multiple of four of them:
+/// units are chunks of 512 keys for each sequence and key head, or k for each query head.
 inline void make_decode_scratch(const kv_cache_shape& s, dim k, arena& mem) noexcept {
   (void)detail::carve_units(s.read_sizes(), k, mem);
 }

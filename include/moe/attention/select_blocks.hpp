@@ -6,7 +6,7 @@
 
 namespace moe {
 
-/// What select_blocks takes from on.scratch.
+/// What select_blocks takes from on.scratch: 4 (d + blocks) bytes for each query head.
 struct select_blocks_scratch {
   matrix_view<float> q, scores;  ///< [S*h, d] and [S*h, blocks]
 };
