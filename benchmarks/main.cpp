@@ -10,27 +10,13 @@
 #include "moe/backend/cpu/level.hpp"
 #include "peers/peers.hpp"
 #include "support/contest.hpp"
+#include "support/judge.hpp"
 #include "support/options.hpp"
 #include "support/report.hpp"
 
 namespace {
 
 using namespace bench;
-
-// Says where the Eigen loop is weaker than it is known to be: a ratio to it would flatter.
-void judge_loop(const std::vector<row>& rows) {
-  constexpr double wanted = 0.85;
-  for (const row& r : rows)
-    for (const peer_result& p : r.peers) {
-      const auto at = std::find(default_tokens.begin(), default_tokens.end(), r.tokens);
-      if (p.name != "eigen" || r.threads != 2 || r.skew != 0 || r.backward || at == default_tokens.end()) continue;
-      const double known = r.shape.known_loop[static_cast<std::size_t>(at - default_tokens.begin())];
-      if (p.tokens_per_s < wanted * known)
-        std::printf("the Eigen loop reached %.0f tokens/s on %s, T = %td (%s): %.0f%% of the %.0f that it is known for\n",
-                    p.tokens_per_s, r.shape.name.c_str(), r.tokens, std::string(r.type.name).c_str(),
-                    100 * p.tokens_per_s / known, known);
-    }
-}
 
 std::vector<machine_limits> measure_all_limits(std::vector<int> threads, int rounds) {
   std::sort(threads.begin(), threads.end());
@@ -65,7 +51,7 @@ std::vector<std::string> run_layers(const options& o, const std::vector<listed_p
     json.push_back(json_of(r));
     peers.add(r.peers, r.left_out);
   }
-  judge_loop(rows);
+  for (const std::string& weak : judge_loop(rows)) std::printf("%s\n", weak.c_str());
   return json;
 }
 
