@@ -30,9 +30,9 @@ using limits_of = std::function<const machine_limits&(int)>;
 
 std::vector<std::string> run_layers(const options& o, const std::vector<listed_peer>& listed,
                                     const std::vector<std::string>& processes, const limits_of& of, peer_record& peers) {
-  std::vector<std::string> columns = peer_names();
-  columns.insert(columns.end(), processes.begin(), processes.end());
-  const table out(o.backward ? std::vector<std::string>() : columns);
+  std::vector<std::string> columns = peer_names(o.backward);
+  if (!o.backward) columns.insert(columns.end(), processes.begin(), processes.end());
+  const table out(columns);
   out.heading();
   std::vector<row> rows;
   if (o.fixed) {

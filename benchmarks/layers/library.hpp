@@ -91,6 +91,16 @@ class library_training : public library_layer<K, Expert, Weights> {
     this->net_.forward(this->weights_[i], x, y, this->context_, this->mem_);
     this->net_.backward(this->weights_[i], x, this->context_, x, dx, dw_, this->mem_, moe::gradient_mode::replace);
   }
+  layer_gradients gradients() const override {
+    const batch& b = this->batches_[0];
+    const auto& experts = dw_.experts;
+    return {{dx_.template as<float>().data(), b.x.rows, b.x.cols},
+            dw_.gate.w,
+            dw_.gate.bias,
+            experts.gate,
+            experts.up,
+            experts.down};
+  }
 
  private:
   moe::buffer gradients_, dx_;

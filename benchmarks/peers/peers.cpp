@@ -6,30 +6,35 @@ namespace {
 
 struct entry {
   const char* name;
-  std::unique_ptr<contestant> (*make)(const model_shape&, std::string_view type);  ///< null for a type that it lacks
+  bool trains;
+  std::unique_ptr<contestant> (*make)(const model_shape&, std::string_view type,
+                                      bool backward);  ///< null for a type that it lacks
 };
 
 constexpr entry entries[] = {
 #if defined(MOE_BENCHMARK_EIGEN)
-    {"eigen", [](const model_shape& s, std::string_view) { return make_eigen_loop(s); }},
+    {"eigen", true, [](const model_shape& s, std::string_view, bool backward) { return make_eigen_loop(s, backward); }},
 #endif
 #if defined(MOE_BENCHMARK_ONEDNN)
-    {"onednn", make_onednn_loop},
+    {"onednn", false, [](const model_shape& s, std::string_view type, bool) { return make_onednn_loop(s, type); }},
 #endif
-    {nullptr, nullptr}};
+    {nullptr, false, nullptr}};
 
 }  // namespace
 
-std::vector<std::string> peer_names() {
+std::vector<std::string> peer_names(bool backward) {
   std::vector<std::string> names;
-  for (const entry* e = entries; e->name != nullptr; ++e) names.emplace_back(e->name);
+  for (const entry* e = entries; e->name != nullptr; ++e)
+    if (e->trains || !backward) names.emplace_back(e->name);
   return names;
 }
 
-std::vector<std::unique_ptr<contestant>> peers_of(const model_shape& s, std::string_view type) {
+std::vector<std::unique_ptr<contestant>> peers_of(const model_shape& s, std::string_view type, bool backward) {
   std::vector<std::unique_ptr<contestant>> peers;
-  for (const entry* e = entries; e->name != nullptr; ++e)
-    if (auto p = e->make(s, type)) peers.push_back(std::move(p));
+  for (const entry* e = entries; e->name != nullptr; ++e) {
+    if (backward && !e->trains) continue;
+    if (auto p = e->make(s, type, backward)) peers.push_back(std::move(p));
+  }
   return peers;
 }
 

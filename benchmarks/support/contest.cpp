@@ -45,22 +45,34 @@ struct owned_layer : layer_source {
   }
 };
 
-// The relative error of a token's row, at most, but for one token in a hundred: rounding may send a token on the edge
-// between two experts to the other one.
-double relative_error(std::span<const float> y, std::span<const float> wanted, dim tokens) {
-  const std::size_t n = static_cast<std::size_t>(tokens), d = y.size() / n;
-  std::vector<double> errors(n);
-  for (std::size_t t = 0; t < n; ++t) {
+// The relative error of a row, at most, but for one row in so many. Rows that are zero in both do not count.
+double relative_error(matrix_view<const float> y, matrix_view<const float> wanted, std::size_t but_one_in) {
+  std::vector<double> errors;
+  for (dim t = 0; t < y.rows; ++t) {
     double error = 0, size = 0;
-    for (std::size_t i = t * d; i < (t + 1) * d; ++i) {
-      error += static_cast<double>(y[i] - wanted[i]) * (y[i] - wanted[i]);
-      size += static_cast<double>(wanted[i]) * wanted[i];
+    for (dim i = 0; i < y.cols; ++i) {
+      const double w = wanted(t, i), e = y(t, i) - w;
+      error += e * e;
+      size += w * w;
     }
-    errors[t] = std::sqrt(error / size);
-    if (!(errors[t] < 1e30)) return 1e30;
+    if (error == 0 && size == 0) continue;
+    errors.push_back(std::sqrt(error / size));
+    if (!(errors.back() < 1e30)) return 1e30;
   }
   std::sort(errors.begin(), errors.end());
-  return errors[n - 1 - n / 100];
+  const std::size_t n = errors.size();
+  return n == 0 ? 0 : errors[n - 1 - n / but_one_in];
+}
+// Rounding may send a token on the edge between two experts to the other one: that spoils the row of the token, and of
+// weights those of two experts.
+constexpr std::size_t one_token_in = 100, one_expert_in = 4;
+double relative_error(const layer_gradients& got, const layer_gradients& wanted) {
+  double most = relative_error(got.x, wanted.x, one_token_in);
+  for (const auto m : {&layer_gradients::gate, &layer_gradients::up, &layer_gradients::down})
+    most = std::max(most, relative_error(got.*m, wanted.*m, one_expert_in));
+  // Gradients of scores are differences between experts: of few tokens, nearly nothing may be left of them but rounding.
+  if (got.x.rows >= 32) most = std::max(most, relative_error(got.router, wanted.router, one_expert_in));
+  return most;
 }
 
 // Takes from Google Benchmark what a run took; prints nothing.
@@ -90,10 +102,11 @@ class contest {
   contest(const model_shape& s, const weight_type& type, const options& o, const std::vector<listed_peer>& listed)
       : shape_(s), type_(type), options_(o) {
     entrants_.emplace_back(library_layer_of(s, type.name, o.backward));
-    if (!o.backward) {
-      for (auto& p : peers_of(s, type.name)) entrants_.emplace_back(std::move(p));
+    for (auto& p : peers_of(s, type.name, o.backward)) entrants_.emplace_back(std::move(p));
+    if (o.backward)
+      for (const listed_peer& p : listed) absent_.push_back({p.name, "does not train"});
+    else
       for (auto& p : process_peers(listed, s, type.name, o.rotate)) entrants_.emplace_back(std::move(p));
-    }
     build_layers();
   }
 
@@ -165,7 +178,7 @@ class contest {
 
   matrix_view<float> y() const { return {result_.as<float>().data(), batches_[0].x.rows, shape_.d}; }
 
-  // One call to compare outputs, one to know how long it takes.
+  // One call to compare outputs and gradients, one to know how long it takes.
   void warm_up(dim T, int threads) {
     std::vector<std::vector<float>> outputs;
     for (entrant& e : entrants_) {
@@ -175,18 +188,24 @@ class contest {
       e.who->prepare(batches_, threads);
       e.who->run(0, y());
       outputs.emplace_back(result_.as<float>().begin(), result_.as<float>().end());
-      e.calls = std::max(1l, std::lround(turn / e.who->seconds_of(1 % batches_.size(), y())));
     }
     // The reference is the float32 loop of Eigen where there is one.
     const std::size_t reference = entrants_.size() > 1 && entrants_[1].who->name() == "eigen" ? 1 : 0;
     for (std::size_t i = 0; i < entrants_.size(); ++i) {
-      const double error = entrants_[i].competes() ? relative_error(outputs[i], outputs[reference], T) : 0;
+      const double error = entrants_[i].competes() ? error_of(i, reference, outputs) : 0;
       if (error <= type_.tolerance) continue;
       entrants_[i].disagreement = "disagrees with " + entrants_[reference].who->name() + " on " + shape_.name +
                                   ", T = " + std::to_string(T) + ", " + std::string(type_.name) + ": relative error " +
                                   std::to_string(error);
       if (i == 0) throw std::runtime_error(entrants_[0].who->name() + " " + entrants_[0].disagreement);
     }
+    for (entrant& e : entrants_) e.calls = std::max(1l, std::lround(turn / e.who->seconds_of(1 % batches_.size(), y())));
+  }
+  double error_of(std::size_t i, std::size_t reference, const std::vector<std::vector<float>>& outputs) const {
+    const auto rows = [&](std::size_t n) { return matrix_view<const float>(outputs[n].data(), y().rows, y().cols); };
+    const double error = relative_error(rows(i), rows(reference), one_token_in);
+    if (!options_.backward) return error;
+    return std::max(error, relative_error(entrants_[i].who->gradients(), entrants_[reference].who->gradients()));
   }
 
   // Seconds of a call: one run of Google Benchmark for each turn, so that turns go A B C A B C. (Its own repetitions would
@@ -216,6 +235,7 @@ class contest {
     row r{shape_, type_, T, limits.threads, skew, options_.backward, tokens / time, flops / time,
           (options_.backward ? 2 : 1) * weights / time, tokens / std::max(by_memory, by_compute), by_memory >= by_compute,
           entrants_[0].turns.quiet(), {}};
+    r.left_out = absent_;
     for (std::size_t i = 1; i < entrants_.size(); ++i) {
       const entrant& e = entrants_[i];
       if (!e.competes()) {
@@ -232,6 +252,7 @@ class contest {
   weight_type type_;
   const options& options_;
   std::vector<entrant> entrants_;     // the library first, then the reference
+  std::vector<absent_peer> absent_;   // who has nothing to run here
   std::vector<moe::buffer> routers_;  // of every layer
   moe::buffer inputs_, result_;
   std::vector<float> biases_;

@@ -23,6 +23,11 @@ struct layer_source {
   matrix_view<float> router, gate, up, down;
 };
 
+/// Gradients of a layer: those of its tokens, x[T,d], and of its weights, as above, with bias[E,1].
+struct layer_gradients {
+  matrix_view<float> x, router, bias, gate, up, down;
+};
+
 /// The tokens of one call, the layer they go to, and the plan that its router comes to: the k best experts of each token,
 /// best first, and their weights. `bias` is added to the scores.
 struct batch {
@@ -61,7 +66,9 @@ class contestant {
   virtual void prepare(std::span<const batch> batches, int threads) = 0;
   /// y[T,d] = batch i of those prepared.
   virtual void run(std::size_t i, matrix_view<float> y) = 0;
-  /// What that takes.
+  /// Where it trains, of x in the last call, and of the weights in all calls since `prepare`. dy is x.
+  virtual layer_gradients gradients() const { return {}; }
+  /// What a call takes.
   virtual double seconds_of(std::size_t i, matrix_view<float> y) {
     const double start = seconds();
     run(i, y);

@@ -29,9 +29,7 @@ class eigen_loop {
     const auto in = as_eigen(x);
     auto out = as_eigen(y);
     const moe::dim experts = router.rows, d = x.cols, f = up.rows / experts;
-    scores_.noalias() = in * as_eigen(router).transpose();
-    scores_.rowwise() += Eigen::Map<const Eigen::RowVectorXf>(bias.data(), experts);
-    route();
+    route(router, bias, x);
     out.setZero();
     for (moe::dim e = 0; e < experts; ++e) {
       const auto& rows = rows_[static_cast<std::size_t>(e)];
@@ -50,13 +48,15 @@ class eigen_loop {
     }
   }
 
- private:
+ protected:
   struct assignment {
     Eigen::Index token;
     float weight;
   };
 
-  void route() {
+  void route(moe::matrix_view<const float> router, std::span<const float> bias, moe::matrix_view<const float> x) {
+    scores_.noalias() = as_eigen(x) * as_eigen(router).transpose();
+    scores_.rowwise() += Eigen::Map<const Eigen::RowVectorXf>(bias.data(), router.rows);
     for (auto& r : rows_) r.clear();
     order_.resize(static_cast<std::size_t>(scores_.cols()));
     for (Eigen::Index t = 0; t < scores_.rows(); ++t) {
@@ -75,7 +75,9 @@ class eigen_loop {
   }
 
   row_major scores_, xs_, g_, u_, ys_;
-  std::vector<std::vector<assignment>> rows_;
+  std::vector<std::vector<assignment>> rows_;  // of each expert
+
+ private:
   std::vector<int> order_;
   int k_;
 };

@@ -21,7 +21,7 @@ other implementations of them, all in turn in one process; prints medians.
                     expert is proportional to rank^-S, where the experts' ranks are shuffled anew for every call, and no chance
                     is above 1: what the first would have above it goes to the others in proportion. A bias on the scores
                     makes it so; every peer gets the same scores. Default: 0
-  --backward        a training step without its optimizer: forward, then all gradients
+  --backward        a training step without its optimizer: forward, then all gradients, beside one by hand with Eigen in float32
   --static          instead of these: a static layer (d 32, f 64, E 4, k 1), the expert changing at every call, in nanoseconds;
                     its roof is the time to read an expert's weights from the second cache
   --attention SHAPE instead of layers: causal attention, h=32,hkv=8,d=128,m=512,n=4096, the last m of n positions being queries;
@@ -36,7 +36,8 @@ other implementations of them, all in turn in one process; prints medians.
   --plot FOLDER     draws roofline.svg and ratios.svg
   --peers           also ONNX Runtime, PyTorch, llama.cpp and kt-kernel, which benchmarks/peers installs into the build folder
                     (several gigabytes the first time) and drives in processes of their own; they are handed the routing. What
-                    cannot be installed or does not run here is named with the reason
+                    cannot be installed or does not run here is named with the reason. None of them trains: with --backward
+                    none is installed
   --peer-list FILE  peers in processes of their own, as benchmarks/peers/peer_list.hpp has it
   --rounds N        turns that each implementation gets, each of about 10 ms, or one call. Default: 15. Fewer: also less time
                     for the limits

@@ -119,6 +119,8 @@ def check_peers(program):
         expect(reasons.keys() == fakes - {"right", "other"} and "disagrees" in reasons["wrong"], f"left out are {reasons}")
         expect((reasons["refuses"], reasons["dies"], reasons["lacking"]) ==
                ("has no f32", "it fell over", "not installed: no room"), f"left out are {reasons}")
+        (row,), table = rows_of(program, "--tokens", "40", "--threads", "1", "--type", "f32", "--backward", "--peer-list", str(listed))
+        expect(not fakes & row["peers"].keys() and "left out: right: does not train" in table, f"training gave\n{table}")
         listed.write_text("walk\tlayer\tx\ty\n", encoding="utf-8")
         ran = run(program, "--tokens", "2", "--peer-list", str(listed))
         expect(ran.returncode == 1 and "walk" in ran.stderr, f"a wrong list gave {ran}")
@@ -138,6 +140,7 @@ def main():
     expect([(row["type"], row["backward"]) for row in rows] == [("f32", True), ("bf16", True)], f"rows are {rows}")
     for row in rows:
         check_row(row)
+        expect(set(row["peers"]) <= {"eigen"}, f"peers are {row['peers']}")
 
     static, table = rows_of(program, "--threads", "1", "--static")
     expect([row["case"] for row in static] == ["static"] and ROW <= static[0].keys(), f"rows are {static}")
