@@ -7,6 +7,7 @@ How fast anything was is not looked at.
 import itertools
 import json
 import math
+import os
 import pathlib
 import subprocess
 import sys
@@ -17,7 +18,11 @@ ROW = {"case", "d", "f", "E", "k", "T", "type", "threads", "skew", "backward", "
        "weight_bytes_per_s", "roof_tokens_per_s", "roof", "share", "peers"}
 ATTENTION = {"case", "h", "hkv", "d", "m", "n", "type", "threads", "decode", "backward", "gate", "B", "k", "tokens_per_s",
              "useful_flops_per_s", "cache_bytes_per_s", "visited_share", "roof_tokens_per_s", "roof", "share", "peers"}
-TYPES = {"f32", "bf16", "f16", "int8", "int4", "ternary"}
+# Bytes of a weight with its scales, and the peaks of the units that multiply it, the best first.
+TYPES = {"f32": (4, ()), "bf16": (2, ("amx_bf16_flops_per_s",)), "f16": (2, ()),
+         "int8": (1, ("amx_int8_ops_per_s", "vnni_int8_ops_per_s")),
+         "int4": (0.5625, ("amx_int8_ops_per_s", "vnni_int8_ops_per_s")),
+         "ternary": (0.25, ("amx_int8_ops_per_s", "vnni_int8_ops_per_s"))}
 SHAPE = {"d": 48, "f": 40, "E": 8, "k": 2}
 HEADS = {"h": 4, "hkv": 2, "d": 24, "m": 30, "n": 50}
 HERE = pathlib.Path(__file__).resolve().parent
@@ -41,7 +46,34 @@ def rows_of(program, *flags):
         limits, *rows = json.loads(path.read_text(encoding="utf-8"))
     expect(LIMITS <= limits.keys() and limits["case"] == "limits", f"limits are {limits}")
     expect(limits["dram_read_bytes_per_s"] > 0 and limits["fma_f32_flops_per_s"] > 0, f"limits are {limits}")
+    for row in rows:
+        if row["case"] == "layer":
+            same = [x for x in (limits, *limits["with_fewer_threads"]) if x["threads"] == row["threads"]]
+            expect(len(same) == 1, f"no limits of {row['threads']} threads")
+            check_roof(row, same[0])
     return rows, ran.stdout
+
+
+def check_roof(row, limits):
+    """The smaller of what memory and what the unit of the type allow, from the shape and the limits alone."""
+    d, f, E, k, T = (row[name] for name in ("d", "f", "E", "k", "T"))
+    size, units = TYPES[row["type"]]
+    passes = 2 if row["backward"] else 1
+    moved = row["weight_bytes_per_s"] / row["tokens_per_s"] * T / passes  # weights of the experts in use, and the router
+    active = (moved - 4 * E * d) / (3 * d * f * size)
+    low, high = (E - 0.01, E + 0.01) if T >= 150 and row["skew"] == 0 else (k - 0.01, min(E, T * k) + 0.01)
+    expect(low <= active <= high, f"{active} experts are in use in {row}")
+    rows = 4 * T * d
+    if row["backward"]:
+        moved = 2 * moved + 2 * (active * 3 * d * f * 4 + 4 * E * d) + 4 * rows
+    else:
+        moved += 2 * rows
+    peak = next((limits[unit] for unit in units if limits[unit] > 0), limits["fma_f32_flops_per_s"])
+    memory = moved / limits["dram_read_bytes_per_s"]
+    compute = 6 * d * f * k * T * (3 if row["backward"] else 1) / peak
+    expect(math.isclose(row["roof_tokens_per_s"], T / max(memory, compute), rel_tol=1e-4), f"roof of {memory}, {compute} s in {row}")
+    expect(math.isclose(memory, compute, rel_tol=1e-4) or row["roof"] == ("memory" if memory > compute else "compute"),
+           f"{memory} and {compute} s in {row}")
 
 
 def check_row(row):
@@ -132,9 +164,14 @@ def main():
     for row in rows:
         check_row(row)
     got = sorted((row["type"], row["skew"], row["T"]) for row in rows)
-    types = sorted({row["type"] for row in rows})
-    expect("f32" in types and got == list(itertools.product(types, (0, 1.2), (3, 150))), f"rows are {got}")
+    types = ["bf16", "f16", "f32", "int4", "int8"]
+    expect(got == list(itertools.product(types, (0, 1.2), (3, 150))), f"rows are {got}")
     expect(len([line for line in table.splitlines() if line.startswith("layer")]) == len(rows), f"the table is\n{table}")
+
+    expect({row["roof"] for row in rows if row["T"] == 3} == {"memory"}, f"rows are {rows}")
+    cores = "1,2" if (os.cpu_count() or 1) >= 2 else "1"
+    rows, _ = rows_of(program, "--tokens", "4096", "--threads", cores, "--type", "f32")
+    expect([(row["threads"], row["roof"]) for row in rows] == [(int(n), "compute") for n in cores.split(",")], f"rows are {rows}")
 
     rows, _ = rows_of(program, "--tokens", "5", "--threads", "1", "--type", "f32,bf16", "--backward")
     expect([(row["type"], row["backward"]) for row in rows] == [("f32", True), ("bf16", True)], f"rows are {rows}")
