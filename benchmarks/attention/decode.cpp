@@ -16,13 +16,13 @@ namespace {
 using moe::idx;
 using backend = moe::cpu<>;
 
-/// As many equal caches as fill what decoding goes round.
+/// As many equal caches as it takes that what decoding goes round lies in others than one.
 template <class T>
 class filled_caches {
  public:
   filled_caches(const attention_case& c, const attention_source& source)
       : sizes{{c.shape.h, c.shape.h_kv, c.shape.d, c.shape.d}, 1, c.shape.n, c.form.block} {
-    const auto count = static_cast<std::size_t>(std::max(1., std::ceil(c.rotate / c.cache_bytes())));
+    const auto count = 1 + static_cast<std::size_t>(std::ceil(c.rotate / c.cache_bytes()));
     moe::arena bytes;
     (void)moe::kv_cache<T>::make(sizes, bytes);
     for (std::size_t i = 0; i < count; ++i) {

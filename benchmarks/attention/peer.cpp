@@ -14,7 +14,7 @@ class case_folder : public exchange_folder {
     const attention_shape& s = c.shape;
     open("case.json") << "{\"case\": \"attention\", \"type\": \"" << c.type.name << "\", \"h\": " << s.h << ", \"hkv\": " << s.h_kv
                       << ", \"d\": " << s.d << ", \"n\": " << s.n
-                      << ", \"rotate\": " << static_cast<long long>(c.form.decode ? c.rotate : 1) << "}\n";
+                      << ", \"rotate\": " << static_cast<long long>(c.form.decode ? c.rotate : 0) << "}\n";
     write_rows("key.f32", from.k);
     write_rows("value.f32", from.v);
   }

@@ -84,10 +84,10 @@ def made_up_case(flags):
     """A case whose arrays are in memory; batches enough to rotate over its caches."""
     shape = (flags.keys, flags.kv_heads, flags.width)
     bytes_of_cache = 2 * np.prod(shape) * {"f16": 2, "bf16": 2, "int8": 34 / 32}[flags.type]
-    rotate = flags.rotate * 2 ** 20 if flags.queries <= 128 else 1
+    rotate = flags.rotate * 2 ** 20 if flags.queries <= 128 else 0
     case = SimpleNamespace(type=flags.type, h=flags.heads, hkv=flags.kv_heads, d=flags.width, n=flags.keys,
                            tokens=flags.queries, threads=flags.threads, refuse_unless=lambda *_: None,
-                           copies=lambda size: -(-rotate // size))
+                           copies=lambda size: 1 + -(-rotate // size))
     case.batches = max(2, case.copies(int(bytes_of_cache)))
     random = np.random.default_rng(1)
     arrays = {"key": random.standard_normal(shape, np.float32), "value": random.standard_normal(shape, np.float32),

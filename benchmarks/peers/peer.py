@@ -5,7 +5,7 @@ FOLDER holds case.json and raw float32 and int32 arrays in row-major order:
   layer      {case, type, d, f, E, k, rotate}    gate[E,f,d] up[E,f,d] down[E,d,f]   batch: x[T,d] expert[T,k] weight[T,k]
   attention  {case, type, h, hkv, d, n, rotate}  key[n,hkv,d] value[n,hkv,d]         batch: x[T,h,d], queries of the last T
                                                                                      of n positions; each sees up to its own
-It holds copies of the weights (of the cache) until they are `rotate` bytes, and batch i uses copy i modulo their number.
+It holds copies of the weights (of the cache) until all but one are `rotate` bytes, and batch i uses copy i modulo their number.
 
 Lines on stdin, and the answers on stdout (whatever the peer's libraries print goes to stderr):
   at the start         ready BYTES VERSION               or: refused REASON, and the process ends
@@ -53,8 +53,8 @@ class Case:
                 self.array("weight", n, T, self.k))
 
     def copies(self, size):
-        """How many copies of so many bytes there are to be."""
-        return max(1, math.ceil(self.rotate / size))
+        """How many copies of so many bytes there are to be: `rotate` bytes of others lie between two uses of one."""
+        return 1 + math.ceil(self.rotate / size)
 
     def refuse_unless(self, *types):
         if self.type not in types:
