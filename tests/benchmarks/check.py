@@ -12,6 +12,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+import xml.etree.ElementTree
 
 LIMITS = {"case", "threads", "dram_read_bytes_per_s", "fma_f32_flops_per_s", "amx_bf16_flops_per_s", "amx_int8_ops_per_s"}
 ROW = {"case", "d", "f", "E", "k", "T", "type", "threads", "skew", "backward", "tokens_per_s", "flops_per_s",
@@ -26,6 +27,7 @@ TYPES = {"f32": (4, ()), "bf16": (2, ("amx_bf16_flops_per_s",)), "f16": (2, ()),
 SHAPE = {"d": 48, "f": 40, "E": 8, "k": 2}
 HEADS = {"h": 4, "hkv": 2, "d": 24, "m": 30, "n": 50}
 HERE = pathlib.Path(__file__).resolve().parent
+PLOT = HERE.parents[1] / "benchmarks" / "plot.py"
 SMALL = ["--shape", ",".join(f"{name}={n}" for name, n in SHAPE.items()), "--rotate", "1", "--rounds", "1"]
 
 
@@ -38,12 +40,17 @@ def run(program, *flags):
     return subprocess.run([program, *SMALL, *flags], capture_output=True, text=True, check=False)
 
 
-def rows_of(program, *flags):
+def rows_of(program, *flags, plots=False):
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "rows.json"
         ran = run(program, *flags, "--json", str(path))
         expect(ran.returncode == 0, f"{' '.join(flags)} failed: {ran.stderr}")
         limits, *rows = json.loads(path.read_text(encoding="utf-8"))
+        if plots:
+            drawn = subprocess.run([sys.executable, str(PLOT), str(path), folder], capture_output=True, text=True, check=False)
+            expect(drawn.returncode == 0, f"plot.py failed: {drawn.stderr}")
+            for chart in ["roofline.svg"] + ["ratios.svg"] * any(row["peers"] for row in rows):
+                expect(xml.etree.ElementTree.parse(pathlib.Path(folder) / chart).getroot().tag.endswith("svg"), f"{chart} is none")
     expect(LIMITS <= limits.keys() and limits["case"] == "limits", f"limits are {limits}")
     expect(limits["dram_read_bytes_per_s"] > 0 and limits["fma_f32_flops_per_s"] > 0, f"limits are {limits}")
     for row in rows:
@@ -160,7 +167,7 @@ def check_peers(program):
 
 def main():
     program = sys.argv[1]
-    rows, table = rows_of(program, "--tokens", "3,150", "--threads", "1", "--skew", "0,1.2")
+    rows, table = rows_of(program, "--tokens", "3,150", "--threads", "1", "--skew", "0,1.2", plots=True)
     for row in rows:
         check_row(row)
     got = sorted((row["type"], row["skew"], row["T"]) for row in rows)
