@@ -63,34 +63,45 @@ struct attention_visit {
   bool finite;              ///< every value
   attention_ahead next[2];  ///< what the visit after this one reads
 };
-/// A tile's rows on their way through visits, a pair of blocks at a time: the pair that came last is gathered while the one
-/// before is scored, the one before that adds up its values and the first of four is merged. Its rows are as in
-/// attention_halves.
+/// A tile's rows on their way through visits, a pair of blocks at a time: the pair that came last is gathered, the one
+/// before is scored and the one before that adds up its values.
 struct attention_stream {
   struct pair {
     static constexpr dim most = 32;
     dim rows = 0, keys, lo, hi;  ///< keys lo .. hi, multiples of 32, are seen by some row
     const std::byte* packed;
     matrix_view<const bf16> v;
-    bool finite;
+    bool finite, whole;  ///< whole: every row sees every key, a multiple of 32
+    std::byte* weights;
     idx at[most], first[most], end[most];  ///< rows, and the keys of the visit that they see
-    float fade[most];                      ///< by what earlier sums are multiplied
+    float* o[most];
+    alignas(64) float shift[most], fade[most];  ///< what weights are relative to; by what earlier sums are multiplied
   };
-  static constexpr dim depth = 4;
+  /// What vectors do with a square of 32 rows that tiles made: the weights of its 32 keys, or to merge 32 columns of sums.
+  struct work {
+    pair* of;
+    const float* square;
+    dim column, rows = 0, done = 0;
+    bool sums;
+  };
+  static constexpr dim depth = 4;  ///< the last sums of a pair are merged meanwhile
   attention_rows_state state;
   dim d, dv;
-  float scale;  ///< of the scores, log2(e) included
-  std::byte *rows, *gathered, *weights;
-  float *scores, *sums;
+  float scale;      ///< of the scores, log2(e) included
+  std::byte* rows;  ///< [R, d], padded to a multiple of 32
+  std::byte *gathered, *weights[2];
+  float *scores, *squares, *totals;  ///< of a pair and all keys of a step; of two squares; of a pair, 16 floats a row
   attention_ahead next[2];
-  pair pairs[depth];  ///< the last one first
-  bool idle = true;   ///< none is under way
+  pair pairs[depth];
+  dim turn = 0;  ///< of pairs, which one came last
+  work under_way;
+  bool idle = true;  ///< no pair is under way
 };
 
 /// Rows of a tile and the means of blocks `first` .. `first` + means.rows, at most attention_keys: best and which as in
 /// rank.
 struct attention_ranking {
-  const std::byte* rows;  ///< as in attention_halves
+  const std::byte* rows;  ///< as in attention_stream
   std::byte *parts, *turned;
   float* scores;
   dim count, first, room;

@@ -47,15 +47,16 @@ struct stream_slot {
 inline stream_slot carve_stream(const attention_kernels& k, const attention_heads& h, dim rows, arena& mem) noexcept {
   stream_slot s{};
   if (!k.meet_halves) return s;
-  constexpr dim pair = attention_stream::pair::most, apart = 512;
+  constexpr dim pair = attention_stream::pair::most;
   const auto block = [&](const char* name, dim n, dim width) { return carve_blocks_of_halves(name, n, width, mem); };
   s.stream.d = h.d;
   s.stream.dv = h.dv;
   s.stream.rows = block("rows", rows, h.d);
-  s.stream.gathered = block("gathered", pair + apart / 32, h.d);
-  s.stream.weights = block("weights", pair + apart / 32, attention_keys);
-  s.stream.scores = mem.matrix<float>("scores", pair, attention_pitch).data;
-  s.stream.sums = mem.matrix<float>("sums", pair, round_up(h.dv, pair) + 16).data;
+  s.stream.gathered = block("gathered", pair, h.d);
+  for (std::byte*& weights : s.stream.weights) weights = block("weights", pair, attention_keys);
+  s.stream.scores = mem.matrix<float>("scores", pair, attention_keys).data;
+  s.stream.squares = mem.matrix<float>("squares", 2 * pair, pair).data;
+  s.stream.totals = mem.matrix<float>("totals", pair, 16).data;
   s.ranking.rows = s.stream.rows;
   s.ranking.parts = block("parts", 3 * attention_keys, h.d);
   s.ranking.turned = block("turned", pair, h.d);
@@ -75,6 +76,15 @@ slot_memory make_attention_slots(const B& backend, const attention_problem& p, a
     else
       (void)carve_halves(k, p, rows, a);
   });
+}
+/// Queries of a tile, unscaled, one after another.
+template <HeadViews Q>
+void take_queries(const attention_problem& p, const attention_tile& t, const Q& q, std::byte* rows) noexcept {
+  const dim group = p.heads.group(), d = p.heads.d * dim{sizeof(bf16)}, width = round_up(p.heads.d, 32) * dim{sizeof(bf16)};
+  for (dim r = 0; r < t.queries * group; ++r, rows += width) {
+    std::memcpy(rows, q[t.head * group + r % group].row(t.in.query + t.first + r / group), static_cast<std::size_t>(d));
+    std::memset(rows + d, 0, static_cast<std::size_t>(width - d));
+  }
 }
 inline attention_ahead ahead_of(matrix_view<const bf16> m) noexcept {
   constexpr dim bytes = sizeof(bf16);
@@ -119,7 +129,7 @@ void attend_gathered(const call<B>& on, const attention_kernels& kernels, const 
     for (dim unit; take(unit);) {
       const attention_tile t = grid[unit];
       start_rows(p, t, s);
-      take_halves(kernels, p, t, q, own.stream.rows);
+      take_queries(p, t, q, own.stream.rows);
       selection.choose(kernels, p, t, s, chosen);
       own.stream.state = s.state;
       dim visits = 0;

@@ -11,8 +11,8 @@
 
 namespace moe::arch::detail {
 
-/// What a pair of blocks of rows needs between its scores and its sums lies in the first cache, while keys and values pass
-/// by from the second one.
+/// Squares of 32 rows by 32 keys, or by 32 columns of their sums, are vectors' work while the tiles after them are
+/// multiplied: what lies between two products stays in the first cache, past which keys and values come from the second.
 template <int Build, class Tiles>
 class attention_tile_stream : attention_tile_blocks<Build, Tiles> {
   using base = attention_tile_blocks<Build, Tiles>;
@@ -39,176 +39,255 @@ class attention_tile_stream : attention_tile_blocks<Build, Tiles> {
   static void end(attention_stream& f) noexcept {
     f.next[0] = f.next[1] = {};
     for (dim i = 1; i < attention_stream::depth; ++i) {
-      move_on(f);
+      move_on(f).rows = 0;
       attention_tile_stream(f).run();
     }
-    f.pairs[attention_stream::depth - 1].rows = 0;
+    attention_tile_stream(f).finish_work();
     f.idle = true;
     Tiles::release();
   }
 
  private:
-  /// A store and a load whose addresses differ by a multiple of 4096 wait for one another: blocks do not lie so far apart.
-  static constexpr dim apart = 512;
-
   explicit attention_tile_stream(attention_stream& f) noexcept : f_(f), d_steps_(steps_of(f.d)) {}
 
-  static void move_on(attention_stream& f) noexcept {
-    for (dim i = attention_stream::depth - 1; i > 0; --i) f.pairs[i] = f.pairs[i - 1];
-    f.pairs[0].rows = 0;
+  static pair_record& move_on(attention_stream& f) noexcept {
+    f.turn = (f.turn + 1) % attention_stream::depth;
+    return f.pairs[f.turn];
   }
   static void push(attention_stream& f, const attention_visit& visit, dim i) noexcept {
-    move_on(f);
-    pair_record& p = f.pairs[0];
+    pair_record& p = move_on(f);
+    p.weights = f.weights[f.turn % 2];
     p.rows = moe::detail::at_most(visit.rows - i, pair);
     p.keys = visit.k.rows;
+    p.whole = p.keys % pair == 0;
     for (dim r = 0; r < p.rows; ++r) {
       const idx row = p.at[r] = visit.row[i + r];
+      p.o[r] = f.state.o.row(row);
       const dim first = f.state.first[row] - visit.key, end = f.state.end[row] - visit.key;
       p.first[r] = static_cast<idx>(first > 0 ? first : 0);
       p.end[r] = static_cast<idx>(moe::detail::at_most(end, p.keys));
+      p.whole = p.whole && p.first[r] == 0 && p.end[r] == p.keys;
     }
     const dim lo = p.first[0], hi = p.end[p.rows - 1];  // rows ascend, and so do the keys that they see
-    p.lo = lo < hi ? lo / 32 * 32 : 0;
-    p.hi = lo < hi ? moe::detail::round_up(hi, 32) : 0;
+    p.lo = lo < hi ? lo / pair * pair : 0;
+    p.hi = lo < hi ? moe::detail::round_up(hi, pair) : 0;
     p.packed = visit.packed;
     p.v = visit.v;
     p.finite = visit.finite;
   }
-  const pair_record& gathering() const noexcept { return f_.pairs[0]; }
-  pair_record& scoring() const noexcept { return f_.pairs[1]; }
-  const pair_record& weighing() const noexcept { return f_.pairs[2]; }
-  const pair_record& merging() const noexcept { return f_.pairs[3]; }
+  pair_record& stage(dim before) const noexcept {
+    return f_.pairs[(f_.turn + attention_stream::depth - before) % attention_stream::depth];
+  }
 
-  /// What one stage writes the next one reads after another's work: tiles read badly what vectors have just written.
   void run() noexcept {
-    score();
-    weigh();
-    for (dim r = 0; r < scoring().rows; ++r) take_weights(r);
+    pair_record &s = stage(1), &w = stage(2);
+    start(s);
+    score(s, s.whole);
+    if (!s.whole) take_weights(s);
+    weigh(w);
+    if (f_.under_way.of != &w) finish_work();
+    if (s.whole && s.rows > 0 && !add_totals(s)) {
+      score(s, false);
+      take_weights(s);
+    }
+    gather(stage(0));
   }
-  static std::byte* row_of(std::byte* blocks, dim steps, dim r) noexcept {
-    return blocks + r / tile_rows * (steps * block_bytes + apart) + r % tile_rows * line_bytes;
+  /// Squares of scores for vectors to weigh while the next ones are multiplied, or all of them for take_weights.
+  void score(pair_record& s, bool beside) noexcept {
+    for (dim key = s.lo; s.rows > 0 && key < s.hi; key += pair) {
+      float* to = beside ? next_square() : f_.scores + key / pair * square;
+      multiply(f_.gathered, d_steps_, s.rows, s.packed + key / pair * d_steps_ * 2 * tile_bytes, d_steps_, to);
+      if (beside) f_.under_way = {&s, to, key, s.rows, 0, false};
+    }
+  }
+  void weigh(pair_record& w) noexcept {
+    const dim chunks = steps_of(w.keys), first = w.lo / pair, steps = (w.hi - w.lo) / pair;
+    for (dim j = 0; w.rows > 0 && steps > 0 && j < f_.dv; j += pair) {
+      const std::byte* values = w.packed + moe::detail::round_up(w.keys, pair) * d_steps_ * line_bytes;
+      float* to = next_square();
+      multiply(w.weights + first * block_bytes, key_steps, w.rows, values + (j / pair * chunks + first) * 2 * tile_bytes,
+               steps, to);
+      if (!w.finite) add_strange_values(w, j, to);
+      f_.under_way = {&w, to, j, w.rows, 0, true};
+    }
+  }
+
+  /// Floats of a square: four tiles, one after another.
+  static constexpr dim square = pair * pair, beyond = tile_bytes / dim{sizeof(float)};
+  static dim in_square(dim r) noexcept { return (r / tile_rows * pair + r % tile_rows) * tile_rows; }
+  float* next_square() const noexcept { return f_.under_way.square == f_.squares ? f_.squares + square : f_.squares; }
+
+  /// A pair of blocks of a left operand, `width` steps wide, by a pair of tiles of a right one. Meanwhile vectors do what is
+  /// under way.
+  MOE_TARGET(MOE_AMX_AVX512)
+  MOE_NO_INLINE void multiply(const std::byte* a, dim width, dim rows, const std::byte* q, dim steps, float* to) noexcept {
+    Tiles::compiler_fence();
+    const std::byte* b = rows > tile_rows ? a + width * block_bytes : nullptr;
+    const dim each = moe::detail::blocks(f_.under_way.rows, steps);
+    Tiles::zero0();
+    Tiles::zero1();
+    Tiles::zero2();
+    Tiles::zero3();
+    for (dim s = 0; s < steps; ++s, a += block_bytes, q += 2 * tile_bytes) {
+      Tiles::load4(a, line_bytes);
+      Tiles::load6(q, line_bytes);
+      Tiles::add_halves0();
+      Tiles::load7(q + tile_bytes, line_bytes);
+      Tiles::add_halves1();
+      if (b) {
+        Tiles::load5(b, line_bytes);
+        b += block_bytes;
+        Tiles::add_halves2();
+        Tiles::add_halves3();
+      }
+      do_work(each);
+      ask(8);
+    }
+    finish_work();
+    auto* c = reinterpret_cast<std::byte*>(to);
+    Tiles::store0(c, line_bytes);
+    Tiles::store1(c + tile_bytes, line_bytes);
+    if (b) Tiles::store2(c + 2 * tile_bytes, line_bytes);
+    if (b) Tiles::store3(c + 3 * tile_bytes, line_bytes);
+    Tiles::compiler_fence();
+  }
+  void do_work(dim rows) noexcept {
+    attention_stream::work& w = f_.under_way;
+    const dim from = w.done, end = from + moe::detail::at_most(w.rows - from, rows);
+    if (from >= end) return;
+    w.done = end;
+    w.sums ? merge(w, from, end) : take_square(w, from, end);
+  }
+  void finish_work() noexcept {
+    do_work(pair);
+    f_.under_way.rows = f_.under_way.done = 0;
   }
 
   MOE_TARGET(MOE_AVX512)
-  void gather(dim r) const noexcept {
-    const std::byte* from = f_.rows + place(gathering().at[r], d_steps_);
-    std::byte* to = row_of(f_.gathered, d_steps_, r);
-    for (dim j = 0; j < d_steps_; ++j) _mm512_store_si512(to + j * block_bytes, _mm512_load_si512(from + j * block_bytes));
-  }
-  /// While tiles score a pair vectors merge the one that was weighed before.
-  void score() noexcept {
-    const pair_record& p = scoring();
-    const std::byte *upper = f_.gathered, *lower = p.rows > tile_rows ? row_of(f_.gathered, d_steps_, tile_rows) : nullptr;
-    const auto unit = [this](dim r) noexcept { merge(r); };
-    typename base::template beside<decltype(unit)> merges{unit, merging().rows, 2};
-    const auto beside = [&]() noexcept {
-      merges();
-      ask(8);
-    };
-    for (dim key = p.lo; p.rows > 0 && key < p.hi; key += pair)
-      base::multiply({upper, lower, p.packed + key / pair * d_steps_ * 2 * tile_bytes, d_steps_, f_.scores + key,
-                      attention_pitch, false},
-                     beside);
-    merges.finish();
-  }
-  /// While tiles weigh the values vectors gather the next rows.
-  void weigh() noexcept {
-    const pair_record& p = weighing();
-    const auto unit = [this](dim r) noexcept {
-      gather(r);
-      ask_for_sums(r);
-    };
-    typename base::template beside<decltype(unit)> rows{unit, gathering().rows, 2};
-    const auto beside = [&]() noexcept {
-      rows();
-      ask(8);
-    };
-    const dim chunks = steps_of(p.keys), first = p.lo / 32;
-    for (dim j = 0; p.rows > 0 && j < f_.dv; j += pair) {
-      const std::byte* values = p.packed + moe::detail::round_up(p.keys, pair) * d_steps_ * line_bytes;
-      const std::byte* upper = f_.weights + first * block_bytes;
-      const std::byte* lower = p.rows > tile_rows ? row_of(f_.weights, key_steps, tile_rows) + first * block_bytes : nullptr;
-      base::multiply({upper, lower, values + (j / pair * chunks + first) * 2 * tile_bytes, (p.hi - p.lo) / 32, f_.sums + j,
-                      sums_pitch(), false},
-                     beside);
-      if (!p.finite) add_strange_values(j);
+  void gather(const pair_record& p) const noexcept {
+    for (dim r = 0; r < p.rows; ++r) {
+      const std::byte* from = f_.rows + p.at[r] * d_steps_ * line_bytes;
+      std::byte* to = f_.gathered + place(r, d_steps_);
+      for (dim j = 0; j < d_steps_; ++j) _mm512_store_si512(to + j * block_bytes, _mm512_load_si512(from + j * line_bytes));
     }
-    rows.finish();
   }
-  dim sums_pitch() const noexcept { return moe::detail::round_up(f_.dv, pair) + 16; }
   MOE_TARGET(MOE_AVX512)
-  void merge(dim r) const noexcept {
-    const pair_record& p = merging();
-    const __m512 fade = _mm512_set1_ps(p.fade[r]);
-    const float* from = f_.sums + r * sums_pitch();
-    float* o = f_.state.o.row(p.at[r]);
-    for (dim j = 0; j < f_.dv; j += 16)
-      _mm512_storeu_ps(o + j, _mm512_fmadd_ps(_mm512_loadu_ps(o + j), fade, _mm512_loadu_ps(from + j)));
+  MOE_NO_INLINE static void merge(const attention_stream::work& w, dim r, dim end) noexcept {
+    const pair_record& p = *w.of;
+    for (; r < end; ++r) {
+      const float* from = w.square + in_square(r);
+      float* o = p.o[r] + w.column;
+      const __m512 fade = _mm512_set1_ps(p.fade[r]);
+      _mm512_storeu_ps(o, _mm512_fmadd_ps(_mm512_loadu_ps(o), fade, _mm512_load_ps(from)));
+      _mm512_storeu_ps(o + 16, _mm512_fmadd_ps(_mm512_loadu_ps(o + 16), fade, _mm512_load_ps(from + beyond)));
+    }
   }
   /// What pack left out of columns j .. j + 32.
-  void add_strange_values(dim j) const noexcept {
-    const pair_record& p = weighing();
+  static void add_strange_values(const pair_record& p, dim j, float* to) noexcept {
     const auto value_at = [&](dim key, dim c) noexcept { return p.v.row(key) + j + c; };
     base::for_each_strange(
-        p.keys, moe::detail::at_most(f_.dv - j, pair), value_at, [&](dim key, dim c, float value) noexcept {
+        p.keys, moe::detail::at_most(p.v.cols - j, pair), value_at, [&](dim key, dim c, float value) noexcept {
           for (dim r = 0; r < p.rows; ++r)
             if (key >= p.first[r] && key < p.end[r])
-              f_.sums[r * sums_pitch() + j + c] +=
-                  base::weight_at(row_of(f_.weights, key_steps, r / tile_rows * tile_rows), key_steps, r % tile_rows, key) *
-                  value;
+              to[in_square(r) + c / 16 * beyond + c % 16] += base::weight_at(p.weights, key_steps, r, key) * value;
         });
-  }
-  /// What merge reads next.
-  void ask_for_sums(dim r) const noexcept {
-    if (r >= weighing().rows) return;
-    constexpr dim line = line_bytes / dim{sizeof(float)};
-    const float* o = f_.state.o.row(weighing().at[r]);
-    for (dim j = 0; j < f_.dv; j += line) moe::detail::prefetch_second(o + j);
   }
   void ask(dim lines) noexcept {
     for (attention_ahead& a : f_.next) lines = a.ask(lines);
   }
 
-  void take_weights(dim r) noexcept {
-    pair_record& p = scoring();
-    p.fade[r] = 1;
-    if (p.first[r] == 0 && p.end[r] == p.keys && f_.scale > 0) {
-      if (p.keys == 128) return take_weights<8, true>(p, r);
-      if (p.keys == 64) return take_weights<4, true>(p, r);
-      if (p.keys == 32) return take_weights<2, true>(p, r);
+  MOE_TARGET(MOE_AVX512)
+  void start(pair_record& p) const noexcept {
+    for (dim r = 0; r < p.rows; ++r) {
+      p.fade[r] = 1;
+      p.shift[r] = finite_or_zero(f_.state.largest[p.at[r]]);
+      _mm512_store_ps(f_.totals + r * 16, _mm512_setzero_ps());
     }
-    take_weights<8, false>(p, r);
   }
-  /// Weights of row r of a pair as halves, from its scores; the sums are of the floats.
-  template <dim Vectors, bool Whole>
+  /// Weights of rows r .. end of a square as halves, relative to `shift`; the totals are of the floats.
+  MOE_TARGET(MOE_AVX512)
+  MOE_NO_INLINE void take_square(const attention_stream::work& w, dim r, dim end) const noexcept {
+    const pair_record& p = *w.of;
+    std::byte* to = p.weights + w.column / pair * block_bytes;
+    const __m512 scale = _mm512_set1_ps(f_.scale);
+    for (; r < end; ++r) {
+      const float* from = w.square + in_square(r);
+      const __m512 shift = _mm512_set1_ps(p.shift[r]);
+      const __m512 left = exp2_of_any(_mm512_fmsub_ps(_mm512_load_ps(from), scale, shift));
+      const __m512 right = exp2_of_any(_mm512_fmsub_ps(_mm512_load_ps(from + beyond), scale, shift));
+      float* total = f_.totals + r * 16;
+      _mm512_store_ps(total, _mm512_add_ps(_mm512_load_ps(total), _mm512_add_ps(left, right)));
+      _mm512_store_si512(to + place(r, key_steps), halves_beside(left, right));
+    }
+  }
+  /// The sums of 16 rows of 16 floats.
+  MOE_TARGET(MOE_AVX512)
+  static __m512 sums_of_rows(const float* rows) noexcept {
+    __m512 a[8], b[4], c[2];
+    MOE_UNROLL
+    for (int i = 0; i < 8; ++i) {
+      const __m512 x = _mm512_load_ps(rows + i * 16), y = _mm512_load_ps(rows + (i + 8) * 16);
+      a[i] = _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x44), _mm512_shuffle_f32x4(x, y, 0xee));
+    }
+    MOE_UNROLL
+    for (int i = 0; i < 4; ++i)  // lanes: rows i, i + 8, i + 4, i + 12
+      b[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a[i], a[i + 4], 0x88), _mm512_shuffle_f32x4(a[i], a[i + 4], 0xdd));
+    MOE_UNROLL
+    for (int i = 0; i < 2; ++i) c[i] = _mm512_add_ps(_mm512_unpacklo_ps(b[i], b[i + 2]), _mm512_unpackhi_ps(b[i], b[i + 2]));
+    const __m512 sums = _mm512_add_ps(_mm512_unpacklo_ps(c[0], c[1]), _mm512_unpackhi_ps(c[0], c[1]));
+    return _mm512_shuffle_f32x4(sums, sums, 0xd8);
+  }
+  /// What a pair brings to the sums of its rows, unless one of them leaves the range that its weights are meant for.
+  MOE_TARGET(MOE_AVX512)
+  bool add_totals(const pair_record& p) const noexcept {
+    alignas(64) float sums[pair];
+    for (dim r = 0; r < p.rows; ++r) sums[r] = f_.state.sum[p.at[r]];
+    for (dim r = 0; r < p.rows; r += 16) {
+      const __m512 now = _mm512_add_ps(_mm512_load_ps(sums + r), sums_of_rows(f_.totals + r * 16));
+      const __mmask16 here = rules::lanes(0, p.rows - r);
+      const __mmask16 good = _mm512_cmp_ps_mask(now, _mm512_set1_ps(1 / room), _CMP_GE_OQ) &
+                             _mm512_cmp_ps_mask(now, _mm512_set1_ps(room), _CMP_LE_OQ);
+      if ((here & ~good) != 0) return false;
+      _mm512_store_ps(sums + r, now);
+    }
+    for (dim r = 0; r < p.rows; ++r) {
+      f_.state.sum[p.at[r]] = sums[r];
+      f_.state.largest[p.at[r]] = p.shift[r];
+    }
+    return true;
+  }
+  /// Rows whose keys are all seen are weighed relative to what they were before, 0 at first, as long as their sums stay
+  /// within this range: bf16 has the exponents of floats.
+  static constexpr float room = 1 << 24;
+
+  /// The same of a pair whose rows do not see every key, or whose weights are relative to something else from now on.
+  MOE_NO_INLINE void take_weights(pair_record& p) noexcept {
+    for (dim r = 0; r < p.rows; ++r) take_weights(p, r);
+  }
   MOE_TARGET(MOE_AVX512)
   void take_weights(pair_record& p, dim r) noexcept {
-    constexpr dim width = 16;
     const dim row = p.at[r];
-    const dim first = Whole ? 0 : p.lo / width, end = Whole ? Vectors : p.hi / width;
-    const float* from = f_.scores + r * attention_pitch;
     const __m512 scale = _mm512_set1_ps(f_.scale), none = _mm512_set1_ps(-moe::detail::infinity);
-    __m512 x[Vectors], most = none;
-    MOE_UNROLL
-    for (dim j = first; j < end; ++j) {
-      x[j] = _mm512_loadu_ps(from + j * width);
-      if constexpr (!Whole)
-        x[j] = _mm512_mask_mul_ps(none, rules::lanes(p.first[r] - j * width, p.end[r] - j * width), x[j], scale);
-      most = _mm512_max_ps(most, x[j]);
-    }
-    if constexpr (Whole) most = _mm512_mul_ps(most, scale);
+    float* from = f_.scores + in_square(r);
+    __m512 most = none;
+    for (dim key = p.lo; key < p.hi; key += pair)
+      for (dim half = 0; half < 2; ++half) {
+        const dim at = key + half * 16;
+        float* x = from + key / pair * square + half * beyond;
+        const __m512 s = _mm512_mask_mul_ps(none, rules::lanes(p.first[r] - at, p.end[r] - at), _mm512_load_ps(x), scale);
+        _mm512_store_ps(x, s);
+        most = _mm512_max_ps(most, s);
+      }
     const __m512 enough = _mm512_set1_ps(f_.state.largest[row] + slack);
     if (_mm512_cmp_ps_mask(most, enough, _CMP_NLE_UQ) != 0) p.fade[r] = raise(row, _mm512_reduce_max_ps(most));
     const __m512 shift = _mm512_set1_ps(finite_or_zero(f_.state.largest[row]));
     __m512 total = _mm512_setzero_ps();
-    std::byte* to = row_of(f_.weights, key_steps, r);
-    MOE_UNROLL
-    for (dim j = first; j < end; j += 2) {
-      const __m512 left = exp2_of_any(Whole ? _mm512_fmsub_ps(x[j], scale, shift) : _mm512_sub_ps(x[j], shift));
-      const __m512 right = exp2_of_any(Whole ? _mm512_fmsub_ps(x[j + 1], scale, shift) : _mm512_sub_ps(x[j + 1], shift));
+    for (dim key = p.lo; key < p.hi; key += pair) {
+      const float* x = from + key / pair * square;
+      const __m512 left = exp2_of_any(_mm512_sub_ps(_mm512_load_ps(x), shift));
+      const __m512 right = exp2_of_any(_mm512_sub_ps(_mm512_load_ps(x + beyond), shift));
       total = _mm512_add_ps(total, _mm512_add_ps(left, right));
-      _mm512_store_si512(to + j / 2 * block_bytes, halves_beside(left, right));
+      _mm512_store_si512(p.weights + place(r, key_steps) + key / pair * block_bytes, halves_beside(left, right));
     }
     f_.state.sum[row] += _mm512_reduce_add_ps(total);
   }

@@ -78,7 +78,7 @@ class attention_tile_ranking : attention_tile_blocks<Build, Tiles> {
   void turn(dim i, dim rows) const noexcept {
     for (dim half = 0; half * tile_rows < rows; ++half)
       for (dim j = 0; j < steps_; ++j)
-        turn_pairs(reinterpret_cast<const bf16*>(a_.rows + place(i + half * tile_rows, steps_) + j * block_bytes), 32,
+        turn_pairs(reinterpret_cast<const bf16*>(a_.rows + ((i + half * tile_rows) * steps_ + j) * line_bytes), steps_ * 32,
                    reinterpret_cast<float*>(a_.turned + (j * 2 + half) * tile_bytes));
   }
   /// scores(c, row) of 32 means: the smallest parts first.
