@@ -171,7 +171,7 @@ def main():
     for row in rows:
         check_row(row)
     got = sorted((row["type"], row["skew"], row["T"]) for row in rows)
-    types = ["bf16", "f16", "f32", "int4", "int8"]
+    types = ["bf16", "f16", "f32", "int4", "int8", "ternary"]
     expect(got == list(itertools.product(types, (0, 1.2), (3, 150))), f"rows are {got}")
     expect(len([line for line in table.splitlines() if line.startswith("layer")]) == len(rows), f"the table is\n{table}")
 
