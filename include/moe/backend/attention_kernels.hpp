@@ -112,8 +112,8 @@ struct attention_ranking {
 
   /// Elements j .. j + 32 of row r, of d: zeros after the last.
   const bf16* elements(dim r, dim j, dim d) const noexcept {
-    constexpr dim high = 16, wide = 32, bytes = 64;
-    return reinterpret_cast<const bf16*>(rows + ((r / high * detail::blocks(d, wide) + j / wide) * high + r % high) * bytes);
+    constexpr dim wide = 32, bytes = 64;
+    return reinterpret_cast<const bf16*>(rows + (r * detail::blocks(d, wide) + j / wide) * bytes);
   }
 };
 

@@ -83,16 +83,17 @@ class attention_tile_stream : attention_tile_blocks<Build, Tiles> {
     pair_record &s = stage(1), &w = stage(2);
     start(s);
     score(s, s.whole);
-    if (!s.whole) take_weights(s);
+    for (dim r = 0; !s.whole && r < s.rows; ++r) begins_in(s, r) ? take_row_anew(s, r) : take_row(s, r);
     weigh(w);
     if (f_.under_way.of != &w) finish_work();
-    if (s.whole && s.rows > 0 && !add_totals(s)) {
-      score(s, false);
-      take_weights(s);
+    if (const unsigned strange = s.rows > 0 ? add_totals(s) : 0; strange != 0) {
+      if (s.whole) score(s, false);
+      for (dim r = 0; r < s.rows; ++r)
+        if ((strange >> r & 1) != 0) take_row_anew(s, r);
     }
     gather(stage(0));
   }
-  /// Squares of scores for vectors to weigh while the next ones are multiplied, or all of them for take_weights.
+  /// Squares of scores for vectors to weigh while the next ones are multiplied, or all of them for take_row.
   void score(pair_record& s, bool beside) noexcept {
     for (dim key = s.lo; s.rows > 0 && key < s.hi; key += pair) {
       float* to = beside ? next_square() : f_.scores + key / pair * square;
@@ -237,72 +238,76 @@ class attention_tile_stream : attention_tile_blocks<Build, Tiles> {
     const __m512 sums = _mm512_add_ps(_mm512_unpacklo_ps(c[0], c[1]), _mm512_unpackhi_ps(c[0], c[1]));
     return _mm512_shuffle_f32x4(sums, sums, 0xd8);
   }
-  /// What a pair brings to the sums of its rows, unless one of them leaves the range that its weights are meant for.
+  /// What a pair brings to the sums of its rows. Returns those whose sums would leave the range that weights are meant for.
   MOE_TARGET(MOE_AVX512)
-  bool add_totals(const pair_record& p) const noexcept {
+  unsigned add_totals(const pair_record& p) const noexcept {
     alignas(64) float sums[pair];
+    unsigned strange = 0;
     for (dim r = 0; r < p.rows; ++r) sums[r] = f_.state.sum[p.at[r]];
     for (dim r = 0; r < p.rows; r += 16) {
       const __m512 now = _mm512_add_ps(_mm512_load_ps(sums + r), sums_of_rows(f_.totals + r * 16));
-      const __mmask16 here = rules::lanes(0, p.rows - r);
       const __mmask16 good = _mm512_cmp_ps_mask(now, _mm512_set1_ps(1 / room), _CMP_GE_OQ) &
                              _mm512_cmp_ps_mask(now, _mm512_set1_ps(room), _CMP_LE_OQ);
-      if ((here & ~good) != 0) return false;
+      strange |= static_cast<unsigned>(static_cast<__mmask16>(rules::lanes(0, p.rows - r) & ~good)) << r;
       _mm512_store_ps(sums + r, now);
     }
     for (dim r = 0; r < p.rows; ++r) {
+      if ((strange >> r & 1) != 0) continue;
       f_.state.sum[p.at[r]] = sums[r];
       f_.state.largest[p.at[r]] = p.shift[r];
     }
-    return true;
+    return strange;
   }
-  /// Rows whose keys are all seen are weighed relative to what they were before, 0 at first, as long as their sums stay
-  /// within this range: bf16 has the exponents of floats.
+  /// Weights of a row are relative to what they were before, 0 at first, as long as its sum stays within this range: bf16 has
+  /// the exponents of floats. Else, and where a row begins with few keys, they are relative to its largest score. Either
+  /// way no other row matters.
   static constexpr float room = 1 << 24;
-
-  /// The same of a pair whose rows do not see every key, or whose weights are relative to something else from now on.
-  MOE_NO_INLINE void take_weights(pair_record& p) noexcept {
-    for (dim r = 0; r < p.rows; ++r) take_weights(p, r);
+  bool begins_in(const pair_record& p, dim r) const noexcept {
+    return f_.state.largest[p.at[r]] == -moe::detail::infinity && p.end[r] - p.first[r] < pair;
   }
+
+  __mmask16 seen(const pair_record& p, dim r, dim key) const noexcept {
+    return rules::lanes(p.first[r] - key, p.end[r] - key);
+  }
+  /// What take_square does, of a row that may see a part of the keys.
   MOE_TARGET(MOE_AVX512)
-  void take_weights(pair_record& p, dim r) noexcept {
-    const dim row = p.at[r];
-    const __m512 scale = _mm512_set1_ps(f_.scale), none = _mm512_set1_ps(-moe::detail::infinity);
-    float* from = f_.scores + in_square(r);
-    __m512 most = none;
-    for (dim key = p.lo; key < p.hi; key += pair)
-      for (dim half = 0; half < 2; ++half) {
-        const dim at = key + half * 16;
-        float* x = from + key / pair * square + half * beyond;
-        const __m512 s = _mm512_mask_mul_ps(none, rules::lanes(p.first[r] - at, p.end[r] - at), _mm512_load_ps(x), scale);
-        _mm512_store_ps(x, s);
-        most = _mm512_max_ps(most, s);
-      }
-    const __m512 enough = _mm512_set1_ps(f_.state.largest[row] + slack);
-    if (_mm512_cmp_ps_mask(most, enough, _CMP_NLE_UQ) != 0) p.fade[r] = raise(row, _mm512_reduce_max_ps(most));
-    const __m512 shift = _mm512_set1_ps(finite_or_zero(f_.state.largest[row]));
+  MOE_NO_INLINE void take_row(const pair_record& p, dim r) const noexcept {
+    const __m512 scale = _mm512_set1_ps(f_.scale), shift = _mm512_set1_ps(p.shift[r]);
     __m512 total = _mm512_setzero_ps();
     for (dim key = p.lo; key < p.hi; key += pair) {
-      const float* x = from + key / pair * square;
-      const __m512 left = exp2_of_any(_mm512_sub_ps(_mm512_load_ps(x), shift));
-      const __m512 right = exp2_of_any(_mm512_sub_ps(_mm512_load_ps(x + beyond), shift));
+      const float* from = f_.scores + in_square(r) + key / pair * square;
+      const __m512 left = _mm512_maskz_mov_ps(
+          seen(p, r, key), exp2_of_any(_mm512_fmsub_ps(_mm512_load_ps(from), scale, shift)));
+      const __m512 right = _mm512_maskz_mov_ps(
+          seen(p, r, key + 16), exp2_of_any(_mm512_fmsub_ps(_mm512_load_ps(from + beyond), scale, shift)));
       total = _mm512_add_ps(total, _mm512_add_ps(left, right));
       _mm512_store_si512(p.weights + place(r, key_steps) + key / pair * block_bytes, halves_beside(left, right));
     }
-    f_.state.sum[row] += _mm512_reduce_add_ps(total);
+    _mm512_store_ps(f_.totals + r * 16, total);
+  }
+  /// The same relative to the largest score of the row, unless that is -inf.
+  MOE_TARGET(MOE_AVX512)
+  MOE_NO_INLINE void take_row_anew(pair_record& p, dim r) const noexcept {
+    const __m512 scale = _mm512_set1_ps(f_.scale), none = _mm512_set1_ps(-moe::detail::infinity);
+    __m512 most = none;
+    for (dim key = p.lo; key < p.hi; key += pair) {
+      const float* from = f_.scores + in_square(r) + key / pair * square;
+      most = _mm512_max_ps(most, _mm512_mask_mul_ps(none, seen(p, r, key), _mm512_load_ps(from), scale));
+      most = _mm512_max_ps(most, _mm512_mask_mul_ps(none, seen(p, r, key + 16), _mm512_load_ps(from + beyond), scale));
+    }
+    const float found = _mm512_reduce_max_ps(most);
+    float &largest = f_.state.largest[p.at[r]], &sum = f_.state.sum[p.at[r]], *total = f_.totals + r * 16;
+    const bool any = found != -moe::detail::infinity;
+    if (any) p.shift[r] = found;
+    take_row(p, r);
+    if (any) {
+      p.fade[r] = _mm512_cvtss_f32(exp2_512(_mm512_set1_ps(largest - found)));
+      largest = found;
+      sum = sum * p.fade[r] + _mm512_reduce_add_ps(_mm512_load_ps(total));
+    }
+    _mm512_store_ps(total, _mm512_setzero_ps());  // they are added
   }
   static float finite_or_zero(float largest) noexcept { return largest == -moe::detail::infinity ? 0.f : largest; }
-  /// Weights are relative to the largest score of the first step, until one is 2^slack times as heavy: floats have room.
-  static constexpr float slack = 8;
-  /// The score of a row that its weights are relative to becomes `found`; returns by what its earlier ones are multiplied.
-  MOE_TARGET(MOE_AVX512)
-  MOE_NO_INLINE float raise(dim row, float found) const noexcept {
-    float& largest = f_.state.largest[row];
-    const float fade = _mm512_cvtss_f32(exp2_512(_mm512_set1_ps(largest - finite_or_zero(found))));
-    f_.state.sum[row] *= fade;
-    largest = found;
-    return fade;
-  }
 
   attention_stream& f_;
   dim d_steps_;
