@@ -72,7 +72,7 @@ def check_roof(row, limits):
     expect(low <= active <= high, f"{active} experts are in use in {row}")
     rows = 4 * T * d
     if row["backward"]:
-        moved = 2 * moved + 2 * (active * 3 * d * f * 4 + 4 * E * d) + 4 * rows
+        moved = 2 * moved + E * 3 * d * f * 4 + 4 * E * d + 4 * rows  # gradients of all experts are written once
     else:
         moved += 2 * rows
     peak = next((limits[unit] for unit in units if limits[unit] > 0), limits["fma_f32_flops_per_s"])
