@@ -223,7 +223,6 @@ TEST_SUITE("backend/host_attention") {
     compare_all(&attention_trial<float>::v, got.dv);
   }
   TEST_CASE("a tile walks over the steps of keys that one of its queries sees, and over no other") {
-    const moe::scalar<moe::serial> backend;
     const auto kernels = attention_kernels_of(moe::arch::scalar{});
     const auto compare_steps = [&](dim m, dim n, attention_mask mask) {
       CAPTURE(m);

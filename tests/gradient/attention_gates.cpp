@@ -76,7 +76,7 @@ reference::self_attention::gate formula(moe::output_gate<Granularity, Activation
                                         std::size_t n, std::size_t width) {
   constexpr bool headwise = std::is_same_v<Granularity, moe::headwise>, shared = Granularity::shared;
   const std::size_t own = headwise ? 1 : width;
-  const auto logit = [w, own](std::size_t a, std::size_t j) {
+  const auto logit = [=](std::size_t a, std::size_t j) {
     return reference::self_attention::row{w.row(static_cast<dim>(a * own + j))};
   };
   const auto what = headwise ? reference::gates::head
