@@ -249,10 +249,8 @@ void pack_rows(const stored_rows& m, dim j, float* panel) noexcept {
   const dim n = at_most(m.cols - j, columns);
   for (dim i = 0; i < m.rows; ++i, panel += columns) {
     const float* from = floats_of<A>(m, i, j, n, panel);
-    if (from != panel && n == columns)
-      std::memcpy(panel, from, columns * sizeof(float));  // of a size that is known
-    else if (from != panel)
-      A::blocks::widen(from, panel, n);
+    if (from != panel && n == columns) std::memcpy(panel, from, columns * sizeof(float));  // of a size that is known
+    else if (from != panel) A::blocks::widen(from, panel, n);
     for (dim l = n; l < columns; ++l) panel[l] = 0;
   }
 }

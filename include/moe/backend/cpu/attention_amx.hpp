@@ -280,6 +280,7 @@ template <int Build, class Tiles>
 void attend_backward_halves(const attention_backward_step& s) noexcept {
   attention_backward_tiles<Build, Tiles>(s).run();
 }
+
 }  // namespace moe::arch::detail
 
 #endif

@@ -262,11 +262,13 @@ class attention_tile_stream : attention_tile_blocks<Build, Tiles> {
   /// the exponents of floats. Else, and where a row begins with few keys, they are relative to its largest score. Either
   /// way no other row matters.
   static constexpr float room = 1 << 24;
+  /// Whether row r has met no key before, and meets fewer than 32 now.
   bool begins_in(const pair_record& p, dim r) const noexcept {
     return f_.state.largest[p.at[r]] == -moe::detail::infinity && p.end[r] - p.first[r] < pair;
   }
 
-  __mmask16 seen(const pair_record& p, dim r, dim key) const noexcept {
+  /// Which of keys key .. key + 16 of the visit row r sees.
+  static __mmask16 seen(const pair_record& p, dim r, dim key) noexcept {
     return rules::lanes(p.first[r] - key, p.end[r] - key);
   }
   /// What take_square does, of a row that may see a part of the keys.
