@@ -3,10 +3,13 @@
 // follow one another.
 #include <doctest/doctest.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <limits>
 #include <vector>
 
+#include "moe/backend/executor/thread_pool.hpp"
 #include "moe/backend/host_packed.hpp"
 #include "moe/backend/host_parts.hpp"
 #include "moe/backend/scalar.hpp"
@@ -180,6 +183,23 @@ TEST_SUITE("backend/host_parts") {
             CHECK(agree);
             CHECK(narrower);
           }
+  }
+  TEST_CASE("a step that units of another need is done once, by those who come to it, before any of them goes on") {
+    constexpr dim n = 1000, grain = 16;
+    std::vector<int> seen(n);
+    moe::detail::helpers all;
+    const moe::thread_pool pool(4);
+    std::atomic<int> early{0};
+    pool.for_each(64, 1, [&](dim, dim) {
+      moe::detail::helping{&all}.for_each(n, grain, [&](dim first, dim last) {
+        for (; first < last; ++first) ++seen[static_cast<std::size_t>(first)];
+      });
+      early += std::count(seen.begin(), seen.end(), 1) != n;
+    });
+    CHECK(early == 0);
+    CHECK(seen == std::vector<int>(n, 1));
+    moe::detail::helpers none;
+    moe::detail::helping{&none}.for_each(0, grain, [&](dim, dim) { FAIL("there is nothing to do"); });
   }
   TEST_CASE("of all units of a part the last one is told so, once") {
     moe::detail::countdown left;

@@ -73,8 +73,8 @@ struct up_tile {
   }
 };
 
-/// The same where rows are rounded: both products grow together, and a holds the halves of an expert's rows unless they are
-/// few.
+/// The same where rows are rounded, by those who come to need them first: both products grow together, and a holds the halves
+/// of an expert's rows unless they are few.
 template <HostBackend B, class Form>
 void halves_up(const call<B>& on, const bank_rows& rows, const mixed_rows& x, const Form& form,
                matrix_stack<const bf16> gate, matrix_stack<const float> gate_bias, matrix_stack<const bf16> up,
@@ -85,8 +85,10 @@ void halves_up(const call<B>& on, const bank_rows& rows, const mixed_rows& x, co
   const dim f = a.cols;
   const half_slots<B> slots(on.backend, a.rows, (Form::gated ? 2 : 1) * round_up(f, 32), on.scratch);
   const matrix_view<bf16> halves = mixed(on, a).halves;
+  helpers rounding;
   for_each_tile(on, slots, half_grid(rows.offsets, f, up.first.cols, Form::gated ? 2 : 1),
                 [&](const half_slot& slot, const tile& t, const tile& next) {
+                  if (t.is_tall()) with_helpers(on, rounding, [&](const auto& all) { round_by_token(all, rows, x); });
                   const matrix_view<float> sums = slot.sums.slice(0, t.rows);
                   const matrix_view<float> g = sums.columns(0, t.columns),
                                            u = sums.columns(Form::gated ? round_up(t.columns, 32) : 0, t.columns);

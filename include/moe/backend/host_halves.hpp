@@ -46,8 +46,7 @@ mixed_rows mixed(const call<B>&, matrix_view<float> m) noexcept {
     rows.halves = {reinterpret_cast<bf16*>(m.data), m.rows, m.cols, 2 * m.ld};
   return rows;
 }
-/// The same of rows of a bank, which are rounded into `room`, half as wide, token after token: the floats of a token that
-/// several experts take are read from memory once.
+/// The same of rows of a bank, whose halves will lie in `room`, half as wide.
 template <HostBackend B>
 mixed_rows mixed(const call<B>& on, const bank_rows& rows, gathered<float> x, matrix_view<float> room) noexcept {
   mixed_rows to = mixed(on, room);
@@ -55,9 +54,15 @@ mixed_rows mixed(const call<B>& on, const bank_rows& rows, gathered<float> x, ma
   if (const dim ld = detail::blocks(x.cols(), 32) / 2 * 64 + 32; room.cols == room.ld && ld <= to.halves.ld)
     to.halves = {to.halves.row(rows.first()) - rows.first() * ld, room.rows, x.cols(), ld};
   to.halves.cols = x.cols();
-  if (const arch::half_kernels k = mixed_kernels_of(typename B::arch{}).halves; k.round)
-    for_each_row_by_token(on, rows, [&](dim, dim r) { k.round_past(x.row(r), to.halves.row(r), x.cols()); }, k.settle);
   return to;
+}
+/// Rounds them where the level does that, token after token: the floats of a token that several experts take are read from
+/// memory once.
+template <HostBackend B>
+void round_by_token(const call<B>& on, const bank_rows& rows, const mixed_rows& x) noexcept {
+  if (const arch::half_kernels k = mixed_kernels_of(typename B::arch{}).halves; k.round)
+    for_each_row_by_token(
+        on, rows, [&](dim, dim r) { k.round_past(x.floats.row(r), x.halves.row(r), x.halves.cols); }, k.settle);
 }
 
 namespace detail {

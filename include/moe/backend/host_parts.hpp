@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 /// What follows a part of a result without a join: the thread that finishes the last unit of the part goes on with it.
 /// Nobody waits, so any executor will do; and whoever goes on reads what is final, so results do not depend on who that is.
+/// And what comes before one: whoever needs it first begins with it, who comes meanwhile helps.
 #pragma once
 
 #include <atomic>
 
-#include "moe/core/types.hpp"
+#include "moe/backend/host_backend.hpp"
 
 namespace moe::detail {
 
@@ -57,5 +58,34 @@ class column_stripes {
 
   dim chunks_, count_ = 0, first_[countdown::most + 1] = {};
 };
+
+/// A step that units of another need: an executor of those that come to it. All of them call for_each with the same step, once
+/// each or more often, and return when it is done. They wait only for units that somebody is at.
+struct helpers {
+  std::atomic<dim> next{0};
+  std::atomic<int> finished{0};
+};
+struct helping {
+  helpers* all;
+
+  static constexpr int concurrency() noexcept { return 1; }
+  template <class F>
+  void for_each(dim n, dim grain, F&& f) const noexcept {
+    const auto units = static_cast<int>(blocks(n, grain));
+    for (dim i; (i = all->next.fetch_add(1, std::memory_order_relaxed)) < units;) {
+      f(i * grain, at_most((i + 1) * grain, n));
+      if (all->finished.fetch_add(1, std::memory_order_acq_rel) + 1 == units) all->finished.notify_all();
+    }
+    for (int seen; (seen = all->finished.load(std::memory_order_acquire)) < units;)
+      all->finished.wait(seen, std::memory_order_acquire);
+  }
+};
+/// step(call) by all that come to it: one step, without scratch.
+template <HostBackend B, class Step>
+void with_helpers(const call<B>& on, helpers& all, Step step) noexcept {
+  arena none;
+  const host_backend<typename B::arch, helping> backend{helping{&all}};
+  step(call<host_backend<typename B::arch, helping>>{backend, none, on.sizes, on.training, on.rng});
+}
 
 }  // namespace moe::detail

@@ -119,12 +119,16 @@ struct basic_ffn_expert {
     const dim half = detail::round_up(d, 32) / 2;  // room for a row of bf16, in whole lines
     const auto xs = to_multiply(on, rows, rows.gather(x), s.dx.columns(0, half)),
                dy = to_multiply(on, rows, dys, s.dx.columns(half, half));
+    constexpr bool rounds = !std::same_as<W, float>;
+    if constexpr (rounds) {
+      round_by_token(on, rows, xs);
+      round_by_token(on, rows, dy);
+    }
     const auto a = to_multiply(on, s.a), dz = to_multiply(on, s.dz);
     const auto dgate = columns(dz, 0, f), dup = columns(dz, gated ? f : 0, f);
     const matrix_stack<const W> gate = gate_of(w, f), up = up_of(w, f);
     grouped_dgrad(on, rows, dy, stack<const W>(w.down, d), {}, {}, s.a);
     if constexpr (Biased) add_bias_share(on, rows, dys, w.down_bias, dweight);
-    constexpr bool rounds = !std::same_as<W, float>;
     if constexpr (rounds && !Biased) grouped_up_backward<true>(on, rows, form, dys.weight, ctx.z, s.a, s.dz, dweight);
     else grouped_up_backward(on, rows, form, dys.weight, ctx.z, s.a, s.dz, dweight);
     if constexpr (Biased) {
@@ -177,7 +181,7 @@ struct basic_ffn_expert {
     if constexpr (fused) return Layout::up(both, f);
     else return stack(alone, f);
   }
-  /// Rows as products with weights of type W read them: gathered floats, or mixed_rows that may be rounded into `room`.
+  /// Rows as products with weights of type W read them: gathered floats, or mixed_rows with `room` for their halves.
   template <class B>
   static auto to_multiply(const call<B>& on, const bank_rows& rows, gathered<float> x, matrix_view<float> room) noexcept {
     if constexpr (std::same_as<W, float>) return x;
