@@ -145,22 +145,22 @@ TEST_SUITE("backend/cpu/packed") {
     CHECK(testing::emulated_tiles::faults == 0);
 #endif
   }
-  TEST_CASE("ternary products are sums of codes times two scales, in equal bits on every rung") {
-    const auto check = [](const trial<moe::ternary>& t) {
+  TEST_CASE_TEMPLATE("products of bytes are sums of codes, rounded once, times two scales, in equal bits on every rung", T,
+                     std::int8_t, moe::ternary) {
+    const auto check = [](const trial<T>& t) {
       std::vector<float> expected;
       for (dim r = 0; r < t.rows; ++r) {
         float largest = 0;
         for (dim i = 0; i < t.k; ++i) largest = std::max(largest, std::fabs(t.x[at(r * t.k + i)]));
-        const float beta = largest + 1e-5f, per = 127 / beta;
+        const float beta = largest + moe::packing<T>::margin, per = 127 / beta;
         for (dim j = 0; j < t.panels * 32; ++j) {
           std::int64_t sum = 0;
           for (dim i = 0; i < t.k; ++i)
-            sum +=
-                std::lrint(t.x[at(r * t.k + i)] * per) * moe::packing<moe::ternary>::code(t.packed.panel(j / 32), j % 32, i);
+            sum += std::lrint(t.x[at(r * t.k + i)] * per) * moe::packing<T>::code(t.packed.panel(j / 32), j % 32, i);
           expected.push_back(beta / 127 * t.packed.panel_scale(j / 32)[j % 32] * static_cast<float>(sum));
         }
       }
-      on_every_rung<moe::ternary>([&](const char* rung, const moe::packed_kernels& kernels) {
+      on_every_rung<T>([&](const char* rung, const moe::packed_kernels& kernels) {
         CAPTURE(rung);
         CAPTURE(t.rows);
         CAPTURE(t.k);
@@ -170,11 +170,17 @@ TEST_SUITE("backend/cpu/packed") {
     };
     for (const sizes s : tails)
       check({s.rows, s.panels, s.k, testing::normals(s.rows * s.k, 3), testing::normals(s.panels * 32 * s.k, 4)});
+    constexpr dim most = 1 << 16;
     for (const float w : {1.f, -1.f}) {  // the largest sums that there may be
-      constexpr dim most = 1 << 16;
       check({2, 1, most, std::vector<float>(2 * most, 3.f), std::vector<float>(32 * most, w)});
       check({13, 1, 4096, std::vector<float>(13 * 4096, -3.f), std::vector<float>(32 * 4096, w)});
     }
+    // Small sums of large bytes: nothing is lost to the 128 that is on top of every weight.
+    std::vector<float> x(13 * most, 2.f);
+    for (dim r = 0; r < 13; ++r) x[at(r * most + r)] = 1.f;
+    std::vector<float> w(32 * most);
+    for (dim i = 0; i < 32 * most; ++i) w[at(i)] = i % 2 ? 1.f : -1.f;
+    check({13, 1, most, std::move(x), std::move(w)});
 #if defined(MOE_X86)
     CHECK(testing::emulated_tiles::faults == 0);
 #endif

@@ -172,7 +172,8 @@ void multiply_bytes(const prepared_rows& a, const panel_product& p) noexcept {
         const float* f = a.factor(r);
         for (dim o = 0; o < tile_rows; ++o)
           p.c(r, j * panel_rows + half * tile_rows + o) =
-              f[0] * p.scale[j * panel_rows + half * tile_rows + o] * (static_cast<float>(sum[o]) - 128 * f[1]);
+              f[0] * p.scale[j * panel_rows + half * tile_rows + o] *
+              static_cast<float>(sum[o] - 128 * static_cast<std::int32_t>(f[1]));
       }
 }
 template <int Build>

@@ -260,16 +260,17 @@ void multiply_halves_amx(const prepared_rows& a, const panel_product& p) noexcep
 /// Integers of a block and a panel become floats; `zero` is the byte of a weight of zero.
 template <int Build>
 MOE_TARGET(MOE_AVX512)
-MOE_NO_INLINE void scale_sums(const prepared_rows& a, const panel_product& p, dim b, dim panel, float zero) noexcept {
+MOE_NO_INLINE void scale_sums(const prepared_rows& a, const panel_product& p, dim b, dim panel, std::int32_t zero) noexcept {
   const float* scale = p.scale + panel * panel_rows;
   const __m512 left = _mm512_loadu_ps(scale), right = _mm512_loadu_ps(scale + 16);
   for (dim r = b * a.height, end = r + a.height_of(b); r < end; ++r) {
-    const __m512 unit = _mm512_set1_ps(a.factor(r)[0]), shift = _mm512_set1_ps(zero * a.factor(r)[1]);
+    const __m512 unit = _mm512_set1_ps(a.factor(r)[0]);
+    const __m512i shift = _mm512_set1_epi32(zero * static_cast<std::int32_t>(a.factor(r)[1]));
     float* c = p.c.row(r) + panel * panel_rows;
-    const __m512 low = _mm512_maskz_cvtepi32_ps(0xffff, _mm512_loadu_si512(c));
-    const __m512 high = _mm512_maskz_cvtepi32_ps(0xffff, _mm512_loadu_si512(c + 16));
-    _mm512_storeu_ps(c, _mm512_mul_ps(_mm512_mul_ps(unit, left), _mm512_sub_ps(low, shift)));
-    _mm512_storeu_ps(c + 16, _mm512_mul_ps(_mm512_mul_ps(unit, right), _mm512_sub_ps(high, shift)));
+    const __m512 low = _mm512_maskz_cvtepi32_ps(0xffff, _mm512_sub_epi32(_mm512_loadu_si512(c), shift));
+    const __m512 high = _mm512_maskz_cvtepi32_ps(0xffff, _mm512_sub_epi32(_mm512_loadu_si512(c + 16), shift));
+    _mm512_storeu_ps(c, _mm512_mul_ps(_mm512_mul_ps(unit, left), low));
+    _mm512_storeu_ps(c + 16, _mm512_mul_ps(_mm512_mul_ps(unit, right), high));
   }
 }
 template <int Build, class Tiles>

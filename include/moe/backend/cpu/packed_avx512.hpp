@@ -170,9 +170,10 @@ MOE_NO_INLINE void multiply_block_bytes(const block_work& w) noexcept {
   MOE_UNROLL
   for (int m = 0; m < M; ++m) {
     const float* f = w.factors + m * w.factor_count;
-    const __m512 shift = _mm512_set1_ps(128 * f[1]), unit = _mm512_set1_ps(f[0]);
-    const __m512 x = _mm512_sub_ps(_mm512_cvtepi32_ps((__m512i)left[m]), shift);
-    const __m512 y = _mm512_sub_ps(_mm512_cvtepi32_ps((__m512i)right[m]), shift);
+    const __m512 unit = _mm512_set1_ps(f[0]);
+    const __m512i shift = _mm512_set1_epi32(128 * static_cast<std::int32_t>(f[1]));
+    const __m512 x = _mm512_cvtepi32_ps(_mm512_sub_epi32((__m512i)left[m], shift));
+    const __m512 y = _mm512_cvtepi32_ps(_mm512_sub_epi32((__m512i)right[m], shift));
     _mm512_storeu_ps(w.c + m * w.ld, _mm512_mul_ps(_mm512_mul_ps(unit, s), x));
     _mm512_storeu_ps(w.c + m * w.ld + 16, _mm512_mul_ps(_mm512_mul_ps(unit, t), y));
   }
