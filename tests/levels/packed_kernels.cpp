@@ -229,7 +229,21 @@ TEST_SUITE("backend/cpu/packed") {
         CAPTURE(rung);
         const std::vector<float> y = t.product(kernels);
         for (dim r = 0; r < 20; ++r)
-          for (dim j = 0; j < 32; ++j) REQUIRE(std::isfinite(y[at(r * 32 + j)]) == (r != 3));
+          for (dim j = 0; j < 32; ++j) {
+            REQUIRE(std::isfinite(y[at(r * 32 + j)]) == (r != 3));
+            if (moe::packing<T>::scaled) REQUIRE(std::isnan(y[at(r * 32 + j)]) == (r == 3));
+          }
+      });
+    }
+  }
+  TEST_CASE("ternary weights with one that is not finite give nothing but NaN") {
+    std::vector<float> w = testing::normals(32 * 200, 6);
+    w[at(5 * 200 + 137)] = std::numeric_limits<float>::infinity();
+    for (const dim rows : {1, 20}) {
+      const trial<moe::ternary> t(rows, 1, 200, testing::normals(rows * 200, 5), w);
+      on_every_rung<moe::ternary>([&](const char* rung, const moe::packed_kernels& kernels) {
+        CAPTURE(rung);
+        for (const float v : t.product(kernels)) REQUIRE(std::isnan(v));
       });
     }
   }
