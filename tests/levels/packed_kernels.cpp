@@ -185,6 +185,21 @@ TEST_SUITE("backend/cpu/packed") {
     CHECK(testing::emulated_tiles::faults == 0);
 #endif
   }
+  TEST_CASE("the longest sums of four-bit weights stay within 32 bits on every rung, widened to bytes or not") {
+    constexpr dim most = 1 << 16;
+    for (const float w : {1.f, -1.f})
+      for (const dim rows : {1, 13, 40}) {  // as they are; widened for tiles; widened for vectors, too
+        const trial<int4_32> t(rows, 1, most, std::vector<float>(at(rows * most), 3.f), std::vector<float>(32 * most, w));
+        on_every_rung<int4_32>([&](const char* rung, const moe::packed_kernels& kernels) {
+          CAPTURE(rung);
+          CAPTURE(rows);
+          for (const float v : t.product(kernels)) REQUIRE(v == doctest::Approx(3.0 * w * most).epsilon(1e-5));
+        });
+      }
+#if defined(MOE_X86)
+    CHECK(testing::emulated_tiles::faults == 0);
+#endif
+  }
   TEST_CASE_TEMPLATE("products stay within the error of their operands on every rung", T, float, moe::bf16, moe::f16,
                      std::int8_t, int4_32, int4_128, moe::ternary) {
     for (const sizes s : tails) {
