@@ -56,4 +56,26 @@ TEST_SUITE("docs/tutorial") {
     CHECK(m.ctx.router.inner.loss.value() == doctest::Approx(0.02).epsilon(0.5));  // coefficient times k, near balance
     CHECK(m.ctx.router.loss.value() > 0);
   }
+  TEST_CASE("rounded routing trains with whole tiles, and the same weights are evaluated without") {
+    const moe::dim T = 64, d = 8;
+    // [rounding]
+    using rounded = moe::token_rounding<2>;
+    using training = moe::layer<moe::linear_gate, rounded, moe::ffn_expert, moe::weighted_sum, B>;
+    using evaluation = moe::layer<moe::linear_gate, moe::top_k<2>, moe::ffn_expert, moe::weighted_sum, B>;
+    const moe::shape sizes{.tokens = T, .d = d, .f = 12, .experts = 4};
+    const training train(sizes, rounded{.tile = moe::row_tile<B>});  // rows of a tile of this backend
+    const evaluation evaluate(sizes);                                // the same flat buffer of weights
+    // [/rounding]
+    testing::model<training> m(train, T, d, 1);
+    m.forward();
+    m.backward();
+    for (const moe::idx first : m.ctx.plan.offsets) CHECK(first % moe::row_tile<B> == 0);
+    CHECK(m.ctx.plan.rows() > 0);
+    testing::model<evaluation> e(evaluate, T, d, 1);
+    CHECK(e.weights().size() == m.weights().size());
+    std::copy(m.weights().begin(), m.weights().end(), e.weights().begin());
+    e.forward();
+    for (moe::dim t = 0; t < T; ++t)
+      CHECK(e.ctx.plan.token_offsets[static_cast<std::size_t>(t)] == 2 * t);
+  }
 }

@@ -55,6 +55,30 @@ TEST_SUITE("layer") {
     const std::size_t grown = net.context_bytes(2 * more) - net.context_bytes(more);
     CHECK(grown == static_cast<std::size_t>(more * k * (8 * f + 12) + more * 4));
   }
+  TEST_CASE_TEMPLATE("x and the context are twice the published 2 T d + 4 T k f bytes, which are for bf16, and the plan", X,
+                     moe::ffn_expert, moe::bf16_ffn_expert) {
+    const dim T = 640, d = 128, f = 96, E = 8;
+    const auto kept = [&](const auto& net, dim k) {  // with x, less the plan
+      return static_cast<dim>(net.context_bytes(T) - plan_bytes(T, E, T * k)) + T * d * dim{sizeof(float)};
+    };
+    CHECK(kept(layer<4, X>({.d = d, .f = f, .experts = E}), 4) == 2 * (2 * T * d + 4 * T * 4 * f));
+    // Finer experts, more of them a token: the same.
+    CHECK(kept(layer<8, X>({.d = d, .f = f / 2, .experts = E}), 8) == 2 * (2 * T * d + 4 * T * 4 * f));
+  }
+  TEST_CASE("the flops of an expert over the bytes it reads and writes are the published intensity") {
+    const dim d = 256, f = 64, E = 8;
+    const layer<2, moe::bf16_ffn_expert> net({.d = d, .f = f, .experts = E});
+    dim weights = 0;
+    for (const moe::slot& s : net.catalogue())
+      if (s.type == moe::element::bf16) weights += static_cast<dim>(s.bytes) / E;
+    for (const dim T : {64, 1024}) {
+      const double rho = 2. / E, G = double{d} / f;
+      const dim rows = T * 2 / E, element = sizeof(moe::bf16), x = rows * d * element, a = rows * f * element;
+      const double flops = 6. * static_cast<double>(rows * d * f),
+                   bytes = static_cast<double>(weights + x + 2 * a + x);  // x, a there and back, y
+      CHECK(flops / bytes == doctest::Approx(3 / ((2 + 2 * G) / d + 3 / (static_cast<double>(T) * rho))));
+    }
+  }
   TEST_CASE("an inference context is the plan alone") {
     for (const dim T : {0, 1, 100})
       CHECK(layer<2>({.d = 7, .f = 9, .experts = 6}).inference_context_bytes(T) == whole(plan_bytes(T, 6, 2 * T)));

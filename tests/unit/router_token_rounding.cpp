@@ -113,6 +113,46 @@ TEST_SUITE("router/token_rounding") {
     CHECK(m.plan.offsets[2] == 4);
     CHECK(moe::dropped(m.plan) == 1);
   }
+  TEST_CASE("rounding to the nearest keeps T K rows on average; up adds, and down drops, half a tile an expert") {
+    constexpr dim T = 256, E = 8, tile = 16, trials = 64;
+    const auto mean_rows = [&](rounding to) {
+      dim rows = 0;
+      for (dim i = 0; i < trials; ++i) {
+        testing::routing m(moe::token_rounding<2>{.tile = tile, .to = to}, T, E,
+                           testing::normals(T * E, static_cast<std::uint64_t>(i)));
+        rows += m.forward().plan.rows();
+      }
+      return static_cast<double>(rows) / trials;
+    };
+    // An expert is off by up to half a tile, 16 / sqrt(12) in the root mean square: the mean of 64 trials of 8 by 1.6.
+    const double half = (tile - 1) / 2. * E;
+    CHECK(std::fabs(mean_rows(rounding::nearest) - 2 * T) < 5);
+    CHECK(std::fabs(mean_rows(rounding::up) - (2 * T + half)) < 5);
+    CHECK(std::fabs(mean_rows(rounding::down) - (2 * T - half)) < 5);
+  }
+  TEST_CASE("a token may end with no expert, and gets 0, or with more than K, and gets all of them") {
+    constexpr dim T = 40, d = 6;
+    for (const rounding to : {rounding::up, rounding::down}) {
+      using router = moe::token_rounding<2>;
+      using layer = moe::layer<moe::linear_gate, router, moe::ffn_expert, moe::weighted_sum, moe::scalar<>>;
+      testing::model<layer> m(layer({.tokens = T, .d = d, .f = 8, .experts = 5}, router{.tile = 16, .to = to}), T, d, 3);
+      m.forward();
+      m.backward();
+      dim none = 0, many = 0;
+      for (dim t = 0; t < T; ++t) {
+        dim experts = 0;
+        for (idx i = m.ctx.plan.token_offsets[at(t)]; i < m.ctx.plan.token_offsets[at(t + 1)]; ++i)
+          experts += m.ctx.plan.position[at(i)] >= 0;
+        none += experts == 0;
+        many += experts > 2;
+        for (dim j = 0; j < d; ++j) {
+          CHECK((m.y[at(t * d + j)] == 0) == (experts == 0));
+          CHECK(std::isfinite(m.dx[at(t * d + j)]));
+        }
+      }
+      CHECK((to == rounding::up ? many : none) > 0);
+    }
+  }
   TEST_CASE("scores that are not numbers never select, nor fill a tile") {
     const float nan = std::numeric_limits<float>::quiet_NaN(), off = -std::numeric_limits<float>::infinity();
     testing::routing m(moe::token_rounding<1>{.tile = 4, .to = rounding::up}, 5, 2, {1, 0, /**/ 1, nan, /**/ nan, nan, /**/ 1, off, /**/ off, 1});
