@@ -1,5 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 /// What a layer of attention computes on its way, forward and backward; what its features do not need stays empty.
+///
+/// Rows of T tokens and nothing of a pair of them. In floats a token, with q = h d_k, u = h_kv d_k, v = h_kv dv, o = h dv and
+/// c1 to c5 logits of the gates G1 to G5:
+///   context    q + u + v + o + h;  G1: o + c1;  G2 to G5: v + c2, u + c3, q + c4, d + c5;  heads normalised:
+///              q + u + h + h_kv;  convolution: u;  k blocks of a query: h (k - 1)
+///   slopes     q + u + v + o + h + c1 + .. + c5;  G5: d;  convolution: u
+/// Of inference the context lacks the h beside q, the o beside c1, h + h_kv of the norms and the blocks.
 #pragma once
 
 #include "moe/attention/features.hpp"

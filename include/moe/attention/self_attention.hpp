@@ -20,7 +20,7 @@ namespace moe {
 ///
 /// Constructed from the model's width, the heads and, in any order, those parts that have a configuration: the rotary, the
 /// gates' activations, attention_mask, block_attention, the backend. Memory is the caller's, as of a layer.
-/// saves    what backward reads: O(T), no scores
+/// saves    what backward reads: O(T), no scores; layer_tensors.hpp and docs/numerics.md#of-attention say the bytes
 /// errors   shape_error, before anything is written
 template <class C, class B>
 class self_attention {
@@ -412,23 +412,20 @@ class self_attention {
   void count_forward(dim T, dim sequences, arena& mem) const noexcept {
     scratch_frame frame(mem);
     count_means(T, mem);
-    count_attend(backend_, problem({}), {T, T}, every_key{}, mem);
-    if constexpr (C::selection::blocks) {
-      const key_blocks blocks = carve_blocks({}, sequences, T, mem);
-      (void)count_prepare_key_blocks(backend_, heads_, mem);
-      count_attend(backend_, problem({}), {T, T}, blocks, mem);
-    }
+    select([&] { return carve_blocks({}, sequences, T, mem); }, [&](const auto& selection) {
+      if constexpr (requires { selection.centroids; }) {
+        scratch_frame of_means(mem);
+        (void)count_prepare_key_blocks(backend_, heads_, mem);
+      }
+      count_attend(backend_, problem({}), {T, T}, selection, mem);
+    });
   }
   void count_backward(dim T, arena& mem) const noexcept {
     (void)detail::carve_attention_slopes<C>(heads_, d_, T, mem);
-    {
+    select([&] { return chosen_blocks({}); }, [&](const auto& selection) {
       scratch_frame frame(mem);
-      count_attend_backward(backend_, problem({}), {T, T}, every_key{}, mem);
-    }
-    if constexpr (C::selection::blocks) {
-      scratch_frame frame(mem);
-      count_attend_backward(backend_, problem({}), {T, T}, chosen_blocks({}), mem);
-    }
+      count_attend_backward(backend_, problem({}), {T, T}, selection, mem);
+    });
     scratch_frame frame(mem);
     count_means(T, mem);
     (void)rms_norm{}.make_backward_scratch(T, heads_.d, mem);

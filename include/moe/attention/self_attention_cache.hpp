@@ -51,11 +51,9 @@ std::size_t self_attention<C, B>::scratch_bytes(dim tokens, const cache<T>& past
     });
     apart([&] {
       (void)carve_rows<T>(s.capacity, mem);
-      count_attend(backend_, problem({}), {tokens, s.capacity}, every_key{}, mem);
-      if constexpr (C::selection::blocks) {
-        const key_blocks blocks = carve_blocks({}, 1, s.capacity, mem);
-        count_attend(backend_, problem({}), {tokens, s.capacity}, blocks, mem);
-      }
+      select([&] { return carve_blocks({}, 1, s.capacity, mem); }, [&](const auto& selection) {
+        count_attend(backend_, problem({}), {tokens, s.capacity}, selection, mem);
+      });
     });
   });
 }
