@@ -5,6 +5,7 @@
 #include "moe/attention/key_convolution.hpp"
 #include "moe/attention/output_gate.hpp"
 #include "moe/attention/rotary.hpp"
+#include "moe/core/dtype.hpp"
 #include "moe/norm/rms_norm.hpp"
 
 namespace moe {
@@ -39,6 +40,9 @@ struct block_attention {
 /// layer (G5). Logits of gates come from the same input, neither normalised nor rotated.
 /// G1 to G5: Qiu et al. 2025, Gated Attention for Large Language Models, arXiv:2505.06708
 struct attention_features {
+  /// Of queries, keys and values as attention reads them: float, or bf16, to which they are rounded once, so that attention
+  /// runs on tiles where the machine has them. Weights and gradients stay floats.
+  using element = float;
   using selection = dense_attention;
   using rotary = no_rotary;
   using key_convolution = no_key_convolution;
@@ -85,6 +89,8 @@ struct key_tail<no_key_convolution> {
   using type = nothing;
 };
 
+template <class C>
+inline constexpr bool rounds = !std::same_as<typename C::element, float>;
 template <class Gate>
 inline constexpr bool is_gate = !std::same_as<Gate, no_output_gate>;
 template <class C>

@@ -20,6 +20,7 @@ struct attention_context {
   matrix_view<float> fused, k_raw, v_raw;  ///< [T, projection::cols], [T, h_kv*d_k], [T, h_kv*dv]: of the projections
   matrix_view<float> logits, query_logits, key_logits, value_logits, layer_logits;  ///< [T, heads*head_cols], of the gates
   matrix_view<float> q_gated, k_gated, q, k_normed, k, v;  ///< on the way to attention, as wide as what they are made of
+  matrix_view<bf16> q_half, k_half, v_half;                ///< the same rounded, as attention reads them; or empty
   matrix_view<float> o, gated;                             ///< [T, h*dv]: of attention before its gate, and behind it
   matrix_view<float> lse;                                  ///< [T,h]
   matrix_view<float> y;                                    ///< [T,d] before the gate of the layer
@@ -43,6 +44,35 @@ struct row_carver {
   }
 };
 
+/// Which rows of floats on the way to attention are kept for backward: all where attention reads floats; else those that a
+/// norm, a gate, the convolution or fused logits are differentiated from. The others are scratch of the projections.
+template <class C>
+struct kept_rows {
+  static constexpr bool floats = !rounds<C>, norms = C::normalises_heads;
+  static constexpr bool q = floats, q_gated = floats || norms,
+                        fused = q_gated || fuses_logits<C> || is_gate<typename C::query_gate>;
+  static constexpr bool k_normed = floats || convolves<C>, k_gated = k_normed || norms,
+                        k_raw = k_gated || is_gate<typename C::key_gate>;
+  static constexpr bool v_raw = floats || is_gate<typename C::value_gate>;
+};
+/// Carves those that are kept into c, or the others.
+template <class C>
+void carve_rows_on_the_way(const attention_heads& h, bool kept, attention_context& c, arena& mem) noexcept {
+  using keeps = kept_rows<C>;
+  const auto rows = [&](matrix_view<float>& to, const char* name, bool wanted, bool is_kept, dim cols) {
+    if (wanted && is_kept == kept) to = mem.matrix<float>(name, c.tokens, cols);
+  };
+  constexpr bool norms = C::normalises_heads, floats = !rounds<C>;
+  rows(c.fused, "fused", true, keeps::fused, projection_of<C>::cols(h));
+  rows(c.k_raw, "k_raw", true, keeps::k_raw, h.key_cols());
+  rows(c.v_raw, "v_raw", true, keeps::v_raw, h.value_cols());
+  rows(c.q_gated, "q_gated", is_gate<typename C::query_gate>, keeps::q_gated, h.query_cols());
+  rows(c.k_gated, "k_gated", is_gate<typename C::key_gate>, keeps::k_gated, h.key_cols());
+  rows(c.q, "q", norms, keeps::q, h.query_cols());
+  rows(c.k_normed, "k_normed", norms, keeps::k_normed, h.key_cols());
+  rows(c.k, "k", floats && convolves<C>, true, h.key_cols());
+  rows(c.v, "v", floats && is_gate<typename C::value_gate>, true, h.value_cols());
+}
 /// k: blocks of a query, or 0 where it meets all keys.
 template <class C>
 attention_context carve_attention_context(const attention_heads& h, dim d, dim T, bool training, dim k, arena& mem) noexcept {
@@ -51,20 +81,17 @@ attention_context carve_attention_context(const attention_heads& h, dim d, dim T
   c.training = training;
   const row_carver rows{T, mem};
   constexpr bool norms = C::normalises_heads, gated = is_gate<typename C::output_gate>;
-  c.fused = rows("fused", true, projection_of<C>::cols(h));
-  c.k_raw = rows("k_raw", true, h.key_cols());
-  c.v_raw = rows("v_raw", true, h.value_cols());
+  carve_rows_on_the_way<C>(h, true, c, mem);
+  if constexpr (rounds<C>) {
+    c.q_half = mem.matrix<bf16>("q_half", T, h.query_cols());
+    c.k_half = mem.matrix<bf16>("k_half", T, h.key_cols());
+    c.v_half = mem.matrix<bf16>("v_half", T, h.value_cols());
+  }
   c.logits = rows("logits", gated && !fuses_logits<C>, h.heads * C::output_gate::head_cols(h.dv));
   c.query_logits = rows("query_logits", is_gate<typename C::query_gate>, h.heads * C::query_gate::head_cols(h.d));
   c.key_logits = rows("key_logits", is_gate<typename C::key_gate>, h.kv_heads * C::key_gate::head_cols(h.d));
   c.value_logits = rows("value_logits", is_gate<typename C::value_gate>, h.kv_heads * C::value_gate::head_cols(h.dv));
   c.layer_logits = rows("layer_logits", is_gate<typename C::layer_gate>, C::layer_gate::head_cols(d));
-  c.q_gated = rows("q_gated", is_gate<typename C::query_gate>, h.query_cols());
-  c.k_gated = rows("k_gated", is_gate<typename C::key_gate>, h.key_cols());
-  c.q = rows("q", norms, h.query_cols());
-  c.k_normed = rows("k_normed", norms, h.key_cols());
-  c.k = rows("k", convolves<C>, h.key_cols());
-  c.v = rows("v", is_gate<typename C::value_gate>, h.value_cols());
   c.o = rows("o", training && gated, h.output_cols());
   c.gated = rows("gated", true, h.output_cols());
   c.lse = rows("lse", training, h.heads);

@@ -27,7 +27,9 @@ class self_attention {
   using conv = typename C::key_convolution;
   using projection = detail::projection_of<C>;
   using out_gate = typename C::output_gate;
-  static constexpr bool gated = detail::is_gate<out_gate>, convolves = detail::convolves<C>;
+  static constexpr bool gated = detail::is_gate<out_gate>, convolves = detail::convolves<C>, rounds = detail::rounds<C>;
+  static_assert(!rounds || std::same_as<typename C::element, bf16>,
+                "moe::self_attention: element is neither float nor bf16 [docs/attention.md]");
   static constexpr bool gates_queries = detail::is_gate<typename C::query_gate>, gates_keys = detail::is_gate<typename C::key_gate>,
                         gates_values = detail::is_gate<typename C::value_gate>, gates_layer = detail::is_gate<typename C::layer_gate>;
 
@@ -82,6 +84,7 @@ class self_attention {
   std::size_t scratch_bytes(dim T, dim sequences = 1) const noexcept {
     return counted([&](arena& mem) {
       (void)carve_context(T, false, mem);
+      count_project(T, mem);
       count_forward(T, sequences, mem);
       count_backward(T, mem);
     });
@@ -207,14 +210,22 @@ class self_attention {
       if (!selection_.dense) return selection_.k;
     return 0;
   }
-  /// For the keys and values of a cache of T as rows; bytes become floats.
-  template <class T, class Row = std::conditional_t<kv_cache<T>::scaled, float, T>>
+  /// For the keys and values of a cache of T as rows; bytes become floats, and everything bf16 where attention reads that.
+  template <class T>
+  using row_of = std::conditional_t<rounds, bf16, std::conditional_t<kv_cache<T>::scaled, float, T>>;
+  template <class T, class Row = row_of<T>>
   std::pair<matrix_view<Row>, matrix_view<Row>> carve_rows(dim tokens, arena& mem) const noexcept {
     const auto k = mem.matrix<Row>("k", tokens, heads_.key_cols());
     return {k, mem.matrix<Row>("v", tokens, heads_.value_cols())};
   }
-  matrix_view<float> key_rows(const context& c) const noexcept { return convolves ? c.k : rotated_keys(c); }
-  matrix_view<float> value_rows(const context& c) const noexcept { return gates_values ? c.v : c.v_raw; }
+  auto key_rows(const context& c) const noexcept {
+    if constexpr (rounds) return c.k_half;
+    else return convolves ? c.k : rotated_keys(c);
+  }
+  auto value_rows(const context& c) const noexcept {
+    if constexpr (rounds) return c.v_half;
+    else return gates_values ? c.v : c.v_raw;
+  }
   template <class T>
   void decode_tokens(const call<B>& on, const context& c, cache<T>& past) const;
   template <class T>
@@ -226,6 +237,12 @@ class self_attention {
 
   // What attention reads, and the gradients of it, wherever the features put them.
   auto queries(const context& c) const noexcept {
+    if constexpr (rounds) return split_heads(c.q_half, heads_.heads);
+    else return rotated_queries(c);
+  }
+  auto keys(const context& c) const noexcept { return split_heads(key_rows(c), heads_.kv_heads); }
+  auto values(const context& c) const noexcept { return split_heads(value_rows(c), heads_.kv_heads); }
+  auto rotated_queries(const context& c) const noexcept {
     if constexpr (C::normalises_heads) return split_heads(c.q, heads_.heads);
     else return gated_queries(c);
   }
@@ -235,15 +252,12 @@ class self_attention {
   }
   matrix_view<float> gated_keys(const context& c) const noexcept { return gates_keys ? c.k_gated : c.k_raw; }
   matrix_view<float> rotated_keys(const context& c) const noexcept { return C::normalises_heads ? c.k_normed : gated_keys(c); }
-  matrix_stack<float> keys(const context& c) const noexcept { return split_heads(key_rows(c), heads_.kv_heads); }
-  matrix_stack<float> values(const context& c) const noexcept { return split_heads(value_rows(c), heads_.kv_heads); }
   auto logits(const matrix_view<float>& fused, const matrix_view<float>& alone) const noexcept {
     return projection::logits(detail::fuses_logits<C> ? fused : alone, heads_);
   }
 
   void run_forward(const call<B>& on, const weights& w, const input& in, matrix_view<float> y, context& c) const noexcept {
     project(on, w, in, c);
-    if constexpr (convolves) conv{}.forward(on, w.convolution, matrix_view<const float>(rotated_keys(c)), in.sequences, c.k);
     {
       scratch_frame frame(on.scratch);
       const attention_problem p = problem(in.sequences);
@@ -307,8 +321,13 @@ class self_attention {
     blocks.chosen = c.chosen;
     return blocks;
   }
-  /// Queries, keys and values, as attention reads them but for the convolution of keys.
-  void project(const call<B>& on, const weights& w, const input& in, context& c) const noexcept {
+  /// Queries, keys and values as attention reads them; `tail` of a cache, if keys are convolved.
+  template <class... Tail>
+  void project(const call<B>& on, const weights& w, const input& in, const context& kept,
+               const Tail&... tail) const noexcept {
+    scratch_frame frame(on.scratch);
+    context c = kept;
+    detail::carve_rows_on_the_way<C>(heads_, false, c, on.scratch);
     const auto times = [&](matrix_view<float> m, matrix_view<float> bias, matrix_view<float> to) {
       if (to) gemm_nt(on, in.x, m, matrix_view<const float>(bias), to);
     };
@@ -326,13 +345,30 @@ class self_attention {
     if constexpr (gates_keys)
       key_gate_.forward(on, split_heads(c.key_logits, h_kv), h_kv, split_heads(c.k_raw, h_kv), split_heads(c.k_gated, h_kv));
     if constexpr (gates_values)
-      value_gate_.forward(on, split_heads(c.value_logits, h_kv), h_kv, split_heads(c.v_raw, h_kv), split_heads(c.v, h_kv));
+      value_gate_.forward(on, split_heads(c.value_logits, h_kv), h_kv, split_heads(c.v_raw, h_kv), values(c));
     if constexpr (C::normalises_heads) {
-      rms_norm{}.forward(on, w.q_norm, gated_queries(c), h, queries(c), c.q_norm);
+      rms_norm{}.forward(on, w.q_norm, gated_queries(c), h, rotated_queries(c), c.q_norm);
       rms_norm{}.forward(on, w.k_norm, split_heads(gated_keys(c), h_kv), h_kv, split_heads(c.k_normed, h_kv), c.k_norm);
     }
-    rotary_.forward(on, in.angles, queries(c), h, in.sequences);
+    rotary_.forward(on, in.angles, rotated_queries(c), h, in.sequences);
     rotary_.forward(on, in.angles, split_heads(rotated_keys(c), h_kv), h_kv, in.sequences);
+    if constexpr (convolves)
+      conv{}.forward(on, w.convolution, matrix_view<const float>(rotated_keys(c)), in.sequences, key_rows(c), tail...);
+    if constexpr (rounds) {
+      round(on, rotated_queries(c), queries(c), h);
+      if constexpr (!convolves) round(on, split_heads(rotated_keys(c), h_kv), keys(c), h_kv);
+      if constexpr (!gates_values) round(on, split_heads(c.v_raw, h_kv), values(c), h_kv);
+    }
+  }
+  template <class X>
+  static void round(const call<B>& on, const X& from, const matrix_stack<bf16>& to, dim n) noexcept {
+    for_each_token(on, to.first.rows, [&](dim t) {
+      for (dim a = 0; a < n; ++a) {
+        const float* x = from[a].row(t);
+        bf16* half = to[a].row(t);
+        for (dim j = 0; j < to.first.cols; ++j) half[j] = bf16(x[j]);
+      }
+    });
   }
 
   void run_backward(const call<B>& on, const weights& w, const input& in, const context& c, matrix_view<const float> dy,
@@ -365,15 +401,19 @@ class self_attention {
     times(s.dlayer, w.layer_gate, dw.layer_gate, {});
   }
   /// Through the gate and attention, to the gradients of its queries, keys and values. Where the gate scales, delta comes
-  /// from the gated tensors.
+  /// from the gated tensors, unless attention rounds what comes back from the gate.
   void attention_backward(const call<B>& on, const input& in, const context& c, const detail::attention_slopes& s) const noexcept {
     const dim h = heads_.heads;
     const attention_problem p = problem(in.sequences);
-    attention_delta(on, heads_, split_heads(s.dgated, h), split_heads(c.gated, h), s.delta);
+    const bool rounded = rounds_gradients(on.backend, queries(c), keys(c), values(c));
+    const auto delta = [&](matrix_view<float> o) {
+      attention_delta(on, heads_, split_heads(s.dgated, h), split_heads(o, h), s.delta, rounded);
+    };
+    if (!gated || !rounded) delta(c.gated);
     if constexpr (gated) {
       gate_.backward(on, logits(c.fused, c.logits), h, split_heads(c.o, h), split_heads(s.dgated, h), split_heads(s.dgated, h),
                      logits(s.dfused, s.dlogits));
-      if constexpr (!out_gate::scales) attention_delta(on, heads_, split_heads(s.dgated, h), split_heads(c.o, h), s.delta);
+      if (!out_gate::scales || rounded) delta(c.o);
     }
     select([&] { return chosen_blocks(c); }, [&](const auto& selection) {
       attend_backward(on, p, queries(c), keys(c), values(c), selection, split_heads(s.dgated, h), c.lse, s.delta,
@@ -408,6 +448,13 @@ class self_attention {
                            split_heads(s.dvalue, h_kv));
   }
 
+  void count_project(dim T, arena& mem) const noexcept {
+    scratch_frame frame(mem);
+    context c;
+    c.tokens = T;
+    detail::carve_rows_on_the_way<C>(heads_, false, c, mem);
+    count_means(T, mem);
+  }
   /// The most that T tokens in so many sequences take. One sequence is cut into the most parts in backward.
   void count_forward(dim T, dim sequences, arena& mem) const noexcept {
     scratch_frame frame(mem);

@@ -38,7 +38,8 @@ std::size_t self_attention<C, B>::scratch_bytes(dim tokens, const cache<T>& past
   return counted([&](arena& mem) {
     const kv_cache_shape& s = past.tokens.sizes;
     (void)carve_context(tokens, false, mem);
-    (void)mem.matrix<float>("q", tokens, heads_.query_cols());
+    count_project(tokens, mem);
+    if constexpr (!rounds) (void)mem.matrix<float>("q", tokens, heads_.query_cols());
     (void)mem.matrix<idx>("blocks", s.sequences * heads_.heads, selection_k());
     count_means(tokens, mem);
     const auto apart = [&](auto carve) {
@@ -81,9 +82,8 @@ void self_attention<C, B>::forward(const weights& w, input in, matrix_view<float
 
   mem.align();
   const call<B> on{backend_, mem, {.tokens = tokens, .d = d_}};
-  project(on, w, in, c);
-  if constexpr (convolves)
-    conv{}.forward(on, w.convolution, matrix_view<const float>(rotated_keys(c)), in.sequences, c.k, past.tail);
+  if constexpr (convolves) project(on, w, in, c, past.tail);
+  else project(on, w, in, c);
   past.tokens.append(on, packed_sequences{in.sequences.offsets, {}}, key_rows(c), value_rows(c));
   if (one_each) decode_tokens(on, c, past);
   else extend_tokens(on, in, c, past);
@@ -94,8 +94,10 @@ template <class C, class B>
 template <class T>
 void self_attention<C, B>::decode_tokens(const call<B>& on, const context& c, cache<T>& past) const {
   const dim h = heads_.heads;
-  matrix_view<float> q = c.fused;
-  if constexpr (C::normalises_heads) {
+  matrix_view<std::conditional_t<rounds, bf16, float>> q;
+  if constexpr (rounds) {
+    q = c.q_half;
+  } else if constexpr (C::normalises_heads) {
     q = c.q;
   } else if constexpr (gates_queries) {
     q = c.q_gated;
@@ -104,6 +106,8 @@ void self_attention<C, B>::decode_tokens(const call<B>& on, const context& c, ca
     for (dim a = 0; a < h; ++a)
       for (dim t = 0; t < c.tokens; ++t)
         std::memcpy(q.row(t) + a * heads_.d, queries(c)[a].row(t), static_cast<std::size_t>(heads_.d) * sizeof(float));
+  } else {
+    q = c.fused;
   }
   decode_options options;
   options.window = mask_.window;
