@@ -31,6 +31,11 @@ struct gated_values : moe::attention_features {
   using value_gate = moe::output_gate<moe::elementwise>;
   using layer_gate = moe::output_gate<moe::headwise>;
 };
+/// The same over queries, keys and values that are rounded to bf16.
+template <class C>
+struct halves : C {
+  using element = moe::bf16;
+};
 
 constexpr dim d = 12, N = 37, S = 2;
 constexpr moe::attention_heads heads{.heads = 4, .kv_heads = 2, .d = 8, .dv = 6};
@@ -134,6 +139,21 @@ TEST_SUITE("attention/self_attention_cache") {
       CHECK(trial<gated_values, float>().in_pieces() < 2e-5);
       CHECK(trial<blocks, float>(moe::block_attention{.block = 4, .k = 3}).in_pieces() < 2e-5);
       CHECK(trial<blocks, float>(moe::block_attention{.block = 4, .k = 3, .dense = true}).in_pieces() < 2e-5);
+    });
+  }
+  TEST_CASE("with rounded queries, keys and values a cache of floats or halves gives what the whole gives, at every level") {
+    // Tiles round the weights of values in a piece, decoding does not; a number next to the middle of two halves is rounded
+    // the other way where products of other shapes give other last bits.
+    testing::at_every_level([] {
+      CHECK(trial<halves<bare>, moe::bf16>().in_pieces() < 0.01);
+      CHECK(trial<halves<bare>, moe::bf16>(moe::attention_mask{.window = 5}).in_pieces() < 0.01);
+      CHECK(trial<halves<published>, moe::bf16>().in_pieces() < 0.01);
+      CHECK(trial<halves<published>, float>().in_pieces() < 0.01);
+      CHECK(trial<halves<published>, moe::f16>().in_pieces() < 0.01);
+      CHECK(trial<halves<convolved>, moe::bf16>().in_pieces() < 0.01);
+      CHECK(trial<halves<gated_values>, moe::bf16>().in_pieces() < 0.01);
+      CHECK(trial<halves<blocks>, moe::bf16>(moe::block_attention{.block = 4, .k = 3}).in_pieces() < 0.01);
+      CHECK(trial<halves<convolved>, std::int8_t>().in_pieces() < 0.05);
     });
   }
   TEST_CASE("smaller elements cost their rounding and no more") {

@@ -23,6 +23,10 @@ struct everything : moe::attention_features {
   using layer_gate = moe::output_gate<moe::elementwise>;
   static constexpr bool normalises_heads = true, biased = true;
 };
+/// The same over queries, keys and values that are rounded to bf16.
+struct everything_rounded : everything {
+  using element = moe::bf16;
+};
 
 constexpr dim d = 24, T = 150;
 constexpr idx offsets[] = {0, 40, T};
@@ -32,10 +36,10 @@ void fill(std::span<float> x, std::uint64_t seed, float scale) {
 }
 
 /// y, dx, the gradients of all weights, and y over a cache in two pieces of each sequence.
-template <class Executor>
+template <class C, class Executor>
 std::vector<float> run(const Executor& executor) {
   const moe::host_backend<moe::arch::native, Executor> backend{executor};
-  const moe::self_attention<everything, moe::host_backend<moe::arch::native, Executor>> net(
+  const moe::self_attention<C, moe::host_backend<moe::arch::native, Executor>> net(
       d, {.heads = 4, .kv_heads = 2, .d = 16, .dv = 8}, moe::block_attention{.block = 8, .k = 3}, backend);
   moe::buffer params(net.weight_bytes()), grads(net.weight_bytes()), angles(1 << 16),
       kept(net.template cache_bytes<float>(2, T)), work(net.context_bytes(T) + net.scratch_bytes(T, 2) + (1 << 20));
@@ -66,13 +70,14 @@ std::vector<float> run(const Executor& executor) {
 }  // namespace
 
 TEST_SUITE("attention/self_attention") {
-  TEST_CASE("bits do not depend on the executor, with blocks, convolution and every gate") {
-    const std::vector<float> wanted = run(moe::serial{});
+  TEST_CASE_TEMPLATE("bits do not depend on the executor, with blocks, convolution and every gate", C, everything,
+                     everything_rounded) {
+    const std::vector<float> wanted = run<C>(moe::serial{});
     CHECK(std::ranges::all_of(wanted, [](float v) { return v - v == 0; }));
     for (const int threads : {2, 3, 64}) {
       const moe::thread_pool pool(threads);
-      CHECK(run(moe::pool_executor(pool)) == wanted);
+      CHECK(run<C>(moe::pool_executor(pool)) == wanted);
     }
-    CHECK(run(testing::shuffling{5}) == wanted);
+    CHECK(run<C>(testing::shuffling{5}) == wanted);
   }
 }
