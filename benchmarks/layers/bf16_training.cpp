@@ -31,7 +31,7 @@ struct rounded_weights {
 }  // namespace
 
 std::unique_ptr<contestant> make_bf16_training(const model_shape& s) {
-  return for_k<library_training, moe::bf16_ffn_expert, rounded_weights>(s);
+  return std::make_unique<library_training<moe::bf16_ffn_expert, rounded_weights>>(s);
 }
 
 }  // namespace bench

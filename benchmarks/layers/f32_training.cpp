@@ -21,7 +21,7 @@ struct whole_weights {
 }  // namespace
 
 std::unique_ptr<contestant> make_f32_training(const model_shape& s) {
-  return for_k<library_training, moe::ffn_expert, whole_weights>(s);
+  return std::make_unique<library_training<moe::ffn_expert, whole_weights>>(s);
 }
 
 }  // namespace bench

@@ -5,25 +5,26 @@
 
 #include <cmath>
 
+#include "layers/any_top_k.hpp"
 #include "layers/layers.hpp"
 #include "moe/backend/cpu.hpp"
 #include "moe/combine/weighted_sum.hpp"
 #include "moe/expert/ffn.hpp"
 #include "moe/gate/linear.hpp"
 #include "moe/layer.hpp"
-#include "moe/router/top_k.hpp"
 
 namespace bench {
 
 /// `Weights` is what an expert needs of a layer: constructed from a layer_source, its shape and the policy; `views` are the
 /// expert's weights, `bytes` their size. `name` is that of the type.
-template <int K, class Expert, class Weights>
+template <class Expert, class Weights>
 class library_layer : public contestant {
  protected:
-  using net = moe::layer<moe::biased_linear_gate, moe::top_k<K>, Expert, moe::weighted_sum, moe::cpu<>>;
+  using net = moe::layer<moe::biased_linear_gate, any_top_k, Expert, moe::weighted_sum, any_top_k::backend>;
 
  public:
-  explicit library_layer(const model_shape& s) : contestant("moe"), net_({.d = s.d, .f = s.f, .experts = s.experts}) {}
+  explicit library_layer(const model_shape& s)
+      : contestant("moe"), net_({.d = s.d, .f = s.f, .experts = s.experts}, any_top_k{static_cast<int>(s.k)}) {}
 
   void prepare(std::span<const batch> batches, int) override {
     const dim T = batches[0].x.rows;
@@ -66,9 +67,9 @@ class library_layer : public contestant {
 };
 
 /// A training step: forward, then the gradients of everything. y is the result of forward; gradients are those of the call.
-template <int K, class Expert, class Weights>
-class library_training : public library_layer<K, Expert, Weights> {
-  using base = library_layer<K, Expert, Weights>;
+template <class Expert, class Weights>
+class library_training : public library_layer<Expert, Weights> {
+  using base = library_layer<Expert, Weights>;
   using typename base::net;
 
  public:
@@ -106,18 +107,5 @@ class library_training : public library_layer<K, Expert, Weights> {
   moe::buffer gradients_, dx_;
   typename net::gradients dw_{};
 };
-
-/// One contestant for the k of a shape, which the library wants at compile time.
-template <template <int, class, class> class Contestant, class Expert, class Weights>
-std::unique_ptr<contestant> for_k(const model_shape& s) {
-  switch (s.k) {
-    case 1: return std::make_unique<Contestant<1, Expert, Weights>>(s);
-    case 2: return std::make_unique<Contestant<2, Expert, Weights>>(s);
-    case 4: return std::make_unique<Contestant<4, Expert, Weights>>(s);
-    case 6: return std::make_unique<Contestant<6, Expert, Weights>>(s);
-    case 8: return std::make_unique<Contestant<8, Expert, Weights>>(s);
-  }
-  return nullptr;
-}
 
 }  // namespace bench

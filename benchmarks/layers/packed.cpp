@@ -29,7 +29,7 @@ struct packed_weights {
 
 template <class T>
 std::unique_ptr<contestant> make(const model_shape& s) {
-  return for_k<library_layer, moe::packed_ffn_expert<T>, packed_weights<T>>(s);
+  return std::make_unique<library_layer<moe::packed_ffn_expert<T>, packed_weights<T>>>(s);
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "support/options.hpp"
 
+#include <algorithm>
 #include <charconv>
 #include <initializer_list>
 #include <string_view>
@@ -13,7 +14,8 @@ const char* const usage = R"(usage: benchmarks/run [flags]
 Measures the limits of the machine, then whole layers (gate, softmax over the k best, gated experts, weighted sum) beside
 other implementations of them, all in turn in one process; prints medians.
 
-  --shape SHAPE     S1, S2, S3, S4, or d=2048,f=768,E=128,k=8 (k is 1, 2, 4, 6 or 8); may be repeated. Default: S1 to S4
+  --shape SHAPE     S1, S2, S3, S4, or d=2048,f=768,E=128,k=8 (k from 1 to 32, at most E); may be repeated.
+                    Default: S1 to S4
   --tokens LIST     tokens of a call. Default: 1,4,32,128,512,2048
   --type LIST       types of weights: f32, bf16, f16, int8, int4, ternary. Default: all that there are
   --threads LIST    Default: as many as there are cores
@@ -93,7 +95,7 @@ void named_numbers(std::string_view flag, std::string_view text, std::string_vie
     for (const auto& [name, field] : fields)
       if (at != part.npos && part.substr(0, at) == name) to = field;
     if (to == nullptr || *to != 0) refuse(flag, text, wanted);
-    *to = whole(flag, part.substr(at + 1), text);
+    *to = whole(flag, part.substr(at + 1), part);
   }
   for (const auto& field : fields)
     if (*field.second == 0) refuse(flag, text, wanted);
@@ -101,13 +103,13 @@ void named_numbers(std::string_view flag, std::string_view text, std::string_vie
 
 /// One of the named shapes, or d=,f=,E=,k=.
 model_shape shape_of(std::string_view text) {
-  constexpr std::string_view wanted = "S1, S2, S3, S4 or d=2048,f=768,E=128,k=8, where k is 1, 2, 4, 6 or 8 and at most E";
+  constexpr std::string_view wanted = "S1, S2, S3, S4 or d=2048,f=768,E=128,k=8";
   for (const model_shape& s : named_shapes())
     if (s.name == text) return s;
   model_shape s;
   named_numbers("--shape", text, wanted, {{"d", &s.d}, {"f", &s.f}, {"E", &s.experts}, {"k", &s.k}});
-  const bool has_k = s.k == 1 || s.k == 2 || s.k == 4 || s.k == 6 || s.k == 8;
-  if (!has_k || s.k > s.experts) refuse("--shape", text, wanted);
+  if (const dim most = std::min<dim>(most_choices, s.experts); s.k > most)
+    refuse("--shape", "k=" + std::to_string(s.k), "k from 1 to " + std::to_string(most) + (most == s.experts ? " (E)" : ""));
   for (const auto& [letter, n] : {std::pair{'d', s.d}, {'f', s.f}, {'E', s.experts}, {'k', s.k}})
     s.name.append(1, letter).append(std::to_string(n));
   return s;

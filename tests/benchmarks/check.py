@@ -24,7 +24,7 @@ TYPES = {"f32": (4, ()), "bf16": (2, ("amx_bf16_flops_per_s",)), "f16": (2, ()),
          "int8": (1, ("amx_int8_ops_per_s", "vnni_int8_ops_per_s")),
          "int4": (0.5625, ("amx_int8_ops_per_s", "vnni_int8_ops_per_s")),
          "ternary": (0.25, ("amx_int8_ops_per_s", "vnni_int8_ops_per_s"))}
-SHAPE = {"d": 48, "f": 40, "E": 8, "k": 2}
+SHAPE = {"d": 48, "f": 40, "E": 8, "k": 3}
 HEADS = {"h": 4, "hkv": 2, "d": 24, "m": 30, "n": 50}
 HERE = pathlib.Path(__file__).resolve().parent
 PLOT = HERE.parents[1] / "benchmarks" / "plot.py"
@@ -193,7 +193,10 @@ def main():
     check_peers(program)
     check_attention(program)
 
-    for flags in (["--shape", "d=8,f=8,E=2,k=4"], ["--type", "f33"], ["--tokens", "0"], ["--skew", "x"], ["--threads"], ["--fast"]):
+    for k, E in ((0, 8), (9, 8), (33, 64)):
+        ran = run(program, "--shape", f"d=8,f=8,E={E},k={k}")
+        expect(ran.returncode == 2 and ran.stderr.startswith(f'--shape: "k={k}", expected'), f"k={k} of {E} gave {ran}")
+    for flags in (["--shape", "d=8,f=8,E=2"], ["--type", "f33"], ["--tokens", "0"], ["--skew", "x"], ["--threads"], ["--fast"]):
         ran = run(program, *flags)
         expect(ran.returncode == 2 and flags[0] in ran.stderr and "usage:" in ran.stderr, f"{flags} gave {ran}")
 
