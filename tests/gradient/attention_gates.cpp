@@ -186,9 +186,67 @@ errors worst() {
   return e;
 }
 
+/// How many columns of m[rows, cols] are independent, up to the rounding of floats.
+dim rank(std::vector<std::vector<double>> m) {
+  dim found = 0;
+  for (std::size_t c = 0; c < m[0].size(); ++c) {
+    const auto first = m.begin() + found;
+    const auto pivot =
+        std::max_element(first, m.end(), [c](const auto& a, const auto& b) { return std::fabs(a[c]) < std::fabs(b[c]); });
+    if (pivot == m.end() || std::fabs((*pivot)[c]) < 1e-4) continue;
+    std::iter_swap(first, pivot);
+    for (auto row = first + 1; row != m.end(); ++row) {
+      const double factor = (*row)[c] / (*first)[c];
+      for (std::size_t j = c; j < first->size(); ++j) (*row)[j] -= factor * (*first)[j];
+    }
+    ++found;
+  }
+  return found;
+}
+template <class G>
+struct output_gated : moe::attention_features {
+  using output_gate = moe::output_gate<G>;
+};
+/// Ranks of what one head gives for the second token of each of many pairs, and of that beside what its values are made of:
+/// keys are zero, so that it is the mean of the pair. `constant` takes the logits' weights away.
+template <class G>
+std::pair<dim, dim> ranks(bool constant) {
+  constexpr dim model = 6, dv = 2, pairs = 60, tokens = 2 * pairs;
+  const moe::self_attention<output_gated<G>, moe::scalar<>> net(model, {.heads = 1, .kv_heads = 1, .d = 4, .dv = dv});
+  moe::buffer params(net.weight_bytes()), work(net.scratch_bytes(tokens, pairs));
+  moe::arena p(params.bytes()), mem(work.bytes());
+  const auto w = net.make_weights(p);
+  const std::vector<float> random = normals(params.as<float>().size(), 3, 0.7f);
+  std::copy(random.begin(), random.end(), params.as<float>().begin());
+  std::fill_n(w.k.data, w.k.rows * w.k.cols, 0.f);
+  if (constant) std::fill_n(w.output_gate.data, w.output_gate.rows * w.output_gate.cols, 0.f);
+  std::vector<idx> each;
+  for (dim t = 0; t <= tokens; t += 2) each.push_back(static_cast<idx>(t));
+  std::vector<float> x = normals(tokens * model, 7, 1), y(x.size());
+  net.forward(w, {{x.data(), tokens, model}, {each, {}}, {}}, {y.data(), tokens, model}, mem);
+  std::vector<std::vector<double>> outputs, beside;
+  for (std::size_t t = 1; t < tokens; t += 2) {
+    std::vector<double> both;
+    for (std::size_t j = 0; j < model; ++j) both.push_back((double{x[(t - 1) * model + j]} + double{x[t * model + j]}) / 2);
+    both.insert(both.end(), y.data() + t * model, y.data() + (t + 1) * model);
+    outputs.emplace_back(both.begin() + model, both.end());
+    beside.push_back(both);
+  }
+  return {rank(outputs), rank(beside)};
+}
+
 }  // namespace
 
 TEST_SUITE("attention/gates") {
+  TEST_CASE_TEMPLATE(
+      "with a constant gate a head is a linear map of rank dv of its values' tokens; with one of the token it "
+      "is no such map",
+      G, moe::elementwise, moe::headwise, moe::head_shared) {
+    // Outputs lie in the dv columns of the output projection, but only those of a constant gate follow from the tokens'
+    // mean, whose rank is the model's width.
+    CHECK(ranks<G>(true) == std::pair<dim, dim>(2, 6));
+    CHECK(ranks<G>(false) == std::pair<dim, dim>(2, 6 + 2));
+  }
   TEST_CASE_TEMPLATE("a gate at any position, and all of them, give the formulas in double and their gradients", C, plain,
                      on_output, on_values, on_keys, on_queries, on_layer, everywhere, convolved) {
     const errors e = worst<C>();

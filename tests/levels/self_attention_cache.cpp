@@ -37,6 +37,35 @@ struct halves : C {
   using element = moe::bf16;
 };
 
+/// One kind of gate before attention and one behind it; the logits of G1 are fused, or of a matrix of their own.
+struct headwise_output : published {
+  using output_gate = moe::output_gate<moe::headwise>;
+  using key_gate = moe::output_gate<moe::headwise>;
+};
+struct shared_output : moe::attention_features {
+  using rotary = moe::rotary<moe::interleaved_pairs>;
+  using output_gate = moe::output_gate<moe::head_shared>;
+  using key_gate = moe::output_gate<moe::elementwise>;
+};
+struct shared_fused : shared_output {
+  template <class Gate>
+  using projection = moe::grouped_projection<Gate>;
+};
+struct added_output : moe::attention_features {
+  using output_gate = moe::output_gate<moe::elementwise, moe::silu, moe::additive>;
+  using query_gate = moe::output_gate<moe::head_shared, moe::ns_sigmoid>;
+};
+struct every_gate : convolved {
+  using output_gate = moe::output_gate<moe::head_shared>;
+  using value_gate = moe::output_gate<moe::head_shared>;
+  using key_gate = moe::output_gate<moe::elementwise>;
+  using query_gate = moe::output_gate<moe::elementwise, moe::silu>;
+  using layer_gate = moe::output_gate<moe::elementwise, moe::ns_sigmoid>;
+};
+struct every_gate_of_blocks : every_gate {
+  using selection = moe::block_attention;
+};
+
 constexpr dim d = 12, N = 37, S = 2;
 constexpr moe::attention_heads heads{.heads = 4, .kv_heads = 2, .d = 8, .dv = 6};
 constexpr idx offsets[] = {0, N, 2 * N};
@@ -62,8 +91,12 @@ struct trial {
 
   template <class... Parts>
   explicit trial(const Parts&... parts)
-      : net(d, heads, parts...), params(net.weight_bytes()), angles(1 << 16), memory(net.template cache_bytes<T>(S, N)),
-        work(scratch(net)), mem(work.bytes()) {
+      : net(d, heads, parts...),
+        params(net.weight_bytes()),
+        angles(1 << 16),
+        memory(net.template cache_bytes<T>(S, N)),
+        work(scratch(net)),
+        mem(work.bytes()) {
     const auto all = params.template as<float>();
     const std::vector<float> random = normals(all.size(), 3, 0.4f);
     std::copy(random.begin(), random.end(), all.begin());
@@ -155,6 +188,25 @@ TEST_SUITE("attention/self_attention_cache") {
       CHECK(trial<halves<blocks>, moe::bf16>(moe::block_attention{.block = 4, .k = 3}).in_pieces() < 0.01);
       CHECK(trial<halves<convolved>, std::int8_t>().in_pieces() < 0.05);
     });
+  }
+  TEST_CASE("so they do with a gate at any position, of any kind") {
+    testing::at_every_level([] {
+      CHECK(trial<headwise_output, float>().in_pieces() < 2e-5);
+      CHECK(trial<shared_output, float>().in_pieces() < 2e-5);
+      CHECK(trial<shared_fused, float>().in_pieces() < 2e-5);
+      CHECK(trial<added_output, float>().in_pieces() < 2e-5);
+      CHECK(trial<every_gate, float>().in_pieces() < 2e-5);
+      CHECK(trial<every_gate_of_blocks, float>(moe::block_attention{.block = 4, .k = 3}).in_pieces() < 2e-5);
+    });
+  }
+  TEST_CASE_TEMPLATE("a gate adds nothing to the cache", T, float, moe::bf16, moe::f16, std::int8_t) {
+    const auto bytes = []<class C>(C) { return moe::self_attention<C, moe::cpu<>>(d, heads).template cache_bytes<T>(S, N); };
+    CHECK(bytes(published{}) == bytes(bare{}));
+    CHECK(bytes(headwise_output{}) == bytes(bare{}));
+    CHECK(bytes(shared_output{}) == bytes(bare{}));
+    CHECK(bytes(gated_values{}) == bytes(bare{}));
+    CHECK(bytes(every_gate{}) == bytes(convolved{}));
+    CHECK(bytes(every_gate_of_blocks{}) == bytes(blocks{}));
   }
   TEST_CASE("smaller elements cost their rounding and no more") {
     // Keys and values are off by 2^-9, 2^-12 and 1/254 of the largest of a row; results here are about as large as values.

@@ -230,12 +230,33 @@ TEST_SUITE("attention/output_gate") {
       CHECK(wrong == 0);
     });
   }
-  TEST_CASE("a gate that does not depend on the input is a stack whose rows are one") {
-    std::vector<float> learned = normals(n * width, 1), y = normals(T * n * width, 2), to(y.size());
-    const moe::matrix_stack<float> s{{learned.data(), T, width, 0}, width};
-    moe::output_gate<>{}.forward(on(), s, n, moe::split_heads(matrix(y, T), n), moe::split_heads(matrix(to, T), n));
-    const std::size_t last = y.size() - 1;
-    CHECK(to[last] == doctest::Approx(y[last] * value(moe::sigmoid{}, learned[n * width - 1])));
+  TEST_CASE("a gate that does not depend on the input is a stack whose rows are one; its gradient is their sum") {
+    for_every_gate([]<class V>(V) {
+      constexpr dim cols = V::gate::cols(n, width), own = V::gate::head_cols(width);
+      const std::vector<float> dto = normals(T * n * width, 3);
+      std::vector<float> learned = normals(cols, 1), y = normals(T * n * width, 2), to(y.size()), dy = dto, ds(T * cols);
+      const moe::matrix_stack<float> s{{learned.data(), T, own, 0}, own};
+      const auto heads = [](std::vector<float>& v) { return moe::split_heads(matrix(v, T), n); };
+      typename V::gate{}.forward(on(), s, n, heads(y), heads(to));
+      typename V::gate{}.backward(on(), s, n, heads(y), heads(dy), heads(dy), heads(ds));
+
+      reference::vec parameter = doubles(learned);
+      const auto expected = [&] {
+        reference::vec every;
+        for (dim t = 0; t < T; ++t) every.insert(every.end(), parameter.begin(), parameter.end());
+        return V::reference_of(doubles(y), every);
+      };
+      const auto loss = [&] {
+        const reference::vec gated = expected();
+        double sum = 0;
+        for (std::size_t i = 0; i < gated.size(); ++i) sum += gated[i] * dto[i];
+        return sum;
+      };
+      std::vector<float> slope(learned.size());
+      for (std::size_t i = 0; i < ds.size(); ++i) slope[i % slope.size()] += ds[i];
+      CHECK(reference::error(to, expected()) < 1e-6);
+      CHECK(reference::error(slope, reference::gradient(parameter, loss)) < 1e-5);
+    });
   }
 
   TEST_CASE("the fused projection keeps queries and logits of a key head together; splitting all columns fails") {
