@@ -324,17 +324,31 @@ TEST_SUITE("attention/key_convolution") {
     CHECK(reference::error(dk, gk) < 1e-4);
     CHECK(reference::error(dweight, gw) < 1e-4);
   }
-  TEST_CASE("without weights keys stay as they are, and a key reaches itself and the next W - 1") {
-    constexpr dim T = 8;
-    std::vector<float> k(T), weight(3), to(T, -1.f);
-    k[2] = 1;
-    moe::key_convolution<3>::weights w{matrix(weight, 3)};
-    moe::key_convolution<3>{}.forward(on(), w, matrix(k, T), {}, matrix(to, T));
+  TEST_CASE_TEMPLATE("without weights keys stay as they are, and a key reaches itself and the next W - 1", W,
+                     std::integral_constant<int, 3>, std::integral_constant<int, 5>) {
+    constexpr dim T = 9, at = 2;
+    using convolution = moe::key_convolution<W::value>;
+    std::vector<float> k(T), weight(W::value), to(T, -1.f), dk(T), dweight(W::value);
+    k[at] = 1;
+    typename convolution::weights w{matrix(weight, W::value)}, dw{matrix(dweight, W::value)};
+    convolution{}.forward(on(), w, matrix(k, T), {}, matrix(to, T));
     CHECK(to == k);
-    weight = {1, 2, 3};
-    moe::key_convolution<3>{}.forward(on(), w, matrix(k, T), {}, matrix(to, T));
-    for (std::size_t t = 0; t < T; ++t) CHECK((to[t] != 0) == (t >= 2 && t < 5));
-    CHECK(to[3] == doctest::Approx(2 / (1 + std::exp(-2.0))));
+    for (std::size_t l = 0; l < weight.size(); ++l) weight[l] = static_cast<float>(l + 1);
+    convolution{}.forward(on(), w, matrix(k, T), {}, matrix(to, T));
+    for (dim t = 0; t < T; ++t) {
+      const double z = t >= at && t < at + W::value ? static_cast<double>(t - at + 1) : 0;
+      CHECK(to[static_cast<std::size_t>(t)] == doctest::Approx((t == at ? 1 : 0) + z / (1 + std::exp(-z))));
+    }
+    // Backward from token 7 alone: to itself and the W - 1 keys before, which are zeros, where the slope of silu is 1/2.
+    std::fill(k.begin(), k.end(), 0.f);
+    std::vector<float> dto(T);
+    dto[7] = 1;
+    convolution{}.backward(on(), w, matrix(k, T), {}, matrix(dto, T), matrix(dk, T), dw);
+    for (dim t = 0; t < T; ++t) {
+      const dim l = 7 - t;
+      CHECK(dk[static_cast<std::size_t>(t)] ==
+            (l == 0 ? 1.f : 0.f) + (l >= 0 && l < W::value ? static_cast<float>(l + 1) / 2 : 0.f));
+    }
   }
   TEST_CASE_TEMPLATE("pieces and single steps give the same bits as whole sequences", T, float, bf16) {
     constexpr dim n = 11, c = 4, S = 2;  // two sequences of 11 and 7
