@@ -14,6 +14,7 @@ struct attention_sink {
   double first_token = 0;   ///< mean weight of the first token of the sequence
   double uniform = 0;       ///< the same if each query weighed all tokens alike
   double largest = 0;       ///< |h| in the residual stream
+  double gate = 0;          ///< mean value of the heads' gates, sigmoids of logits of their own; 0 without
   double bits = 0;          ///< per byte
 };
 
@@ -31,6 +32,7 @@ void add_block(const Block& block, const Context& c, std::span<const moe::idx> o
         for (moe::dim j = 0; j < heads.d; ++j) product += q[j] * k[j];
         out.first_token += std::exp(double{product * scale - a.lse(t, n)}) / static_cast<double>(heads.heads);
         out.uniform += 1 / static_cast<double>((t - offsets[s] + 1) * heads.heads);
+        if (a.logits) out.gate += double{moe::sigmoid{}(a.logits(t, n))} / static_cast<double>(heads.heads);
       }
 }
 
@@ -52,6 +54,7 @@ attention_sink measure_sink(const language_model_instance<Block>& m, const text&
   });
   out.first_token /= queries;
   out.uniform /= queries;
+  out.gate /= queries;
   return out;
 }
 

@@ -143,11 +143,12 @@ void compare_sinks(const settings& s, const Model& trained, const demo::corpus& 
   auto gated = make_model<gated_attention>(s, s.plain_embedding(), layer);
   demo::train(plain, "no gate", r, text.train, text.valid);
   demo::train(gated, "gate", r, text.train, text.valid);
-  std::printf("\nattention                 steps   bits per byte   weight of the first token   largest activation\n");
+  std::printf("\nattention                 steps   bits per byte   weight of the first token   largest activation   mean gate\n");
   const auto row = [&](const char* name, dim steps, const auto& model) {
     const demo::attention_sink a = demo::measure_sink(model, text.valid, r);
-    std::printf("  %-20s %8td %15.3f %13.3f (even: %.3f) %20.1f\n", name, steps, a.bits, a.first_token, a.uniform,
-                a.largest);
+    std::printf("  %-20s %8td %15.3f %13.3f (even: %.3f) %20.1f", name, steps, a.bits, a.first_token, a.uniform, a.largest);
+    if (a.gate > 0) std::printf(" %11.3f", a.gate);
+    std::printf("\n");
   };
   row("without gate", r.steps, plain);
   row("with gate", r.steps, gated);

@@ -269,5 +269,10 @@ TEST_SUITE("examples/language_model") {
     CHECK(sink.uniform == doctest::Approx((1 + 1. / 2 + 1. / 3 + 1. / 4 + 1. / 5 + 1. / 6 + 1. / 7 + 1. / 8) / 8));
     CHECK(sink.first_token == doctest::Approx(sink.uniform).epsilon(1e-5));
     CHECK(sink.largest > 0);
+    CHECK(sink.gate > 0);
+    CHECK(sink.gate < 1);
+    moe::matrix_view<float> gate = m.w.blocks[0].attention.output_gate;
+    std::fill_n(gate.data, gate.rows * gate.cols, 0.f);
+    CHECK(demo::measure_sink(m, t, r).gate == doctest::Approx(0.5));
   }
 }
