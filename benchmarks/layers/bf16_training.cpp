@@ -26,6 +26,14 @@ struct rounded_weights {
     round(w->gate, views.gate);
     round(w->down, views.down);
   }
+  void read_back(layer_source& to, moe::shape) const {
+    const auto widen = [](matrix_view<const moe::bf16> from, matrix_view<float> as) {
+      std::transform(from.data, from.data + from.rows * from.cols, as.data, [](moe::bf16 v) { return static_cast<float>(v); });
+    };
+    widen(views.up, to.up);
+    widen(views.gate, to.gate);
+    widen(views.down, to.down);
+  }
 };
 
 }  // namespace

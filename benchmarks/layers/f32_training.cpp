@@ -16,6 +16,7 @@ struct whole_weights {
     views.gate = w->gate;
     views.down = w->down;
   }
+  void read_back(layer_source&, moe::shape) const {}
 };
 
 }  // namespace

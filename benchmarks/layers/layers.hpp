@@ -29,7 +29,4 @@ std::unique_ptr<contestant> make_int8(const model_shape& s, bool backward);
 std::unique_ptr<contestant> make_int4(const model_shape& s, bool backward);
 std::unique_ptr<contestant> make_ternary(const model_shape& s, bool backward);
 
-/// Stacked matrices, one an expert, as they are once they were packed as ternary weights.
-void round_ternary(matrix_view<float> w, dim experts);
-
 }  // namespace bench

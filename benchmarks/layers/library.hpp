@@ -16,7 +16,7 @@
 namespace bench {
 
 /// `Weights` is what an expert needs of a layer: constructed from a layer_source, its shape and the policy; `views` are the
-/// expert's weights, `bytes` their size. `name` is that of the type.
+/// expert's weights, `bytes` their size, `read_back` writes them in float32.
 template <class Expert, class Weights>
 class library_layer : public contestant {
  protected:
@@ -33,6 +33,7 @@ class library_layer : public contestant {
     context_ = net_.make_inference_context(T, mem_);
     bind(batches);
   }
+  void read_back(layer_source& to) const override { layers_.back().read_back(to, net_.sizes()); }
   void run(std::size_t i, matrix_view<float> y) override { net_.forward(weights_[i], batches_[i].x, y, context_, mem_); }
 
  protected:

@@ -25,6 +25,22 @@ struct packed_weights {
     from.down = w->down;
     views = x.pack(from, s, mem);
   }
+  void read_back(layer_source& to, moe::shape s) const {
+    const dim inner = moe::detail::panels_of(s.f), outer = moe::detail::panels_of(s.d);
+    for (dim e = 0; e < s.experts; ++e) {
+      unpack(views.gate_up, 2 * e * inner, 2, to.gate.slice(e * s.f, s.f));
+      unpack(views.gate_up, 2 * e * inner + 1, 2, to.up.slice(e * s.f, s.f));
+      unpack(views.down, e * outer, 1, to.down.slice(e * s.d, s.d));
+    }
+  }
+
+ private:
+  /// Panels first, first + step, ...
+  static void unpack(const moe::packed_matrix<T>& from, dim first, dim step, matrix_view<float> to) {
+    constexpr dim rows = moe::detail::panel_rows;
+    for (dim r = 0; r < to.rows; ++r)
+      for (dim k = 0; k < to.cols; ++k) to(r, k) = from.weight(first + r / rows * step, r % rows, k);
+  }
 };
 
 template <class T>
@@ -44,16 +60,5 @@ std::unique_ptr<contestant> make_f16(const model_shape& s, bool) { return make<m
 std::unique_ptr<contestant> make_int8(const model_shape& s, bool) { return make<std::int8_t>(s); }
 std::unique_ptr<contestant> make_int4(const model_shape& s, bool) { return make<moe::int4_groups<32>>(s); }
 std::unique_ptr<contestant> make_ternary(const model_shape& s, bool) { return make<moe::ternary>(s); }
-
-void round_ternary(matrix_view<float> w, dim experts) {
-  using rule = moe::packing<moe::ternary>;
-  const dim rows = w.rows / experts;
-  for (dim e = 0; e < experts; ++e) {
-    const matrix_view<float> one = w.slice(e * rows, rows);
-    const float scale = rule::scale_of(matrix_view<const float>(one));
-    for (dim r = 0; r < rows; ++r)
-      for (dim k = 0; k < w.cols; ++k) one(r, k) = scale * rule::rounded(one(r, k), scale);
-  }
-}
 
 }  // namespace bench

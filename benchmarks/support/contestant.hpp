@@ -62,6 +62,8 @@ class contestant {
     bytes_ += add(w);
     ++layers_;
   }
+  /// Overwrites the layer that was taken last with what it rounded its weights to, where it did.
+  virtual void read_back(layer_source&) const {}
   /// Sizes what calls of `batches[i]` need; all have the same number of tokens. May be called again.
   virtual void prepare(std::span<const batch> batches, int threads) = 0;
   /// y[T,d] = batch i of those prepared.

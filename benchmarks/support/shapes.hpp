@@ -53,20 +53,22 @@ struct attention_form {
 enum class unit { fma, amx_bf16, amx_int8 };
 
 /// A type of weights: its name in tables and files, the bytes of a weight with its scales, the unit that multiplies it, and
-/// the largest relative error that its outputs may have against float32 products of the unrounded weights. Of ternary ones it is
-/// those of the rounded weights: rounding normal numbers so changes outputs by nearly as much as they are large.
+/// the largest relative error that outputs may have against float32 products of the weights that the library rounds to.
+/// Ours comes from rounding activations alone: up to 0.5 % where those are bf16, 4.2 % where they are bytes with a scale for
+/// each row, of which hidden ones have outliers; without the weakest of eight experts it would be 20 %. A peer may round weights
+/// once more, in a way of its own.
 struct weight_type {
   std::string_view name;
   double bytes;
   unit multiplies;
-  double tolerance;
+  double tolerance, peer_tolerance;
 };
 
-inline constexpr std::array<weight_type, 6> weight_types{{{"f32", 4, unit::fma, 1e-4},
-                                                          {"bf16", 2, unit::amx_bf16, 2e-2},
-                                                          {"f16", 2, unit::fma, 2e-3},
-                                                          {"int8", 1, unit::amx_int8, 8e-2},
-                                                          {"int4", 0.5625, unit::amx_int8, 0.4},
-                                                          {"ternary", 0.25, unit::amx_int8, 8e-2}}};
+inline constexpr std::array<weight_type, 6> weight_types{{{"f32", 4, unit::fma, 1e-4, 1e-4},
+                                                          {"bf16", 2, unit::amx_bf16, 2e-2, 2e-2},
+                                                          {"f16", 2, unit::fma, 2e-3, 2e-3},
+                                                          {"int8", 1, unit::amx_int8, 6e-2, 8e-2},
+                                                          {"int4", 0.5625, unit::amx_int8, 6e-2, 0.4},
+                                                          {"ternary", 0.25, unit::amx_int8, 6e-2, 8e-2}}};
 
 }  // namespace bench
