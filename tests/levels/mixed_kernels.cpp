@@ -90,24 +90,33 @@ struct trial {
       for (dim r = 0; r < m; ++r) CHECK(std::memcmp(second.row(r), c.row(r), static_cast<std::size_t>(n) * sizeof(float)) == 0);
       return;
     }
-    // Sums start from nothing or are added to, in rows with room for whole panels.
+    // Sums start from nothing or are added to, in rows with room for whole panels; results also go to rows of whole lines or
+    // with gaps.
     const moe::buffer room(static_cast<std::size_t>(halves.product_room(n)));
     const dim stride = (n + 31) / 32 * 32 + 3;
-    const auto multiply = [&](std::vector<float> sums, bool more) {
+    const std::vector<float> old(c.data, c.data + (m - 1) * c.ld + n);
+    const matrix_view<const float> before{old.data(), m, n, c.ld};
+    const auto multiply = [&](std::vector<float> sums, bool more, matrix_view<float> out) {
       const matrix_view<float> to{sums.data(), m, n, stride};
-      for (dim r = 0; more && r < m; ++r) std::copy_n(c.row(r), n, to.row(r));
-      if (what == product::packed) halves.gemm_nt(left, w(), to, more, w(), room.bytes().data());
-      else halves.gemm_nn(left, w(), to, more, room.bytes().data());
+      for (dim r = 0; more && r < m; ++r) std::copy_n(before.row(r), n, to.row(r));
+      if (what == product::packed) halves.gemm_nt(left, w(), to, more, out, w(), room.bytes().data());
+      else halves.gemm_nn(left, w(), to, more, out, room.bytes().data());
       return sums;
     };
     const std::vector<float> none(static_cast<std::size_t>(m * stride), NAN);
-    std::vector<float> alone = multiply(none, false), added = multiply(none, true);
-    for (dim r = 0; r < m; ++r)
+    const moe::buffer past(static_cast<std::size_t>(m * (stride - 3)) * sizeof(float));
+    const matrix_view<float> lines{past.as<float>().data(), m, n, stride - 3};
+    const std::vector<float> alone = multiply(none, false, lines), again = multiply(none, false, {}),
+                             added = multiply(none, true, c);
+    for (dim r = 0; r < m; ++r) {
+      const float *sums = alone.data() + r * stride, *sums_again = again.data() + r * stride;
+      REQUIRE(std::memcmp(sums, sums_again, static_cast<std::size_t>(n) * sizeof(float)) == 0);
+      REQUIRE(std::memcmp(sums, lines.row(r), static_cast<std::size_t>(n) * sizeof(float)) == 0);
       for (dim j = 0; j < n; ++j) {
         const auto at = static_cast<std::size_t>(r * stride + j);
-        REQUIRE_FALSE(std::abs(alone[at] + c(r, j) - added[at]) > 1e-3);
+        REQUIRE_FALSE(std::abs(alone[at] + before(r, j) - added[at]) > 1e-3);
       }
-    halves.stream(matrix_view<float>{added.data(), m, n, stride}, c);
+    }
   }
   /// Largest |c - wanted| of an element over the sum of its |terms|; infinite where the gap between rows was written to.
   double error(const std::vector<float>& got) const {

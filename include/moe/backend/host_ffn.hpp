@@ -86,22 +86,22 @@ void halves_up(const call<B>& on, const bank_rows& rows, const mixed_rows& x, co
   const half_slots<B> slots(on.backend, a.rows, (Form::gated ? 2 : 1) * round_up(f, 32), on.scratch);
   const matrix_view<bf16> halves = mixed(on, a).halves;
   helpers rounding;
-  for_each_tile(on, slots, half_grid(rows.offsets, f, up.first.cols, Form::gated ? 2 : 1),
-                [&](const half_slot& slot, const tile& t, const tile& next) {
-                  if (t.is_tall()) with_helpers(on, rounding, [&](const auto& all) { round_by_token(all, rows, x); });
-                  const matrix_view<float> sums = slot.sums.slice(0, t.rows);
-                  const matrix_view<float> g = sums.columns(0, t.columns),
-                                           u = sums.columns(Form::gated ? round_up(t.columns, 32) : 0, t.columns);
-                  if constexpr (Form::gated) half_product(arch{}, slot, t, x, gate, gate_bias, g, rows_of(up, t));
-                  half_product(arch{}, slot, t, x, up, up_bias, u, rows_of(Form::gated ? gate : up, next));
-                  if (z && Form::gated) slots.kernels.stream(g, part_of(z.columns(0, f), t));
-                  if (z) slots.kernels.stream(u, part_of(z.columns(Form::gated ? f : 0, f), t));
-                  for (dim r = 0; r < t.rows; ++r) {
-                    float row[widest];
-                    activate(arch{}, form, g.row(r), u.row(r), t.is_tall() ? row : part_of(a, t).row(r), t.columns);
-                    if (t.is_tall()) slots.kernels.round(row, part_of(halves, t).row(r), t.columns);
-                  }
-                });
+  for_each_tile(
+      on, slots, half_grid(rows.offsets, f, up.first.cols, Form::gated ? 2 : 1),
+      [&](const half_slot& slot, const tile& t, const tile& next) {
+        if (t.is_tall()) with_helpers(on, rounding, [&](const auto& all) { round_by_token(all, rows, x); });
+        const matrix_view<float> sums = slot.sums.slice(0, t.rows);
+        const matrix_view<float> g = sums.columns(0, t.columns),
+                                 u = sums.columns(Form::gated ? round_up(t.columns, 32) : 0, t.columns);
+        const auto kept = [&](int which) { return z ? part_of(z.columns(which * f, f), t) : matrix_view<float>{}; };
+        if constexpr (Form::gated) half_product(arch{}, slot, t, x, gate, gate_bias, g, kept(0), rows_of(up, t));
+        half_product(arch{}, slot, t, x, up, up_bias, u, kept(Form::gated), rows_of(Form::gated ? gate : up, next));
+        for (dim r = 0; r < t.rows; ++r) {
+          float row[widest];
+          activate(arch{}, form, g.row(r), u.row(r), t.is_tall() ? row : part_of(a, t).row(r), t.columns);
+          if (t.is_tall()) slots.kernels.round(row, part_of(halves, t).row(r), t.columns);
+        }
+      });
 }
 
 }  // namespace detail

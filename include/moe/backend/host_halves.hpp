@@ -151,17 +151,18 @@ void for_each_tile_by_columns(const call<B>& on, const half_slots<B>& slots, con
   });
 }
 
-/// c = a b[e]^T + bias for one tile, to which few rows come as floats; then the product with `next`.
+/// c = a b[e]^T + bias for one tile, to which few rows come as floats, also to `out`; then the product with `next`.
 template <class Arch>
 void half_product(Arch arch, const half_slot& slot, const tile& t, const mixed_rows& a, matrix_stack<const bf16> b,
-                  matrix_stack<const float> bias, matrix_view<float> c, matrix_view<const bf16> next) noexcept {
+                  matrix_stack<const float> bias, matrix_view<float> c, matrix_view<float> out,
+                  matrix_view<const bf16> next) noexcept {
   const arch::mixed_kernels k = mixed_kernels_of(arch);
   const matrix_view<const bf16> w = rows_of(b, t);
   if (bias.first || !t.is_tall()) start(arch, c, t, bias);
   if (t.is_tall())
-    k.halves.gemm_nt(a.halves.slice(t.row, t.rows), w, c, static_cast<bool>(bias.first), next, slot.room);
-  else
-    k.gemm_nt(a.floats.from(t.row), w, c);
+    return k.halves.gemm_nt(a.halves.slice(t.row, t.rows), w, c, static_cast<bool>(bias.first), out, next, slot.room);
+  k.gemm_nt(a.floats.from(t.row), w, c);
+  if (out) k.halves.stream(c, out);
 }
 /// grouped_gemm_nt of halves.
 template <HostBackend B, class... Then>
@@ -173,8 +174,7 @@ void halves_nt(const call<B>& on, const bank_rows& rows, const mixed_rows& a, ma
   const tile_grid grid = half_grid(rows.offsets, n, b.first.cols);
   const auto product = [&](const half_slot& slot, const tile& t, const tile& next) {
     const matrix_view<float> c = slot.sums.slice(0, t.rows).columns(0, t.columns);
-    half_product(typename B::arch{}, slot, t, a, b, bias, c, rows_of(b, next));
-    slots.kernels.stream(c, part_of(out, t));
+    half_product(typename B::arch{}, slot, t, a, b, bias, c, part_of(out, t), rows_of(b, next));
   };
   if constexpr (sizeof...(then) == 0)
     for_each_tile(on, slots, grid, product);
@@ -191,12 +191,12 @@ void halves_dgrad(const call<B>& on, const bank_rows& rows, const mixed_rows& dz
   const half_slots<B> slots(on.backend, dx.rows, n, on.scratch);
   for_each_tile(on, slots, half_grid(rows.offsets, n, w.first.rows), [&](const half_slot& slot, const tile& t, const tile&) {
     const matrix_view<float> c = slot.sums.slice(0, t.rows).columns(0, t.columns);
-    const auto add = [&](const mixed_rows& from, matrix_stack<const bf16> b, bool more) {
-      slots.kernels.gemm_nn(from.halves.slice(t.row, t.rows), b[t.expert].columns(t.column, t.columns), c, more, slot.room);
+    const auto add = [&](const mixed_rows& from, matrix_stack<const bf16> b, bool more, matrix_view<float> out) {
+      slots.kernels.gemm_nn(from.halves.slice(t.row, t.rows), b[t.expert].columns(t.column, t.columns), c, more, out,
+                            slot.room);
     };
-    add(dz, w, false);
-    if (w2.first) add(dz2, w2, true);
-    slots.kernels.stream(c, part_of(dx, t));
+    add(dz, w, false, w2.first ? matrix_view<float>{} : part_of(dx, t));
+    if (w2.first) add(dz2, w2, true, part_of(dx, t));
   });
 }
 /// grouped_wgrad of halves, of one gradient or, where there is a c2, of two.

@@ -238,13 +238,13 @@ struct half_kernels {
   void (*stream)(matrix_view<const float> from, matrix_view<float> to) noexcept = nullptr;
   dim (*product_room)(dim n) noexcept = nullptr;          ///< bytes for gemm_nt and gemm_nn
   dim (*gradient_room)(dim m, dim n) noexcept = nullptr;  ///< bytes for gemm_tn
-  /// c[m,n] = or, where `add`, += a[m,k] b[n,k]^T. Rows of c have room for whole blocks of 32. `next`, which may be empty,
-  /// are the weights of the product after this one.
+  /// c[m,n] = or, where `add`, += a[m,k] b[n,k]^T. Rows of c have room for whole blocks of 32. `out`, which may be empty,
+  /// gets a copy, as from `stream`. `next`, which may be empty, are the weights of the product after this one.
   void (*gemm_nt)(matrix_view<const bf16> a, matrix_view<const bf16> b, matrix_view<float> c, bool add,
-                  matrix_view<const bf16> next, std::byte* room) noexcept = nullptr;
+                  matrix_view<float> out, matrix_view<const bf16> next, std::byte* room) noexcept = nullptr;
   /// The same of a[m,k] b[k,n].
   void (*gemm_nn)(matrix_view<const bf16> a, matrix_view<const bf16> b, matrix_view<float> c, bool add,
-                  std::byte* room) noexcept = nullptr;
+                  matrix_view<float> out, std::byte* room) noexcept = nullptr;
   /// c[m,n] = or, where `add`, += a[k,m]^T b[k,n] and, where there is a c2, c2[m,n] likewise of a2[k,m]^T b. k may be 0.
   /// Others read c after the next join.
   void (*gemm_tn)(matrix_view<const bf16> a, matrix_view<const bf16> b, matrix_view<float> c, matrix_view<const bf16> a2,

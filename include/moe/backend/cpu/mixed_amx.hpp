@@ -57,18 +57,19 @@ class weights_ahead {
   dim apart_ = 0, row_ = 0, run_ = 0, at_ = 0;
 };
 
-/// Sums of a block, rows of 32 floats, that take the place of a part of a gradient. They are written past the caches, a few
-/// rows at a time while the next block is multiplied: a core that waits for memory would multiply nothing. To be settled.
+/// Sums of at most 32 columns that are done. They are written past the caches, a few rows at a time while the next ones are
+/// multiplied: a core that waits for memory would multiply nothing. To be settled.
 class sums_behind {
  public:
   sums_behind() noexcept = default;
-  sums_behind(const float* sums, matrix_view<float> to) noexcept
-      : sums_(sums), to_(to.data), ld_(to.ld), rows_(to.rows), cols_(to.cols), whole_(is_whole(to)) {}
+  /// Rows of the sums have room for 32 floats and lie `stride` apart.
+  sums_behind(const float* sums, dim stride, matrix_view<float> to) noexcept
+      : sums_(sums), to_(to.data), stride_(stride), ld_(to.ld), rows_(to.rows), cols_(to.cols), whole_(is_whole(to)) {}
 
   MOE_TARGET(MOE_AVX512)
   void write(dim rows) noexcept {
-    for (; rows > 0 && rows_ > 0; --rows, --rows_, sums_ += panel_rows, to_ += ld_) {
-      const __m512 left = _mm512_load_ps(sums_), right = _mm512_load_ps(sums_ + 16);
+    for (; rows > 0 && rows_ > 0; --rows, --rows_, sums_ += stride_, to_ += ld_) {
+      const __m512 left = _mm512_loadu_ps(sums_), right = _mm512_loadu_ps(sums_ + 16);
       if (whole_) {
         _mm512_stream_ps(to_, left);
         _mm512_stream_ps(to_ + 16, right);
@@ -86,7 +87,7 @@ class sums_behind {
 
   const float* sums_ = nullptr;
   float* to_ = nullptr;
-  dim ld_ = 0, rows_ = 0, cols_ = 0;
+  dim stride_ = 0, ld_ = 0, rows_ = 0, cols_ = 0;
   bool whole_ = false;
 };
 
@@ -101,7 +102,7 @@ struct rows_work {
   bool add;
   weights_ahead* ahead = nullptr;  ///< where rows pass by, so many of its lines come nearer in every step
   dim lines = 0;
-  sums_behind* behind = nullptr;  ///< where columns pass by, so many of its rows are written in every step
+  sums_behind* behind = nullptr;  ///< so many of its rows are written in every step
   dim written = 0;
 };
 
@@ -135,6 +136,7 @@ MOE_NO_INLINE void multiply_rows(const rows_work& w) noexcept {
       Tiles::load7(q + tile_bytes, line_bytes);
       Tiles::add_halves1();
       w.ahead->ask(w.lines);
+      w.behind->write(w.written);
       if (two) Tiles::pass5(lower, row);
     } else {
       Tiles::pass6(q, line_bytes);
@@ -245,10 +247,16 @@ class halves_product {
   ~halves_product() { Tiles::release(); }
 
   void ask(matrix_view<const bf16> next) noexcept { ahead_ = weights_ahead(next); }
+  /// c, 32 columns that are done, also go to `out`. To be settled.
+  void keep(matrix_view<const float> c, matrix_view<float> out) noexcept { behind_ = sums_behind(c.data, c.ld, out); }
+  void settle() noexcept {
+    behind_.write(a_.rows);
+    settle_lines();
+  }
 
   /// c[m,32] = or += columns `first` and on of a, `depth` of them, times packed columns.
   void multiply(dim first, dim depth, const std::byte* columns, matrix_view<float> c, bool add) noexcept {
-    const dim whole = depth / 32;
+    const dim whole = depth / 32, written = blocks(pair, whole > 0 ? whole : 1);
     for (dim b = 0; b < c.rows; b += pair) {
       const dim m = at_most(c.rows - b, pair), upper = at_most(m, tile_rows), lower = m - upper;
       float* sums = c.row(b);
@@ -256,7 +264,7 @@ class halves_product {
       const auto part = [&](const bf16* rows, dim ld, dim step, dim steps) {
         multiply_rows<Build, Tiles, passing::rows>({rows, lower > 0 ? rows + upper * ld : nullptr, ld, 32,
                                                     columns + step * 2 * tile_bytes, steps, sums, sums + upper * c.ld, c.ld,
-                                                    more, &ahead_, lines_});
+                                                    more, &ahead_, lines_, &behind_, written});
         more = true;
       };
       heights_.set(upper, lower > 0 ? lower : 1);
@@ -265,6 +273,7 @@ class halves_product {
       round_up_rows(a_.slice(b, m).columns(first + whole * 32, depth - whole * 32), last_);
       part(last_, 32, whole, 1);
     }
+    behind_.write(a_.rows);
   }
 
  private:
@@ -274,14 +283,15 @@ class halves_product {
   matrix_view<const bf16> a_;
   dim lines_;  // asked for in a step: a panel's in the steps of one
   weights_ahead ahead_;
+  sums_behind behind_;
   tile_heights<Tiles> heights_;
 };
 
-/// c[m,n] = or += a[m,k] b[n,k]^T. 32 rows of b are met by all rows of a, as many columns of which as stay in the second
-/// cache.
+/// c[m,n] = or += a[m,k] b[n,k]^T, also to `out`. 32 rows of b are met by all rows of a, as many columns of which as stay in
+/// the second cache.
 template <int Build, class Tiles>
 void product_nt_amx(matrix_view<const bf16> a, matrix_view<const bf16> b, matrix_view<float> c, bool add,
-                    matrix_view<const bf16> next, std::byte* room) noexcept {
+                    matrix_view<float> out, matrix_view<const bf16> next, std::byte* room) noexcept {
   constexpr dim kept = dim{1} << 18;
   const dim deep = kept / c.rows < half_cut ? half_cut : kept / c.rows / half_cut * half_cut;
   halves_product<Build, Tiles> product(a);
@@ -300,22 +310,28 @@ void product_nt_amx(matrix_view<const bf16> a, matrix_view<const bf16> b, matrix
       for (dim cut = 0; cut < w.cols; cut += half_cut) {
         const dim depth = at_most(w.cols - cut, half_cut);
         pack_rows(w.columns(cut, depth), room);
-        product.multiply(first + cut, depth, room, c.columns(j, at_most(c.cols - j, panel_rows)), add || first + cut > 0);
+        product.multiply(first + cut, depth, room, c.columns(j, w.rows), add || first + cut > 0);
       }
+      if (out && first + w.cols == a.cols) product.keep(c.columns(j, w.rows), out.columns(j, w.rows));
     }
+  if (out) product.settle();
 }
-/// c[m,n] = or += a[m,k] b[k,n]. Rows of b are met a cut at a time, in all columns.
+/// c[m,n] = or += a[m,k] b[k,n], also to `out`. Rows of b are met a cut at a time, in all columns.
 template <int Build, class Tiles>
 void product_nn_amx(matrix_view<const bf16> a, matrix_view<const bf16> b, matrix_view<float> c, bool add,
-                    std::byte* room) noexcept {
+                    matrix_view<float> out, std::byte* room) noexcept {
   halves_product<Build, Tiles> product(a);
   for (dim first = 0; first < a.cols; first += half_cut) {
     const dim depth = at_most(a.cols - first, half_cut);
     pack_columns(b.slice(first, depth), c.cols, room);
     const std::byte* columns = room;
-    for (dim j = 0; j < c.cols; j += panel_rows, columns += blocks(depth, 32) * 2 * tile_bytes)
-      product.multiply(first, depth, columns, c.columns(j, at_most(c.cols - j, panel_rows)), add || first > 0);
+    for (dim j = 0; j < c.cols; j += panel_rows, columns += blocks(depth, 32) * 2 * tile_bytes) {
+      const dim n = at_most(c.cols - j, panel_rows);
+      product.multiply(first, depth, columns, c.columns(j, n), add || first > 0);
+      if (out && first + depth == a.cols) product.keep(c.columns(j, n), out.columns(j, n));
+    }
   }
+  if (out) product.settle();
 }
 
 /// Columns of a as rows: sixteen after another, of each step after step.
@@ -378,7 +394,7 @@ void product_tn_packed(matrix_view<const bf16> a, const std::byte* columns, matr
       if (add) {
         add_sums(own, to);
       } else {
-        behind = sums_behind(own, to);
+        behind = sums_behind(own, panel_rows, to);
         turn = 1 - turn;
       }
     }
