@@ -158,6 +158,13 @@ MOE_NO_INLINE void multiply_rows(const rows_work& w) noexcept {
   Tiles::compiler_fence();
 }
 
+/// Asks for the first lines of rows p and the next, if they are there. Where a few columns of all rows are read, no hardware
+/// knows that the next row comes after them.
+inline void ask_rows(matrix_view<const bf16> w, dim p) noexcept {
+  if (p < w.rows) moe::detail::prefetch_second(w.row(p));
+  if (p + 1 < w.rows) moe::detail::prefetch_second(w.row(p + 1));
+}
+
 /// Rows p and the next of n columns of w, side by side: sixteen columns go to `left`, sixteen to `right`.
 MOE_TARGET(MOE_AVX512)
 inline void pair_rows(matrix_view<const bf16> w, dim p, dim n, void* left, void* right) noexcept {
@@ -209,11 +216,15 @@ constexpr dim packed_bytes(dim columns) noexcept { return round_up(columns, pane
 /// Packs the first n columns of w, at most half_cut deep: 32 columns after another, of each step after step.
 MOE_TARGET(MOE_AVX512)
 inline void pack_columns(matrix_view<const bf16> w, dim n, std::byte* to) noexcept {
+  constexpr dim asked = 8;
   const dim steps = blocks(w.rows, 32);
   for (dim p = 0; p < steps * 32; p += 2) {
     std::byte* at = to + p / 32 * 2 * tile_bytes + p % 32 / 2 * line_bytes;
-    for (dim j = 0; j < n; j += panel_rows, at += steps * 2 * tile_bytes)
-      pair_rows(w.columns(j, n - j), p, n - j, at, at + tile_bytes);
+    for (dim j = 0; j < n; j += panel_rows, at += steps * 2 * tile_bytes) {
+      const matrix_view<const bf16> lines = w.columns(j, n - j);
+      ask_rows(lines, p + asked);
+      pair_rows(lines, p, lines.cols, at, at + tile_bytes);
+    }
   }
 }
 /// The same of the rows of w, as columns.
@@ -341,8 +352,11 @@ inline void turn_columns(matrix_view<const bf16> a, bf16* to) noexcept {
   const dim block = round_up(a.rows, 32) * tile_rows;
   for (dim p = 0; p < a.rows; p += 32)
     for (dim i = 0; i < a.cols; i += 32) {
-      for (dim q = 0; q < tile_rows; ++q)
-        pair_rows(a.columns(i, a.cols - i), p + 2 * q, a.cols - i, pairs[0] + q * 32, pairs[1] + q * 32);
+      const matrix_view<const bf16> lines = a.columns(i, a.cols - i);
+      for (dim q = 0; q < tile_rows; ++q) {
+        ask_rows(lines, p + 32 + 2 * q);
+        pair_rows(lines, p + 2 * q, lines.cols, pairs[0] + q * 32, pairs[1] + q * 32);
+      }
       for (dim h = 0; h < 2; ++h)
         turn_pairs(pairs[h], 32, reinterpret_cast<float*>(to + (i / tile_rows + h) * block + p * tile_rows));
     }
