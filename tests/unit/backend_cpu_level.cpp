@@ -78,6 +78,16 @@ TEST_SUITE("backend/cpu/level") {
     CHECK(lacking.starts_with("MOE_CPU_LEVEL asks for amx, this machine has scalar, avx2 ("));
     CHECK(lacking.ends_with(") [docs/backends.md]"));
   }
+  TEST_CASE("a program compiled for more than the machine has says so") {
+    using moe::detail::check_flags, moe::detail::level_of_flags;
+    const moe::detail::machine_level machine{cpu_level::avx2, "the processor lacks AVX-512"};
+    CHECK_NOTHROW(check_flags(level_of_flags(0), machine));
+    CHECK_NOTHROW(check_flags(level_of_flags(2), machine));
+    CHECK_NOTHROW(check_flags(level_of_flags(4), {cpu_level::neon, ""}));
+    CHECK_THROWS_WITH_AS(check_flags(level_of_flags(3), machine),
+                         "moe: compiled for avx512, this machine has avx2 (the processor lacks AVX-512) [docs/backends.md]",
+                         moe::level_error);
+  }
   TEST_CASE("a program chooses among the levels of the machine, and the report says so") {
     const moe::cpu_level_report before = moe::report_cpu_level();
     CHECK(includes(before.machine, before.level));

@@ -109,6 +109,17 @@ inline cpu_level level_named(std::string_view text, cpu_level machine, const cha
   throw level_error(std::string(what) + " is \"" + std::string(text) + "\", expected one of " + had + " [docs/backends.md]");
 }
 
+/// The level that the compiler's flags promise, by their number build_level.
+constexpr cpu_level level_of_flags(int build) noexcept {
+  return build == 3 ? cpu_level::avx512 : build == 2 ? cpu_level::avx2 : cpu_level::scalar;
+}
+/// Throws level_error where a program was compiled for more than this machine has.
+inline void check_flags(cpu_level flags, machine_level machine) {
+  if (!includes(machine.level, flags))
+    throw level_error("moe: compiled for " + std::string(name(flags)) + ", this machine has " +
+                      std::string(name(machine.level)) + " (" + machine.why + ") [docs/backends.md]");
+}
+
 /// What MOE_CPU_LEVEL says, or nothing.
 inline std::string_view wanted_level() noexcept {
   const char* text = std::getenv("MOE_CPU_LEVEL");
@@ -144,9 +155,12 @@ inline cpu_level_report report_cpu_level() noexcept {
   return {cpu_level_in_use(), detail::this_machine().level, detail::current_level().why.load(std::memory_order_relaxed)};
 }
 
-/// Throws level_error where MOE_CPU_LEVEL names no level, or one that this machine lacks. Called wherever a
-/// cpu backend is made; until it has been, such a value is as if it were not set.
-inline void check_cpu_level() {
+/// Throws level_error where MOE_CPU_LEVEL names no level, or one that this machine lacks, and where the compiler's flags
+/// promise what it lacks: of this file, whose number is in the name. Called wherever a cpu backend is made; until it has
+/// been, such a value is as if it were not set.
+template <int Build = detail::build_level>
+void check_cpu_level() {
+  detail::check_flags(detail::level_of_flags(Build), detail::this_machine());
   if (const std::string_view wanted = detail::wanted_level(); !wanted.empty())
     detail::level_named(wanted, detail::this_machine().level, "MOE_CPU_LEVEL");
 }

@@ -1,0 +1,10 @@
+# SPDX-License-Identifier: Apache-2.0
+foreach(program IN ITEMS ANY FLAGS)
+  execute_process(COMMAND ${${program}} OUTPUT_VARIABLE ${program}_bits ERROR_VARIABLE error RESULT_VARIABLE result)
+  if(NOT result EQUAL 0)
+    message(FATAL_ERROR "${${program}}: ${result} ${error}")
+  endif()
+endforeach()
+if(NOT ANY_bits STREQUAL FLAGS_bits)
+  message(FATAL_ERROR "chosen at run time:\n${ANY_bits}\nby flags:\n${FLAGS_bits}")
+endif()
