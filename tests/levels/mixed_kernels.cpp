@@ -151,6 +151,8 @@ void on_every_rung(F f) {
     f("amx, emulated", mixed_kernels_of(moe::arch::amx{}, testing::emulated_tiles{}), true);
   }
   if (includes(machine, moe::cpu_level::amx)) f("amx", mixed_kernels_of(moe::arch::amx{}), true);
+#elif defined(__aarch64__)
+  f("neon", mixed_kernels_of(moe::arch::neon{}), false);
 #endif
 }
 

@@ -6,6 +6,7 @@
 #include "moe/backend/cpu/attention_amx_gathered.hpp"
 #include "moe/backend/cpu/attention_avx2.hpp"
 #include "moe/backend/cpu/attention_avx512.hpp"
+#include "moe/backend/cpu/attention_neon.hpp"
 #include "moe/backend/cpu/compiled.hpp"
 #include "moe/backend/cpu/level.hpp"
 
@@ -15,23 +16,22 @@ attention_kernels attention_kernels_of(compiled) noexcept;
 
 #if !defined(MOE_SEPARATE_KERNELS)
 
-/// Of the level in use, or of the blocks `K` of the build where that level has none of its own.
-template <int Build, class K>
+template <int Build>
 attention_kernels attention_kernels_in_use() noexcept {
 #if defined(MOE_X86)
   const cpu_level level = cpu_level_in_use();
   if (level == cpu_level::amx) return detail::attention_on_tiles<Build, detail::hardware_tiles>();
   if (includes(level, cpu_level::avx512)) return detail::attention_of<detail::attention_avx512<Build>>;
   if (includes(level, cpu_level::avx2)) return detail::attention_of<detail::attention_avx2<Build>>;
-  return detail::attention_of<detail::attention_loops<detail::lane_blocks<detail::plain_lanes<Build>>>>;
-#else
-  return detail::attention_of<detail::attention_loops<K>>;
+#elif defined(__aarch64__)
+  if (cpu_level_in_use() == cpu_level::neon) return detail::attention_of<detail::attention_neon<Build>>;
 #endif
+  return attention_kernels_of(basic_scalar<Build>{});
 }
 
 template <class Set>
 attention_kernels attention_kernels_of(simd<Set>) noexcept {
-  return attention_kernels_in_use<moe::detail::build_level, typename detail::simd_blocks<Set>::type>();
+  return attention_kernels_in_use<moe::detail::build_level>();
 }
 
 #endif

@@ -5,6 +5,7 @@
 #include "moe/backend/cpu/compiled.hpp"
 #include "moe/backend/cpu/decode_avx2.hpp"
 #include "moe/backend/cpu/decode_bytes_avx512.hpp"
+#include "moe/backend/cpu/decode_neon.hpp"
 
 namespace moe::arch {
 

@@ -7,6 +7,7 @@
 #include "moe/backend/cpu/blocks_avx2.hpp"
 #include "moe/backend/cpu/blocks_avx512.hpp"
 #include "moe/backend/cpu/compiled.hpp"
+#include "moe/backend/cpu/lanes_neon.hpp"
 #include "moe/backend/cpu/level.hpp"
 #include "moe/backend/cpu/simd.hpp"
 
@@ -45,6 +46,8 @@ const float_kernels& float_kernels_in_use() noexcept {
   const cpu_level level = cpu_level_in_use();
   if (includes(level, cpu_level::avx512)) return kernels_from_blocks<blocks_avx512<Build>>;
   if (includes(level, cpu_level::avx2)) return kernels_from_blocks<blocks_avx2<Build>>;
+#elif defined(__aarch64__)
+  if (cpu_level_in_use() == cpu_level::neon) return kernels_from_blocks<blocks_neon<Build>>;
 #endif
   return kernels_from_blocks<lane_blocks<plain_lanes<Build>>>;
 #endif

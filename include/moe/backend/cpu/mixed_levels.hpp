@@ -6,6 +6,7 @@
 #include "moe/backend/cpu/blocks_avx2.hpp"
 #include "moe/backend/cpu/blocks_avx512.hpp"
 #include "moe/backend/cpu/compiled.hpp"
+#include "moe/backend/cpu/lanes_neon.hpp"
 #include "moe/backend/cpu/level.hpp"
 #include "moe/backend/cpu/mixed_amx.hpp"
 
@@ -31,6 +32,11 @@ template <int Build>
 mixed_kernels mixed_kernels_of(basic_avx512<Build>) noexcept {
   return detail::mixed_from_blocks<detail::blocks_avx512<Build>>;
 }
+#elif defined(__aarch64__)
+template <int Build>
+mixed_kernels mixed_kernels_of(basic_neon<Build>) noexcept {
+  return detail::mixed_from_blocks<detail::blocks_neon<Build>>;
+}
 #endif
 
 template <int Build>
@@ -40,6 +46,8 @@ mixed_kernels mixed_kernels_in_use() noexcept {
   if (level == cpu_level::amx) return mixed_kernels_of(basic_amx<Build>{});
   if (includes(level, cpu_level::avx512)) return mixed_kernels_of(basic_avx512<Build>{});
   if (includes(level, cpu_level::avx2)) return mixed_kernels_of(basic_avx2<Build>{});
+#elif defined(__aarch64__)
+  if (cpu_level_in_use() == cpu_level::neon) return mixed_kernels_of(basic_neon<Build>{});
 #endif
   return mixed_kernels_of(basic_scalar<Build>{});
 }

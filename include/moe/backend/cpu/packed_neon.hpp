@@ -3,25 +3,14 @@
 /// or 2 rows of floats against a whole one, which is then read in one go. Nothing beyond the base instruction set is used.
 #pragma once
 
-#include "moe/backend/cpu/ladder.hpp"
+#include "moe/backend/cpu/lanes_neon.hpp"
 #include "moe/backend/packed_kernels.hpp"
 
 #if defined(__aarch64__) && !defined(MOE_SEPARATE_KERNELS)
 
-#include <arm_neon.h>
-
 namespace moe::arch::detail {
 
 inline constexpr int rows_neon = 4;
-
-/// Four halves as floats.
-template <class T>
-inline float32x4_t widen_neon(uint16x4_t halves) noexcept {
-  if constexpr (std::same_as<T, bf16>)
-    return vreinterpretq_f32_u32(vshlq_n_u32(vmovl_u16(halves), 16));
-  else
-    return vcvt_f32_f16(vreinterpret_f16_u16(halves));
-}
 
 /// Four weights, the first or second of each slot, as floats.
 template <class T>
