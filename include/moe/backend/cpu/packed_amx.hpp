@@ -72,17 +72,92 @@ struct tiles_ahead {
   dim runs = 0, run_bytes = 0, lines = 1, window = 1 << 20;
 };
 
-/// Weights that lie in memory as tiles read them. Others (ternary_weights) are made so in the memory at `to`.
+/// Weights that lie in memory as tiles read them.
 class stored_weights {
  public:
   static constexpr dim step_bytes = 2 * tile_bytes;
 
-  MOE_INLINE explicit stored_weights(const std::byte* at, dim = 0, std::byte* = nullptr, dim = 0) noexcept : at_(at) {}
+  explicit stored_weights(const std::byte* at) noexcept : at_(at) {}
   /// The two tiles of the next step.
   MOE_INLINE const std::byte* next() noexcept { return (at_ += step_bytes) - step_bytes; }
 
  private:
   const std::byte* at_;
+};
+/// `steps` steps of codes from `first` on, as tiles in `kept` places of `to` in turn, made `lead` steps before they are
+/// read: beside the products of others.
+template <class Codes>
+class widened_weights {
+ public:
+  static constexpr dim lead = 2;
+
+  MOE_TARGET(MOE_AVX512_VNNI)
+  widened_weights(const Codes& codes, dim first, dim steps, std::byte* to, dim kept) noexcept
+      : codes_(codes),
+        step_(first),
+        end_(first + steps),
+        first_(to),
+        last_(to + kept * 2 * tile_bytes),
+        write_(to),
+        read_(to) {
+    for (dim s = 0; s < lead; ++s) widen();
+  }
+  MOE_TARGET(MOE_AVX512_VNNI)
+  MOE_INLINE const std::byte* next() noexcept {
+    widen();
+    const std::byte* at = read_;
+    read_ = following(read_);
+    return at;
+  }
+
+ private:
+  MOE_INLINE std::byte* following(std::byte* place) const noexcept {
+    return place + 2 * tile_bytes == last_ ? first_ : place + 2 * tile_bytes;
+  }
+  MOE_TARGET(MOE_AVX512_VNNI)
+  MOE_INLINE void widen() noexcept {
+    if (step_ == end_) return;
+    codes_.widen(2 * step_, write_);
+    codes_.widen(2 * step_ + 1, write_ + tile_bytes);
+    ++step_;
+    write_ = following(write_);
+  }
+
+  const Codes& codes_;
+  dim step_, end_;
+  std::byte *first_, *last_, *write_, *read_;
+};
+/// Weights at `at`. Halves of codes from half 2 first_step on become tiles from there on too, one beside the products of
+/// each step: of the next weights, in the place of a step that was read before; or of these, those from `ready` on.
+template <class Codes>
+class weights_beside_codes {
+ public:
+  weights_beside_codes(std::byte* at, const Codes& next, dim first_step, dim halves) noexcept
+      : stored_(at), codes_(next), skipped_(2 * first_step), half_(-1), halves_(halves), to_(at) {}
+  /// A first block reads two halves a step and has one made. `early` more than half of them, before, keep it ahead.
+  MOE_TARGET(MOE_AVX512_VNNI)
+  weights_beside_codes(std::byte* at, const Codes& own, dim first_step, dim halves, dim ready) noexcept
+      : stored_(at), codes_(own), skipped_(2 * first_step), half_(ready), halves_(halves), to_(at) {
+    constexpr dim early = 3;
+    for (dim i = 0; i < early; ++i) widen();
+  }
+  MOE_TARGET(MOE_AVX512_VNNI)
+  MOE_INLINE const std::byte* next() noexcept {
+    widen();
+    return stored_.next();
+  }
+
+ private:
+  MOE_TARGET(MOE_AVX512_VNNI)
+  MOE_INLINE void widen() noexcept {
+    if (half_ >= 0 && half_ < halves_) codes_.widen(skipped_ + half_, to_ + half_ * tile_bytes);
+    ++half_;
+  }
+
+  stored_weights stored_;
+  const Codes& codes_;
+  dim skipped_, half_, halves_;
+  std::byte* to_;
 };
 
 /// One or two tiles of prepared rows against one panel: sums = or += over `steps` steps.
@@ -99,7 +174,7 @@ struct tile_work {
 
 /// Rows that `Pass` leave the first cache to the weights.
 template <int Build, class Tiles, bool Bytes, bool Pass = false, class Weights = stored_weights>
-MOE_TARGET(MOE_AMX "," MOE_AVX512)
+MOE_TARGET(MOE_AMX "," MOE_AVX512_VNNI)
 MOE_NO_INLINE void multiply_tiles(const tile_work& w, Weights weights) noexcept {
   Tiles::compiler_fence();
   auto* c = static_cast<std::byte*>(w.sums);
@@ -183,47 +258,30 @@ class tile_heights {
   dim upper_ = 0, lower_ = 0;
 };
 
-/// A product, finish(block, panel) after each of its sums: floats, or integers in their place. It asks for `bytes` at `next`
-/// for each of its panels, by default for its own weights and those that come after them. `Weights` that are made in
-/// p.scratch are made for the first block of rows; those that follow it find them there.
-template <int Build, class Tiles, bool Bytes, class Weights = stored_weights, class Finish>
-void multiply_panels(const prepared_rows& a, const panel_product& p, Finish finish, const std::byte* next = nullptr,
-                     dim bytes = 0) noexcept {
-  constexpr bool stored = std::same_as<Weights, stored_weights>;
+/// A block of rows against a panel from a step on.
+template <class Tiles>
+tile_work work_of(const prepared_rows& a, const panel_product& p, dim b, dim panel, dim step, dim n,
+                  tile_heights<Tiles>& heights) noexcept {
+  const dim height = a.height_of(b), upper = height <= tile_rows ? height : (height + 1) / 2, lower = height - upper;
+  const std::byte* rows = a.block(b, step);
+  heights.set(upper, lower > 0 ? lower : 1);
+  return {rows, lower > 0 ? rows + upper * line_bytes : nullptr, height * line_bytes,         n,
+          {},   p.c.row(b * a.height) + panel * panel_rows,      p.c.ld * dim{sizeof(float)}, step > 0,
+          upper};
+}
+
+/// A product, finish(block, panel) after each of its sums: floats, or integers in their place.
+template <int Build, class Tiles, bool Bytes, class Finish>
+void multiply_panels(const prepared_rows& a, const panel_product& p, Finish finish) noexcept {
   const dim blocks = a.blocks(), steps = a.lines;
-  const dim lines =
-      next ? moe::detail::blocks(bytes, steps * line_bytes) : Weights::step_bytes / line_bytes;  // asked for in a step
-  constexpr dim pages = 4, page_bytes = 4096, few_steps = 4;
+  constexpr dim pages = 4, page_bytes = 4096, step_bytes = stored_weights::step_bytes, lines = step_bytes / line_bytes;
   tile_heights<Tiles> heights;
-  const auto work = [&](dim b, dim panel, dim step, dim n) noexcept {
-    const dim height = a.height_of(b), upper = height <= tile_rows ? height : (height + 1) / 2, lower = height - upper;
-    const std::byte* rows = a.block(b, step);
-    heights.set(upper, lower > 0 ? lower : 1);
-    return tile_work{rows,
-                     lower > 0 ? rows + upper * line_bytes : nullptr,
-                     height * line_bytes,
-                     n,
-                     {},
-                     p.c.row(b * a.height) + panel * panel_rows,
-                     p.c.ld * dim{sizeof(float)},
-                     step > 0,
-                     upper};
-  };
-  const auto weights = [&](dim panel, dim step, dim n, dim kept) noexcept {
-    return Weights(p.weights + panel * p.panel_bytes + step * Weights::step_bytes, n, p.scratch,
-                   moe::detail::at_most(n, kept));
-  };
   if (blocks == 1) {
     for (dim j = 0; j < p.panels; ++j) {
       const std::byte* own = p.weights + j * p.panel_bytes;
-      tile_work w = work(0, j, 0, steps);
-      if (next)
-        w.ahead = {next + j * bytes, 1, 0, lines};
-      else if (stored)
-        w.ahead = {own + pages * page_bytes, pages, page_bytes, 2 * tile_rows / pages, page_bytes / tile_bytes * pages / 2};
-      else
-        w.ahead = {own + from_memory, 1, 0, lines};
-      multiply_tiles<Build, Tiles, Bytes>(w, weights(j, 0, steps, few_steps));
+      tile_work w = work_of(a, p, 0, j, 0, steps, heights);
+      w.ahead = {own + pages * page_bytes, pages, page_bytes, lines / pages, page_bytes / tile_bytes * pages / 2};
+      multiply_tiles<Build, Tiles, Bytes>(w, stored_weights(own));
       finish(0, j);
     }
   } else {
@@ -233,22 +291,62 @@ void multiply_panels(const prepared_rows& a, const panel_product& p, Finish fini
         const dim n = a.stretch_at(step), end = step + n;
         // The same stretch of the next panel, else the next stretch of the first one, else what comes after these panels.
         const bool last = j + 1 == p.panels, over = last && end == steps;
-        const std::byte* ahead = next ? next + j * bytes + step * lines * line_bytes
-                                      : p.weights + (last && !over ? 0 : j + 1) * p.panel_bytes +
-                                            (!last  ? step
-                                             : over ? 0
-                                                    : end) *
-                                                Weights::step_bytes;
+        const std::byte* ahead = p.weights + (last && !over ? 0 : j + 1) * p.panel_bytes +
+                                 (!last  ? step
+                                  : over ? 0
+                                         : end) *
+                                     step_bytes;
         for (dim b = 0; b < blocks; ++b) {
-          tile_work w = work(b, j, step, n);
+          tile_work w = work_of(a, p, b, j, step, n, heights);
           w.ahead = {ahead + b * n * line_bytes, share, blocks * n * line_bytes};
-          if (stored || b == 0)
-            multiply_tiles<Build, Tiles, Bytes, true>(w, weights(j, step, n, n));
-          else
-            multiply_tiles<Build, Tiles, Bytes, true>(w, stored_weights(p.scratch));
+          multiply_tiles<Build, Tiles, Bytes, true>(w, stored_weights(p.weights + j * p.panel_bytes + step * step_bytes));
           if (end == steps) finish(b, j);
         }
       }
+  }
+  Tiles::release();
+}
+/// The same with codes that become bytes in p.scratch: of one block of rows just before they are read; of more a stretch of
+/// a panel, half of it beside the last block's products with the stretch before, half beside its own first block's.
+template <int Build, class Tiles, class Codes, class Finish>
+void multiply_codes(const prepared_rows& a, const panel_product& p, Finish finish) noexcept {
+  const dim blocks = a.blocks(), steps = a.lines;
+  constexpr dim lines = moe::detail::blocks(Codes::step_bytes, line_bytes), few_steps = 4;
+  tile_heights<Tiles> heights;
+  const auto codes_of = [&](dim j) noexcept { return Codes(p.weights + j * p.panel_bytes, p.scale + j * panel_rows); };
+  if (blocks == 1) {
+    for (dim j = 0; j < p.panels; ++j) {
+      const Codes codes = codes_of(j);
+      tile_work w = work_of(a, p, 0, j, 0, steps, heights);
+      w.ahead = {p.weights + j * p.panel_bytes + from_memory, 1, 0, lines};
+      multiply_tiles<Build, Tiles, true>(
+          w, widened_weights<Codes>(codes, 0, steps, p.scratch, moe::detail::at_most(steps, few_steps)));
+      finish(0, j);
+    }
+  } else {
+    const dim share = moe::detail::blocks(lines, blocks), pieces = moe::detail::blocks(steps, a.stretch) * p.panels;
+    const auto step_of = [&](dim piece) noexcept { return piece / p.panels * a.stretch; };
+    for (dim i = 0, ready = 0; i < pieces; ++i) {
+      const dim j = i % p.panels, step = step_of(i), n = a.stretch_at(step), end = step + n, after = step_of(i + 1);
+      const Codes codes = codes_of(j), next = codes_of(i + 1 < pieces ? (i + 1) % p.panels : j);
+      const dim next_halves = i + 1 < pieces ? 2 * a.stretch_at(after) : 0;
+      const std::byte* ahead = i + 1 < pieces ? p.weights + (i + 1) % p.panels * p.panel_bytes + after * Codes::step_bytes
+                                              : p.weights + p.panels * p.panel_bytes;
+      for (dim b = 0; b < blocks; ++b) {
+        tile_work w = work_of(a, p, b, j, step, n, heights);
+        w.ahead = {ahead + b * n * line_bytes, share, blocks * n * line_bytes};
+        if (b == 0 && i == 0)
+          multiply_tiles<Build, Tiles, true, true>(w, widened_weights<Codes>(codes, 0, n, p.scratch, n));
+        else if (b == 0)
+          multiply_tiles<Build, Tiles, true, true>(w, weights_beside_codes<Codes>(p.scratch, codes, step, 2 * n, ready));
+        else if (b + 1 == blocks)
+          multiply_tiles<Build, Tiles, true, true>(w, weights_beside_codes<Codes>(p.scratch, next, after, next_halves));
+        else
+          multiply_tiles<Build, Tiles, true, true>(w, stored_weights(p.scratch));
+        if (end == steps) finish(b, j);
+      }
+      ready = moe::detail::at_most(n - 1, next_halves);
+    }
   }
   Tiles::release();
 }
@@ -273,36 +371,22 @@ MOE_NO_INLINE void scale_sums(const prepared_rows& a, const panel_product& p, di
     _mm512_storeu_ps(c + 16, _mm512_mul_ps(_mm512_mul_ps(unit, right), high));
   }
 }
-template <int Build, class Tiles>
-void multiply_bytes_amx(const prepared_rows& a, const panel_product& p, const std::byte* next, dim bytes) noexcept {
-  multiply_panels<Build, Tiles, true>(
-      a, p, [&](dim b, dim panel) noexcept { scale_sums<Build>(a, p, b, panel, 128); }, next, bytes);
-}
 /// One row or two read weights from memory faster without tiles.
 template <int Build, class Tiles>
 void multiply_bytes_amx(const prepared_rows& a, const panel_product& p) noexcept {
   if (a.rows <= 2) return multiply_512<Build, std::int8_t>(a, p);
-  multiply_bytes_amx<Build, Tiles>(a, p, nullptr, 0);
+  multiply_panels<Build, Tiles, true>(a, p, [&](dim b, dim panel) noexcept { scale_sums<Build>(a, p, b, panel, 128); });
 }
-/// Many rows: two panels at a time are widened to bytes.
 template <int Build, class Tiles, class T>
 void multiply_int4_amx(const prepared_rows& a, const panel_product& p) noexcept {
   if (a.rows <= rows_512) return multiply_int4_512<Build, T>(a, p);
-  const dim k = a.lines * 64;
-  for (dim j = 0; j < p.panels; j += 2) {
-    const dim n = p.panels - j < 2 ? p.panels - j : 2;
-    const float* scale = p.scale + j * panel_rows;
-    for (dim i = 0; i < n; ++i)
-      widen_panel<Build, T>(p.weights + (j + i) * p.panel_bytes, k, scale + i * panel_rows, p.scratch + i * panel_rows * k);
-    multiply_bytes_amx<Build, Tiles>(
-        a, {p.scratch, panel_rows * k, n, scale, nullptr, p.c.columns(j * panel_rows, n * panel_rows)},
-        p.weights + (j + n) * p.panel_bytes, p.panel_bytes);
-  }
+  multiply_codes<Build, Tiles, int4_codes<Build, T>>(
+      a, p, [&](dim b, dim panel) noexcept { scale_sums<Build>(a, p, b, panel, 128); });
 }
 template <int Build, class Tiles>
 void multiply_ternary_amx(const prepared_rows& a, const panel_product& p) noexcept {
   if (a.rows <= 4) return multiply_ternary_512<Build>(a, p);
-  multiply_panels<Build, Tiles, true, ternary_weights<Build>>(
+  multiply_codes<Build, Tiles, ternary_codes<Build>>(
       a, p, [&](dim b, dim panel) noexcept { scale_sums<Build>(a, p, b, panel, 1); });
 }
 
@@ -414,7 +498,7 @@ packed_kernels kernels_of(basic_amx<Build>, weights_of<int4_groups<Group, Scale>
           2 * detail::tile_rows,
           320,
           true,
-          64,
+          32,
           detail::prepare_groups_512<Build, Group>,
           detail::multiply_int4_amx<Build, Tiles, int4_groups<Group, Scale>>,
           false,

@@ -78,8 +78,10 @@ MOE_NO_INLINE void multiply_block_groups(const block_work& w) noexcept {
         }
         ++start;
       }
-      if (part == 0) add_lines<false, rule::step_bytes, M>(q, x, ahead, pace, left, right);
-      else add_lines<true, rule::step_bytes, M>(q, x + 32, ahead, pace, left, right);
+      if (part == 0)
+        add_lines<false, rule::step_bytes, M>(q, x, ahead, pace, left, right);
+      else
+        add_lines<true, rule::step_bytes, M>(q, x + 32, ahead, pace, left, right);
       if (fine || (part == 1 && l % 2 == 1)) {
         const __m512 s = load_scales<typename T::scale>(scales), t = load_scales<typename T::scale>(scales + panel_rows);
         MOE_UNROLL
@@ -106,39 +108,72 @@ MOE_NO_INLINE void multiply_block_groups(const block_work& w) noexcept {
   }
 }
 
-/// A panel of bytes q + 128 with w ~ scale q, scale as packed for each row: 2048 times the ratio of a group's scale to its
-/// row's is multiplied with the weight at the top of a word, which leaves the rounded q in the upper byte.
+/// Codes of a panel as bytes p + 128, w ~ scale p, scale as packed for each row. With r the ratio of a group's scale to its
+/// row's, 256 (r q + 128.5) is a word whose upper byte is the rounded one; all of it is exact modulo 2^16 but r, which is
+/// rounded to 1/256.
+template <int Build, class T>
+class int4_codes {
+ public:
+  static constexpr dim step_bytes = packing<T>::step_bytes / 2;  ///< of 64 k
+
+  MOE_TARGET(MOE_AVX512_VNNI)
+  int4_codes(const std::byte* panel, const float* row_scale) noexcept : panel_(panel) {
+    for (int i = 0; i < panel_rows; i += 16) {
+      const __m512 s = _mm512_loadu_ps(row_scale + i);
+      const __mmask16 some = _mm512_cmp_ps_mask(s, _mm512_set1_ps(1e-30f), _CMP_GT_OQ);
+      _mm512_storeu_ps(per_ + i, _mm512_maskz_div_ps(some, _mm512_set1_ps(256), s));
+    }
+  }
+  /// Half h of the panel, a step's rows 0 .. 15 or 16 .. 31, as a tile.
+  MOE_TARGET(MOE_AVX512_VNNI)
+  MOE_INLINE void widen(dim h, std::byte* to) const noexcept {
+    const dim step = h / 2, side = h % 2;
+    const std::byte* block = panel_ + step / 2 * packing<T>::step_bytes;
+    const std::byte *lines = block + (step % 2 * 2 + side) * 512, *scales = block + 2048 + side * 32;
+    const __m512 per = _mm512_loadu_ps(per_ + side * 16);
+    const dim group = step % 2 * 64 / T::group * 64;
+    const __m512i lower = ratio(scales + group, per), upper = T::group == 32 ? ratio(scales + group + 64, per) : lower;
+    const __m512i lower_start = start(lower), upper_start = start(upper), code = _mm512_set1_epi16(15);
+    MOE_UNROLL
+    for (int i = 0; i < 8; ++i, to += line_bytes) {
+      const __m512i v = _mm512_loadu_si512(lines + i * line_bytes);
+      _mm512_storeu_si512(
+          to, bytes(_mm512_and_si512(v, code), _mm512_and_si512(_mm512_srli_epi16(v, 8), code), lower, lower_start));
+      _mm512_storeu_si512(to + tile_bytes / 2, bytes(_mm512_and_si512(_mm512_srli_epi16(v, 4), code),
+                                                     _mm512_srli_epi16(v, 12), upper, upper_start));
+    }
+  }
+
+ private:
+  /// 256 r in both words of each row.
+  MOE_TARGET(MOE_AVX512_VNNI)
+  MOE_INLINE static __m512i ratio(const std::byte* scales, __m512 per) noexcept {
+    const __m512i r = _mm512_cvtps_epi32(_mm512_mul_ps(per, load_scales<typename T::scale>(scales)));
+    return _mm512_or_si512(_mm512_slli_epi32(r, 16), _mm512_and_si512(r, _mm512_set1_epi32(0xffff)));
+  }
+  /// What makes 256 r (q + 8) the word that is wanted.
+  MOE_TARGET(MOE_AVX512_VNNI)
+  MOE_INLINE static __m512i start(__m512i ratio) noexcept {
+    return _mm512_sub_epi16(_mm512_set1_epi16(static_cast<short>(0x8080)), _mm512_slli_epi16(ratio, 3));
+  }
+  /// From words with the codes of even and of odd bytes.
+  MOE_TARGET(MOE_AVX512_VNNI)
+  MOE_INLINE static __m512i bytes(__m512i even, __m512i odd, __m512i ratio, __m512i start) noexcept {
+    even = _mm512_add_epi16(_mm512_mullo_epi16(even, ratio), start);
+    odd = _mm512_add_epi16(_mm512_mullo_epi16(odd, ratio), start);
+    const __m512i next = _mm512_set4_epi32(0x0f0f0d0d, 0x0b0b0909, 0x07070505, 0x03030101);
+    return _mm512_mask_shuffle_epi8(odd, 0x5555555555555555u, even, next);
+  }
+
+  const std::byte* panel_;
+  alignas(64) float per_[panel_rows];
+};
+
 template <int Build, class T>
 MOE_TARGET(MOE_AVX512_VNNI)
-MOE_NO_INLINE void widen_panel(const std::byte* panel, dim k, const float* row_scale, std::byte* to) noexcept {
-  using rule = packing<T>;
-  const __m512i eights = _mm512_set1_epi8(static_cast<char>(0x88)), top = _mm512_set1_epi16(static_cast<short>(0xf000));
-  const __m512i middle = _mm512_set1_epi16(static_cast<short>(0x8080)),
-                upper = _mm512_set1_epi16(static_cast<short>(0xff00));
-  for (int t = 0; t < 2; ++t) {
-    const __m512 s = _mm512_loadu_ps(row_scale + 16 * t);
-    const __m512 per = _mm512_maskz_div_ps(_mm512_cmp_ps_mask(s, _mm512_set1_ps(1e-30f), _CMP_GT_OQ), _mm512_set1_ps(2048), s);
-    for (dim b = 0; b < k / 128; ++b)
-      for (int h = 0; h < 4; ++h) {  // 32 k each
-        const std::byte* block = panel + b * rule::step_bytes;
-        const __m512 ratio =
-            _mm512_mul_ps(per, load_scales<typename T::scale>(block + 2048 + h * 32 / T::group * 64 + t * 32));
-        const __m512i one = _mm512_min_epi32(_mm512_cvtps_epi32(ratio), _mm512_set1_epi32(32767));
-        const __m512i factor = _mm512_or_si512(_mm512_slli_epi32(one, 16), _mm512_and_si512(one, _mm512_set1_epi32(0xffff)));
-        const std::byte* lines = block + (h / 2 * 2 + t) * 512;
-        std::byte* out = to + (2 * b + h / 2) * 2 * tile_bytes + t * tile_bytes + h % 2 * 512;
-        MOE_NO_UNROLL
-        for (int i = 0; i < 8; ++i) {
-          __m512i v = _mm512_loadu_si512(lines + i * line_bytes);
-          v = _mm512_xor_si512(h % 2 ? _mm512_srli_epi16(v, 4) : v, eights);
-          const __m512i even = _mm512_mulhrs_epi16(_mm512_and_si512(_mm512_slli_epi16(v, 12), top), factor);
-          const __m512i odd = _mm512_mulhrs_epi16(_mm512_and_si512(_mm512_slli_epi16(v, 4), top), factor);
-          const __m512i e = _mm512_srli_epi16(_mm512_add_epi16(even, middle), 8),
-                        o = _mm512_and_si512(_mm512_add_epi16(odd, middle), upper);
-          _mm512_storeu_si512(out + i * line_bytes, _mm512_or_si512(e, o));
-        }
-      }
-  }
+MOE_NO_INLINE void widen_panel(const std::byte* panel, dim steps, const float* row_scale, std::byte* to) noexcept {
+  const int4_codes<Build, T> codes(panel, row_scale);
+  for (dim h = 0; h < 2 * steps; ++h) codes.widen(h, to + h * tile_bytes);
 }
 
 template <int Build, class T>
@@ -153,7 +188,7 @@ void multiply_int4_512(const prepared_rows& a, const panel_product& p) noexcept 
   for (dim j = 0; j < p.panels; ++j) {
     const float* scale = p.scale + j * panel_rows;
     const std::byte* panel = p.weights + j * p.panel_bytes;
-    widen_panel<Build, T>(panel, k, scale, p.scratch);
+    widen_panel<Build, T>(panel, a.lines, scale, p.scratch);
     for_each_panel_block(a, {p.scratch, panel_rows * k, 1, scale, nullptr, p.c.columns(j * panel_rows, panel_rows)},
                          multiply_rows_512<Build, std::int8_t>, panel + p.panel_bytes, p.panel_bytes);
   }

@@ -71,51 +71,31 @@ void multiply_ternary_512(const prepared_rows& a, const panel_product& p) noexce
   });
 }
 
-/// `steps` steps of codes as bytes for tile instructions, in `kept` places of `to` in turn, made `lead` steps before they
-/// are read: beside the products of others.
+/// Codes of a panel as bytes.
 template <int Build>
-class ternary_weights {
+class ternary_codes {
  public:
-  static constexpr dim step_bytes = packing<ternary>::step_bytes, lead = 2;
+  static constexpr dim step_bytes = packing<ternary>::step_bytes;
 
+  explicit ternary_codes(const std::byte* panel, const float*) noexcept : panel_(panel) {}
+  /// Half h of the panel, a step's rows 0 .. 15 or 16 .. 31, as a tile.
   MOE_TARGET(MOE_AVX512)
-  ternary_weights(const std::byte* codes, dim steps, std::byte* to, dim kept) noexcept
-      : codes_(codes),
-        end_(codes + steps * step_bytes),
-        first_(to),
-        last_(to + kept * 2 * tile_bytes),
-        write_(to),
-        read_(to) {
-    for (dim s = 0; s < lead; ++s) widen();
-  }
-  MOE_TARGET(MOE_AVX512)
-  MOE_INLINE const std::byte* next() noexcept {
-    widen();
-    const std::byte* at = read_;
-    read_ = read_ + 2 * tile_bytes == last_ ? first_ : read_ + 2 * tile_bytes;
-    return at;
-  }
-
- private:
-  MOE_TARGET(MOE_AVX512)
-  MOE_INLINE void widen() noexcept {
-    if (codes_ == end_) return;
+  MOE_INLINE void widen(dim h, std::byte* to) const noexcept {
+    const std::byte* lines = panel_ + h * packing<ternary>::half_bytes;
     const __m512i mask = _mm512_set1_epi8(3);
     MOE_UNROLL
-    for (int line = 0; line < 8; ++line) {
-      __m512i v = _mm512_loadu_si512(codes_ + line * line_bytes);
+    for (int line = 0; line < 4; ++line) {
+      __m512i v = _mm512_loadu_si512(lines + line * line_bytes);
       MOE_UNROLL
       for (int n = 0; n < 4; ++n) {
-        _mm512_storeu_si512(write_ + line / 4 * tile_bytes + (4 * n + line % 4) * line_bytes, _mm512_and_si512(v, mask));
+        _mm512_storeu_si512(to + (4 * n + line) * line_bytes, _mm512_and_si512(v, mask));
         v = _mm512_srli_epi16(v, 2);
       }
     }
-    codes_ += step_bytes;
-    write_ = write_ + 2 * tile_bytes == last_ ? first_ : write_ + 2 * tile_bytes;
   }
 
-  const std::byte *codes_, *end_;
-  std::byte *first_, *last_, *write_, *read_;
+ private:
+  const std::byte* panel_;
 };
 
 }  // namespace moe::arch::detail
