@@ -5,6 +5,8 @@
 /// that chose a block are read as one dense tile, and the scores of all blocks are never stored.
 #pragma once
 
+#include <algorithm>
+
 #include "moe/backend/host_attention.hpp"
 #include "moe/backend/host_rows.hpp"
 
@@ -97,11 +99,12 @@ inline void key_blocks::find_own(const detail::attention_slot& s, slot& b) const
     b.none[r] = 0;
     b.own[r] = s.end[r] > 0 ? (s.end[r] - 1) / block : -1;
     b.all[r] = static_cast<idx>(r);
-    for (dim j = 0; j < earlier(); ++j) {
-      b.which[place(r, j)] = j < b.own[r] && b.own[r] <= earlier() ? static_cast<idx>(j) : -1;
-      b.best[place(r, j)] = -detail::infinity;
-    }
   }
+  const dim all = detail::round_up(s.state.q.rows, lanes) * earlier();
+  std::fill_n(b.best, all, -detail::infinity);
+  std::fill_n(b.which, all, idx{-1});
+  for (dim r = 0; r < s.state.q.rows && b.own[r] <= earlier(); ++r)
+    for (dim j = 0; j < b.own[r]; ++j) b.which[place(r, j)] = static_cast<idx>(j);
 }
 /// Rows with no more earlier blocks than they may choose have all of them, and give back those that are never chosen. Sums
 /// of products of numbers below 2^50 are numbers, so that hardly any is computed.
@@ -148,13 +151,14 @@ inline void key_blocks::rank(const attention_kernels& kernels, dim first, dim n,
 inline void key_blocks::group_by_block(dim rows_here, slot& b) const noexcept {
   const dim last = rows_here > 0 ? b.own[rows_here - 1] : -1;
   for (dim j = 0; j <= last + 1; ++j) b.offsets[j] = 0;
-  for (dim r = 0; r < rows_here; ++r)
-    for (dim j = 0; j < earlier(); ++j)
-      if (const idx which = b.which[place(r, j)]; which >= 0) ++b.offsets[which + 1];
+  for (dim i = 0; i < detail::round_up(rows_here, lanes) * earlier(); ++i)
+    if (b.which[i] >= 0) ++b.offsets[b.which[i] + 1];
   for (dim j = 0; j < last; ++j) b.offsets[j + 1] += b.offsets[j];
-  for (dim r = 0; r < rows_here; ++r)
-    for (dim j = 0; j < earlier(); ++j)
-      if (const idx which = b.which[place(r, j)]; which >= 0) b.list[b.offsets[which]++] = static_cast<idx>(r);
+  for (dim r = 0; r < rows_here; ++r) {
+    const idx* which = b.which + place(r, 0);
+    for (dim j = 0; j < earlier(); ++j, which += lanes)
+      if (*which >= 0) b.list[b.offsets[*which]++] = static_cast<idx>(r);
+  }
   for (dim j = last; j > 0; --j) b.offsets[j] = b.offsets[j - 1];  // each now ended where the next begins
   b.offsets[0] = 0;
 }

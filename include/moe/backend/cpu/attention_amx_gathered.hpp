@@ -59,16 +59,22 @@ class attention_tile_stream : attention_tile_blocks<Build, Tiles> {
     p.weights = f.weights[f.turn % 2];
     p.rows = moe::detail::at_most(visit.rows - i, pair);
     p.keys = visit.k.rows;
-    p.whole = p.keys % pair == 0;
+    const idx* rows = visit.row + i;
+    // Rows ascend, and so do the keys that they see.
+    p.whole =
+        p.keys % pair == 0 && f.state.first[rows[p.rows - 1]] <= visit.key && f.state.end[rows[0]] >= visit.key + p.keys;
     for (dim r = 0; r < p.rows; ++r) {
-      const idx row = p.at[r] = visit.row[i + r];
-      p.o[r] = f.state.o.row(row);
-      const dim first = f.state.first[row] - visit.key, end = f.state.end[row] - visit.key;
+      p.at[r] = rows[r];
+      p.o[r] = f.state.o.row(rows[r]);
+      p.first[r] = 0;
+      p.end[r] = static_cast<idx>(p.keys);
+    }
+    for (dim r = 0; !p.whole && r < p.rows; ++r) {
+      const dim first = f.state.first[rows[r]] - visit.key, end = f.state.end[rows[r]] - visit.key;
       p.first[r] = static_cast<idx>(first > 0 ? first : 0);
       p.end[r] = static_cast<idx>(moe::detail::at_most(end, p.keys));
-      p.whole = p.whole && p.first[r] == 0 && p.end[r] == p.keys;
     }
-    const dim lo = p.first[0], hi = p.end[p.rows - 1];  // rows ascend, and so do the keys that they see
+    const dim lo = p.first[0], hi = p.end[p.rows - 1];
     p.lo = lo < hi ? lo / pair * pair : 0;
     p.hi = lo < hi ? moe::detail::round_up(hi, pair) : 0;
     p.packed = visit.packed;
@@ -84,14 +90,18 @@ class attention_tile_stream : attention_tile_blocks<Build, Tiles> {
     start(s);
     score(s, s.whole);
     for (dim r = 0; !s.whole && r < s.rows; ++r) begins_in(s, r) ? take_row_anew(s, r) : take_row(s, r);
+    gather(stage(0));  // long before tiles load it
     weigh(w);
     if (f_.under_way.of != &w) finish_work();
     if (const unsigned strange = s.rows > 0 ? add_totals(s) : 0; strange != 0) {
-      if (s.whole) score(s, false);
+      if (s.whole) {
+        gather(s);
+        score(s, false);
+        gather(stage(0));
+      }
       for (dim r = 0; r < s.rows; ++r)
         if ((strange >> r & 1) != 0) take_row_anew(s, r);
     }
-    gather(stage(0));
   }
   /// Squares of scores for vectors to weigh while the next ones are multiplied, or all of them for take_row.
   void score(pair_record& s, bool beside) noexcept {
@@ -173,7 +183,7 @@ class attention_tile_stream : attention_tile_blocks<Build, Tiles> {
     }
   }
   MOE_TARGET(MOE_AVX512)
-  MOE_NO_INLINE static void merge(const attention_stream::work& w, dim r, dim end) noexcept {
+  MOE_NO_INLINE void merge(const attention_stream::work& w, dim r, dim end) const noexcept {
     const pair_record& p = *w.of;
     for (; r < end; ++r) {
       const float* from = w.square + in_square(r);
@@ -199,11 +209,13 @@ class attention_tile_stream : attention_tile_blocks<Build, Tiles> {
 
   MOE_TARGET(MOE_AVX512)
   void start(pair_record& p) const noexcept {
-    for (dim r = 0; r < p.rows; ++r) {
-      p.fade[r] = 1;
-      p.shift[r] = finite_or_zero(f_.state.largest[p.at[r]]);
-      _mm512_store_ps(f_.totals + r * 16, _mm512_setzero_ps());
+    for (dim r = 0; r < p.rows; r += 16) {
+      _mm512_store_ps(p.fade + r, _mm512_set1_ps(1));
+      const __m512 largest = of_rows(f_.state.largest, p, r);
+      const __mmask16 met = _mm512_cmp_ps_mask(largest, _mm512_set1_ps(-moe::detail::infinity), _CMP_NEQ_UQ);
+      _mm512_store_ps(p.shift + r, _mm512_maskz_mov_ps(met, largest));
     }
+    for (dim r = 0; r < p.rows; ++r) _mm512_store_ps(f_.totals + r * 16, _mm512_setzero_ps());
   }
   /// Weights of rows r .. end of a square as halves, relative to `shift`; the totals are of the floats.
   MOE_TARGET(MOE_AVX512)
@@ -220,6 +232,12 @@ class attention_tile_stream : attention_tile_blocks<Build, Tiles> {
       _mm512_store_ps(total, _mm512_add_ps(_mm512_load_ps(total), _mm512_add_ps(left, right)));
       _mm512_store_si512(to + place(r, key_steps), halves_beside(left, right));
     }
+  }
+  /// Those of rows r .. r + 16 of a pair.
+  MOE_TARGET(MOE_AVX512)
+  static __m512 of_rows(const float* values, const pair_record& p, dim r) noexcept {
+    return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), rules::lanes(0, p.rows - r), _mm512_loadu_si512(p.at + r), values,
+                                    4);
   }
   /// The sums of 16 rows of 16 floats.
   MOE_TARGET(MOE_AVX512)
@@ -241,20 +259,16 @@ class attention_tile_stream : attention_tile_blocks<Build, Tiles> {
   /// What a pair brings to the sums of its rows. Returns those whose sums would leave the range that weights are meant for.
   MOE_TARGET(MOE_AVX512)
   unsigned add_totals(const pair_record& p) const noexcept {
-    alignas(64) float sums[pair];
     unsigned strange = 0;
-    for (dim r = 0; r < p.rows; ++r) sums[r] = f_.state.sum[p.at[r]];
     for (dim r = 0; r < p.rows; r += 16) {
-      const __m512 now = _mm512_add_ps(_mm512_load_ps(sums + r), sums_of_rows(f_.totals + r * 16));
+      const __m512 now = _mm512_add_ps(of_rows(f_.state.sum, p, r), sums_of_rows(f_.totals + r * 16));
       const __mmask16 good = _mm512_cmp_ps_mask(now, _mm512_set1_ps(1 / room), _CMP_GE_OQ) &
                              _mm512_cmp_ps_mask(now, _mm512_set1_ps(room), _CMP_LE_OQ);
-      strange |= static_cast<unsigned>(static_cast<__mmask16>(rules::lanes(0, p.rows - r) & ~good)) << r;
-      _mm512_store_ps(sums + r, now);
-    }
-    for (dim r = 0; r < p.rows; ++r) {
-      if ((strange >> r & 1) != 0) continue;
-      f_.state.sum[p.at[r]] = sums[r];
-      f_.state.largest[p.at[r]] = p.shift[r];
+      const __mmask16 there = rules::lanes(0, p.rows - r), taken = there & good;
+      strange |= static_cast<unsigned>(static_cast<__mmask16>(there & ~good)) << r;
+      const __m512i at = _mm512_loadu_si512(p.at + r);
+      _mm512_mask_i32scatter_ps(f_.state.sum, taken, at, now, 4);
+      _mm512_mask_i32scatter_ps(f_.state.largest, taken, at, _mm512_load_ps(p.shift + r), 4);
     }
     return strange;
   }
