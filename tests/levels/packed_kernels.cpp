@@ -251,6 +251,34 @@ TEST_SUITE("backend/cpu/packed") {
       });
     }
   }
+  TEST_CASE_TEMPLATE("an infinity among floats or halves gives the infinity, of the sign, that its product is", T, float,
+                     moe::bf16, moe::f16) {
+    constexpr float infinite = std::numeric_limits<float>::infinity();
+    for (const dim rows : {1, 3, 20, 40}) {
+      std::vector<float> x = testing::normals(rows * 70, 5), w = testing::normals(32 * 70, 6);
+      x[at(rows / 2 * 70 + 69)] = -infinite;
+      w[at(5 * 70 + 13)] = infinite;
+      const trial<T> t(rows, 1, 70, x, w);
+      on_every_rung<T>([&](const char* rung, const moe::packed_kernels& kernels) {
+        CAPTURE(rung);
+        CAPTURE(rows);
+        const std::vector<float> y = t.product(kernels), wanted = [&] {
+          const std::vector<double> exact = t.expected();
+          return std::vector<float>(exact.begin(), exact.end());
+        }();
+        for (dim r = 0; r < rows; ++r)
+          for (dim j = 0; j < 32; ++j) {
+            const std::size_t i = at(r * 32 + j);
+            if (std::isnan(wanted[i]))
+              REQUIRE(std::isnan(y[i]));
+            else if (r == rows / 2 || j == 5)
+              REQUIRE(y[i] == wanted[i]);
+            else
+              REQUIRE(std::isfinite(y[i]));
+          }
+      });
+    }
+  }
   TEST_CASE("ternary weights with one that is not finite give nothing but NaN") {
     std::vector<float> w = testing::normals(32 * 200, 6);
     w[at(5 * 200 + 137)] = std::numeric_limits<float>::infinity();
