@@ -89,9 +89,7 @@ struct attention_avx512 {
   /// Lanes lo .. hi of a vector.
   MOE_TARGET(MOE_AVX512)
   static __mmask16 lanes(dim lo, dim hi) noexcept {
-    const unsigned below_hi = hi < width ? (hi > 0 ? (1u << hi) - 1 : 0u) : 0xffffu;
-    const unsigned below_lo = lo > 0 ? (lo < width ? (1u << lo) - 1 : 0xffffu) : 0u;
-    return static_cast<__mmask16>(below_hi & ~below_lo);
+    return static_cast<__mmask16>(first_lanes(hi) & ~first_lanes(lo));
   }
   /// Lanes lo .. hi of the floats at p, and zeros.
   MOE_TARGET(MOE_AVX512)

@@ -9,6 +9,11 @@
 
 namespace moe::arch::detail {
 
+/// The first n lanes of sixteen: none below 0, all from 16 on.
+inline __mmask16 first_lanes(dim n) noexcept {
+  return static_cast<__mmask16>(n >= 16 ? 0xffff : n > 0 ? (1u << n) - 1 : 0);
+}
+
 /// As lane_blocks.
 template <int Build>
 struct blocks_avx512 {
@@ -158,9 +163,6 @@ struct blocks_avx512 {
 
  private:
   static constexpr __mmask16 all = 0xffff;  // without a mask GCC 12 warns of undefined registers in its own header
-
-  MOE_TARGET(MOE_AVX512)
-  static __mmask16 first_lanes(dim n) noexcept { return static_cast<__mmask16>(n < width ? (1u << n) - 1 : all); }
 
   /// The vector at p; the lanes of `some` and zeros.
   MOE_TARGET(MOE_AVX512)

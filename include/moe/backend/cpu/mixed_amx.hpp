@@ -20,11 +20,6 @@ inline __m512i first_halves(const bf16* p, dim n) noexcept {
   return _mm512_maskz_loadu_epi16(n < 32 ? (1u << n) - 1 : 0xffffffffu, p);
 }
 
-/// The first n of 16 floats.
-inline __mmask16 first_floats(dim n) noexcept {
-  return static_cast<__mmask16>(n >= 16 ? 0xffff : n > 0 ? (1u << n) - 1 : 0);
-}
-
 /// Rows of at most 32 halves, each filled up to 32 with zeros.
 MOE_TARGET(MOE_AVX512)
 inline void round_up_rows(matrix_view<const bf16> from, bf16* to) noexcept {
@@ -74,8 +69,8 @@ class sums_behind {
         _mm512_stream_ps(to_, left);
         _mm512_stream_ps(to_ + 16, right);
       } else {
-        _mm512_mask_storeu_ps(to_, first_floats(cols_), left);
-        _mm512_mask_storeu_ps(to_ + 16, first_floats(cols_ - 16), right);
+        _mm512_mask_storeu_ps(to_, first_lanes(cols_), left);
+        _mm512_mask_storeu_ps(to_ + 16, first_lanes(cols_ - 16), right);
       }
     }
   }
@@ -367,7 +362,7 @@ MOE_TARGET(MOE_AVX512)
 inline void add_sums(const float* from, matrix_view<float> to) noexcept {
   for (dim r = 0; r < to.rows; ++r, from += panel_rows)
     for (dim j = 0; j < to.cols; j += 16) {
-      const __mmask16 some = first_floats(to.cols - j);
+      const __mmask16 some = first_lanes(to.cols - j);
       const __m512 sum = _mm512_add_ps(_mm512_loadu_ps(from + j), _mm512_maskz_loadu_ps(some, to.row(r) + j));
       _mm512_mask_storeu_ps(to.row(r) + j, some, sum);
     }
