@@ -26,6 +26,9 @@ struct attention_case {
   double rotate;  ///< bytes of caches that decoding goes round
 
   bool blocks() const { return form.block > 0; }
+  bool gated() const { return form.gate != attention_gate::none; }
+  /// Logits of a query's gate.
+  dim gate_columns() const { return gated() ? shape.h * (form.gate == attention_gate::elementwise ? shape.d : 1) : 0; }
   dim queries() const { return form.decode ? 1 : shape.m; }
   dim past() const { return shape.n - queries(); }  ///< keys before the first query's own
   /// Pairs of a query and a key that it sees, under one head: of a causal mask, and of what is visited.
@@ -38,12 +41,14 @@ struct attention_case {
   double bytes() const;
 };
 
-/// Numbers that every type of element but bytes holds exactly: q[m,h*d], k[n,h_kv*d] and v[n,h_kv*d].
+/// Numbers that every type of element but bytes holds exactly: q[m,h*d], k[n,h_kv*d], v[n,h_kv*d] and the logits of the gate.
 struct attention_source {
-  matrix_view<float> q, k, v;
+  matrix_view<float> q, k, v, logits;
   moe::buffer memory;
 
   explicit attention_source(const attention_case& c);
+  /// What the gate multiplies channel i of query t under head a by.
+  double gate(const attention_case& c, dim t, dim a, dim i) const;
 };
 
 /// One way to compute it. It is prepared for a number of threads, and then called.
@@ -58,7 +63,7 @@ class attention_contestant {
   virtual std::string failure() const { return {}; }
   virtual std::string version() const { return {}; }
   virtual void prepare(int threads) = 0;
-  /// o[m,h*d] of one call; false where it gives something else.
+  /// o[m,h*d] of one call; false where it gives something else than the case asks for.
   virtual bool run(matrix_view<float> o) = 0;
   /// What so many calls take, the first of them number `first`.
   virtual double seconds_of(std::size_t first, std::size_t calls) {

@@ -5,7 +5,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "attention/attention.hpp"
+#include "attention/gate.hpp"
 #include "moe/attention/select_blocks.hpp"
 #include "moe/backend/cpu.hpp"
 #include "moe/backend/cpu/decode_levels.hpp"
@@ -52,10 +52,12 @@ enum class reading { all, chosen, known };
 template <class T>
 class decoding final : public attention_contestant {
  public:
-  decoding(const char* name, reading what, const attention_case& c, std::shared_ptr<const filled_caches<T>> caches,
-           std::shared_ptr<const attention_source> source)
+  decoding(const char* name, reading what, attention_gate gate, const attention_case& c,
+           std::shared_ptr<const filled_caches<T>> caches, std::shared_ptr<const attention_source> source)
       : attention_contestant(name),
         what_(what),
+        gate_(gate),
+        as_asked_(gate == c.form.gate && (what != reading::all) == c.blocks()),
         k_(what == reading::all ? 0 : c.form.k),
         caches_(std::move(caches)),
         source_(std::move(source)),
@@ -74,7 +76,7 @@ class decoding final : public attention_contestant {
   bool run(matrix_view<float> o) override {
     call(0);
     std::copy(o_.begin(), o_.end(), o.data);
-    return true;
+    return as_asked_;
   }
 
  private:
@@ -87,10 +89,18 @@ class decoding final : public attention_contestant {
   void call(std::size_t i) override {
     if (what_ == reading::chosen) choose_blocks(i);
     const moe::decode_options options{.blocks = blocks()};
-    decode(on(), (*caches_)[i], query(), matrix_view<float>(o_.data(), 1, static_cast<dim>(o_.size())), {}, options);
+    const matrix_view<float> o(o_.data(), 1, static_cast<dim>(o_.size()));
+    decode(on(), (*caches_)[i], query(), o, {}, options);
+    with_gate(gate_, [&](const auto& gate) {
+      const dim h = caches_->sizes.heads.heads;
+      gate.forward(on(), moe::split_heads(matrix_view<const float>(source_->logits), h), h, moe::split_heads(o, h),
+                   moe::split_heads(o, h));
+    });
   }
 
   reading what_;
+  attention_gate gate_;
+  bool as_asked_;
   dim k_;
   std::shared_ptr<const filled_caches<T>> caches_;
   std::shared_ptr<const attention_source> source_;
@@ -107,12 +117,14 @@ template <class T>
 contestants forms_of(const attention_case& c, const std::shared_ptr<const attention_source>& source) {
   contestants all;
   const auto caches = std::make_shared<const filled_caches<T>>(c, *source);
-  const auto add = [&](const char* name, reading what) {
-    all.push_back(std::make_unique<decoding<T>>(name, what, c, caches, source));
+  const auto add = [&](const char* name, reading what, attention_gate gate) {
+    all.push_back(std::make_unique<decoding<T>>(name, what, gate, c, caches, source));
   };
-  add("moe", c.blocks() ? reading::chosen : reading::all);
-  if (c.blocks()) add("routed", reading::known);
-  if (c.blocks()) add("dense", reading::all);
+  const reading asked = c.blocks() ? reading::chosen : reading::all;
+  add("moe", asked, c.form.gate);
+  if (c.gated()) add("ungated", asked, attention_gate::none);
+  if (c.blocks()) add("routed", reading::known, c.form.gate);
+  if (c.blocks()) add("dense", reading::all, c.form.gate);
   return all;
 }
 

@@ -4,12 +4,10 @@
 #include <stdexcept>
 #include <type_traits>
 
-#include "attention/attention.hpp"
-#include "moe/attention/output_gate.hpp"
+#include "attention/gate.hpp"
 #include "moe/backend/cpu.hpp"
 #include "moe/backend/host_attention_backward.hpp"
 #include "moe/backend/host_moba.hpp"
-#include "moe/core/rng.hpp"
 
 namespace bench {
 namespace {
@@ -25,7 +23,7 @@ struct known_blocks : moe::key_blocks {
   }
 };
 
-/// Queries, keys and values of one type, and memory for a call.
+/// Queries, keys, values and logits of one type, and memory for a call.
 template <class T>
 class tensors {
  public:
@@ -34,10 +32,12 @@ class tensors {
     take(from.q, q_);
     take(from.k, k_);
     take(from.v, v_);
+    take(from.logits, s_);
   }
   auto q() const { return heads(q_, of.shape.m, of.shape.h); }
   auto k() const { return heads(k_, of.shape.n, of.shape.h_kv); }
   auto v() const { return heads(v_, of.shape.n, of.shape.h_kv); }
+  auto logits() const { return heads(s_, of.shape.m, of.shape.h); }
   moe::attention_sizes sizes() const { return {of.shape.m, of.shape.n}; }
   static std::size_t size(dim n) { return static_cast<std::size_t>(n); }
 
@@ -53,7 +53,7 @@ class tensors {
   static moe::matrix_stack<const T> heads(const std::vector<T>& v, dim rows, dim n) {
     return moe::split_heads(matrix_view<const T>(v.data(), rows, static_cast<dim>(v.size()) / rows), n);
   }
-  std::vector<T> q_, k_, v_;
+  std::vector<T> q_, k_, v_, s_;
 };
 
 /// A call's scratch, as large as `count(arena)` says.
@@ -78,12 +78,14 @@ class scratch {
 /// Selections, prepared: what `make` gives, and what a call does first.
 template <class T>
 struct all_keys {
+  static constexpr bool blocks = false;
   moe::every_key selection;
   void make(const tensors<T>&) {}
   void prepare(const moe::call<backend>&, const tensors<T>&) const {}
 };
 template <class T, class Blocks>
 struct some_blocks {
+  static constexpr bool blocks = true;
   Blocks selection;
   moe::buffer memory;
 
@@ -102,21 +104,17 @@ struct some_blocks {
   }
 };
 
-/// Forward. `Gate` acts in the epilogue, with logits of the type of the queries.
-template <class T, class Selected, class Gate>
+/// Forward. A gate acts in the epilogue, with logits of the type of the queries.
+template <class T, class Selected>
 class forward final : public attention_contestant {
  public:
-  forward(const char* name, std::shared_ptr<tensors<T>> x, std::shared_ptr<const attention_source>)
-      : attention_contestant(name), x_(std::move(x)) {
-    const dim m = x_->of.shape.m, columns = x_->of.shape.h * Gate::head_cols(x_->of.shape.d);
-    const moe::rng random(5);
-    for (dim i = 0; i < m * columns; ++i) logits_.push_back(T(random.normal(static_cast<std::uint64_t>(i))));
-  }
+  forward(const char* name, attention_gate gate, const attention_case& c, std::shared_ptr<const attention_source> source)
+      : attention_contestant(name), gate_(gate), x_(std::make_unique<tensors<T>>(c, *source)) {}
   void prepare(int) override {
     selected_.make(*x_);
     scratch_.make([&](moe::arena& mem) {
       count_attend(scratch_.on(), x_->problem, x_->sizes(), selected_.selection, mem);
-      if constexpr (requires { selected_.selection.block; })
+      if constexpr (Selected::blocks)
         (void)count_prepare_key_blocks(scratch_.on(), x_->problem.heads, mem);
     });
     if constexpr (std::same_as<Selected, some_blocks<T, known_blocks>>) choose();
@@ -124,7 +122,7 @@ class forward final : public attention_contestant {
   bool run(matrix_view<float> o) override {
     call(0);
     std::copy(x_->o.begin(), x_->o.end(), o.data);
-    return std::same_as<Gate, moe::no_output_gate>;
+    return gate_ == x_->of.form.gate && Selected::blocks == x_->of.blocks();
   }
 
  private:
@@ -133,8 +131,7 @@ class forward final : public attention_contestant {
     selected_.prepare(on, *x_);
     attend(on, x_->problem, x_->q(), x_->k(), x_->v(), selected_.selection, [this](dim t, dim a, float* o, float) noexcept {
       const dim h = x_->of.shape.h, d = x_->of.shape.d;
-      if constexpr (!std::same_as<Gate, moe::no_output_gate>)
-        Gate{}.apply(backend::arch{}, logits_.data() + (t * h + a) * Gate::head_cols(d), o, d);
+      with_gate(gate_, [&](const auto& gate) { gate.apply(backend::arch{}, x_->logits()[a].row(t), o, d); });
       std::copy_n(o, d, x_->o.data() + (t * h + a) * d);
     });
   }
@@ -148,19 +145,19 @@ class forward final : public attention_contestant {
     attend(on, x_->problem, x_->q(), x_->k(), x_->v(), blocks, [](dim, dim, float*, float) noexcept {});
   }
 
-  std::shared_ptr<tensors<T>> x_;
+  attention_gate gate_;
+  std::unique_ptr<tensors<T>> x_;
   Selected selected_{};
   scratch scratch_;
-  std::vector<T> logits_;
   std::vector<idx> chosen_;
 };
 
-/// Backward, from what a forward kept.
+/// Backward, from what a forward kept: through the gate, then through attention.
 template <class T, class Selected>
 class backward final : public attention_contestant {
  public:
-  backward(const char* name, std::shared_ptr<tensors<T>> x, std::shared_ptr<const attention_source> source)
-      : attention_contestant(name), x_(std::move(x)), source_(std::move(source)) {}
+  backward(const char* name, attention_gate gate, const attention_case& c, std::shared_ptr<const attention_source> source)
+      : attention_contestant(name), gate_(gate), x_(std::make_unique<tensors<T>>(c, *source)), source_(std::move(source)) {}
 
   void prepare(int) override {
     const attention_shape& s = x_->of.shape;
@@ -170,8 +167,12 @@ class backward final : public attention_contestant {
     sized(dq_, s.m * s.h * s.d);
     sized(dk_, s.n * s.h_kv * s.d);
     sized(dv_, s.n * s.h_kv * s.d);
+    if (gate_ != attention_gate::none) {
+      sized(dy_, s.m * s.h * s.d);
+      sized(dlogits_, s.m * x_->of.gate_columns());
+    }
     selected_.make(*x_);
-    if constexpr (requires { selected_.selection.block; }) {
+    if constexpr (Selected::blocks) {
       const dim earlier = x_->of.form.k - 1;
       chosen_.resize(tensors<T>::size(s.m * s.h * earlier));
       selected_.selection.chosen = {chosen_.data(), s.m * s.h, earlier};
@@ -195,8 +196,9 @@ class backward final : public attention_contestant {
     for (dim t = 0; t < s.n; ++t) got += dv_[tensors<T>::size(t * s.h_kv * s.d)];
     for (dim t = 0; t < s.m; ++t)
       for (dim a = 0; a < s.h / s.h_kv; ++a) {
-        wanted += source_->q(t, a * s.d);
-        size += std::fabs(source_->q(t, a * s.d));
+        const double dy = source_->q(t, a * s.d) * (gate_ == attention_gate::none ? 1 : source_->gate(x_->of, t, a, 0));
+        wanted += dy;
+        size += std::fabs(dy);
       }
     if (!(std::fabs(got - wanted) <= x_->of.type.tolerance * size)) throw std::runtime_error("moe: gradients of values do not add up");
     return false;
@@ -209,18 +211,24 @@ class backward final : public attention_contestant {
     const auto rows = [&](std::vector<float>& v, dim n, dim heads) {
       return moe::split_heads(matrix_view<float>(v.data(), n, heads * s.d), heads);
     };
-    const auto dout = moe::split_heads(matrix_view<const float>(source_->q), s.h);
+    auto dout = moe::split_heads(matrix_view<const float>(source_->q), s.h);
+    with_gate(gate_, [&](const auto& gate) {
+      const matrix_view<float> dlogits(dlogits_.data(), s.m, x_->of.gate_columns());
+      gate.backward(on, x_->logits(), s.h, rows(x_->o, s.m, s.h), dout, rows(dy_, s.m, s.h), moe::split_heads(dlogits, s.h));
+      dout = moe::split_heads(matrix_view<const float>(dy_.data(), s.m, s.h * s.d), s.h);
+    });
     attention_delta(on, x_->problem.heads, dout, rows(x_->o, s.m, s.h), {delta_.data(), s.m, s.h},
                     rounds_gradients(on.backend, x_->q(), x_->k(), x_->v()));
     attend_backward(on, x_->problem, x_->q(), x_->k(), x_->v(), selected_.selection, dout, {lse_.data(), s.m, s.h},
                     {delta_.data(), s.m, s.h}, rows(dq_, s.m, s.h), rows(dk_, s.n, s.h_kv), rows(dv_, s.n, s.h_kv));
   }
 
-  std::shared_ptr<tensors<T>> x_;
+  attention_gate gate_;
+  std::unique_ptr<tensors<T>> x_;
   std::shared_ptr<const attention_source> source_;
   Selected selected_{};
   scratch scratch_;
-  std::vector<float> lse_, delta_, dq_, dk_, dv_;
+  std::vector<float> lse_, delta_, dq_, dk_, dv_, dy_, dlogits_;
   std::vector<idx> chosen_;
 };
 
@@ -229,22 +237,34 @@ using contestants = std::vector<std::unique_ptr<attention_contestant>>;
 template <class T>
 contestants forms_of(const attention_case& c, const std::shared_ptr<const attention_source>& source) {
   contestants all;
-  const auto add = [&]<class Form>(const char* name, std::type_identity<Form>) {
-    all.push_back(std::make_unique<Form>(name, std::make_shared<tensors<T>>(c, *source), source));
+  const auto add = [&]<class Form>(const char* name, attention_gate gate, std::type_identity<Form>) {
+    all.push_back(std::make_unique<Form>(name, gate, c, source));
   };
-  using plain = moe::no_output_gate;
   using dense = all_keys<T>;
   using moba = some_blocks<T, moe::key_blocks>;
-  const std::type_identity<forward<T, dense, plain>> dense_forward;
-  if (c.form.backward && c.blocks()) add("moe", std::type_identity<backward<T, moba>>{});
-  if (c.form.backward) add(c.blocks() ? "dense" : "moe", std::type_identity<backward<T, dense>>{});
-  if (c.blocks()) add(c.form.backward ? "forward" : "moe", std::type_identity<forward<T, moba, plain>>{});
-  if (c.blocks() && !c.form.backward) add("routed", std::type_identity<forward<T, some_blocks<T, known_blocks>, plain>>{});
-  if (c.form.gate == attention_gate::headwise) add("moe", std::type_identity<forward<T, dense, moe::output_gate<moe::headwise>>>{});
-  if (c.form.gate == attention_gate::elementwise)
-    add("moe", std::type_identity<forward<T, dense, moe::output_gate<moe::elementwise>>>{});
-  if (!(c.blocks() && c.form.backward))
-    add(c.form.backward ? "forward" : c.blocks() ? "dense" : c.form.gate != attention_gate::none ? "ungated" : "moe", dense_forward);
+  const attention_gate gate = c.form.gate;
+  const auto add_asked = [&]<class Selected>(std::type_identity<Selected>) {
+    const std::type_identity<forward<T, Selected>> forwards;
+    const std::type_identity<backward<T, Selected>> backwards;
+    const auto add_either = [&](const char* name, attention_gate g) {
+      if (c.form.backward) add(name, g, backwards);
+      else add(name, g, forwards);
+    };
+    add_either("moe", gate);
+    if (c.gated()) add_either("ungated", attention_gate::none);
+    if (c.form.backward) add("forward", gate, forwards);
+  };
+  if (!c.blocks()) {
+    add_asked(std::type_identity<dense>{});
+    return all;
+  }
+  add_asked(std::type_identity<moba>{});
+  if (c.form.backward) {
+    add("dense", gate, std::type_identity<backward<T, dense>>{});
+  } else {
+    add("routed", gate, std::type_identity<forward<T, some_blocks<T, known_blocks>>>{});
+    add("dense", gate, std::type_identity<forward<T, dense>>{});
+  }
   return all;
 }
 

@@ -10,7 +10,9 @@ namespace {
 const char* name(attention_gate g) { return g == attention_gate::none ? "none" : g == attention_gate::headwise ? "headwise" : "elementwise"; }
 
 std::string name(const attention_form& f) {
-  std::string text = f.block > 0 ? "moba" : f.decode ? "decode" : f.gate == attention_gate::headwise ? "gate/h" : f.gate == attention_gate::elementwise ? "gate/e" : "dense";
+  const bool gated = f.gate != attention_gate::none;
+  std::string text = f.block > 0 ? "moba" : f.decode ? "decode" : gated ? "gate" : "dense";
+  if (gated) text += f.gate == attention_gate::headwise ? "/h" : "/e";
   return f.backward ? text + "-b" : f.decode && f.block > 0 ? text + "-d" : text;
 }
 double cache_bytes_per_s(const attention_row& r) { return r.of.visited_bytes() / r.seconds; }

@@ -27,13 +27,15 @@ other implementations of them, all in turn in one process; prints medians.
   --static          instead of these: a static layer (d 32, f 64, E 4, k 1), the expert changing at every call, in nanoseconds;
                     its roof is the time to read an expert's weights from the second cache
   --attention SHAPE instead of layers: causal attention, h=32,hkv=8,d=128,m=512,n=4096, the last m of n positions being queries;
-                    may be repeated. --type is then that of queries, keys and values, and these flags ask for another form:
+                    may be repeated. --type is then that of queries, keys and values, and these flags ask for other forms, also
+                    together:
       --moba B=128,k=8     blocks of B keys, k of them a query (MoBA), beside dense attention and the same blocks without
                            choosing them
-      --gate KIND          headwise or elementwise on the output, beside ungated attention
+      --gate KIND          headwise or elementwise on the output, without its projection, beside the same form ungated
       --backward           all gradients, without forward, beside forward
       --decode             one query on n keys in a cache, also of int8, going round --rotate MiB of caches; with --moba, on
-                           the blocks that each of its heads chooses
+                           the blocks that each of its heads chooses. Not with --backward: decoding keeps nothing to
+                           differentiate
   --json FILE       writes every row as JSON, too
   --plot FOLDER     draws roofline.svg and ratios.svg
   --peers           also ONNX Runtime, PyTorch, llama.cpp and kt-kernel, which benchmarks/peers installs into the build folder
@@ -133,8 +135,7 @@ void check_form(const options& o) {
   const bool gated = o.form.gate != attention_gate::none;
   if (o.attention.empty() && (gated || o.form.block > 0 || o.form.decode))
     throw usage_error(std::string(o.form.decode ? "--decode" : gated ? "--gate" : "--moba") + " wants --attention beside it");
-  if (o.form.decode && (gated || o.backward)) throw usage_error("--decode wants neither --gate nor --backward beside it");
-  if (gated && (o.form.block > 0 || o.backward)) throw usage_error("--gate wants neither --moba nor --backward beside it");
+  if (o.form.decode && o.backward) throw usage_error("--decode wants no --backward beside it: it keeps nothing to differentiate");
 }
 
 weight_type type_of(std::string_view text, const std::vector<weight_type>& types) {

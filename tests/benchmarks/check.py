@@ -111,7 +111,10 @@ def check_attention(program):
              ("--decode",): set(),
              ("--moba", "B=8,k=2"): {"ratio_to_dense", "share_of_ideal_ratio", "routing_share"},
              ("--moba", "B=8,k=2", "--decode"): {"ratio_to_dense", "share_of_ideal_ratio", "routing_share"},
-             ("--moba", "B=8,k=2", "--backward"): {"ratio_to_dense", "share_of_ideal_ratio", "rate_to_forward"}}
+             ("--moba", "B=8,k=2", "--backward"): {"ratio_to_dense", "share_of_ideal_ratio", "rate_to_forward"},
+             ("--gate", "elementwise", "--moba", "B=8,k=2"): {"gate_overhead", "ratio_to_dense", "routing_share"},
+             ("--gate", "elementwise", "--backward"): {"gate_overhead", "rate_to_forward"},
+             ("--gate", "headwise", "--decode"): {"gate_overhead"}}
     for form, compared in forms.items():
         rows, table = attention_rows(program, *shape, *form)
         types = ["f32", "bf16", "f16"] + ["int8"] * ("--decode" in form)
@@ -120,6 +123,7 @@ def check_attention(program):
         if form == ():
             expect("right: 1.0 of attention" in table and "left out: wrong: disagrees" in table, f"the table is\n{table}")
         for row in rows:
+            expect(row["gate"] == (form[1] if "--gate" in form else "none"), f"{form} gave {row}")
             m = 1 if row["decode"] else HEADS["m"]
             has_peers = form in ((), ("--decode",))
             expect(row["peers"].keys() == ({"right"} if has_peers else set()), f"{form} has the peers {row['peers']}")
