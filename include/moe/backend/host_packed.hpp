@@ -9,6 +9,7 @@
 #pragma once
 
 #include <atomic>
+#include <limits>
 #include <new>
 
 #include "moe/backend/host_ffn.hpp"
@@ -223,16 +224,16 @@ struct packed_ffn_work {
     f(e, first, at_most(at(e + 1) - first, height));
   }
   /// f(slot, unit) for every unit, each thread in a slot of its own. A thread takes neighbouring units, many at first and
-  /// one at a time in the end, so that it reads on where it was and all end together.
+  /// one at a time in the end, so that it reads on where it was and all end together; but at most so many.
   template <class F>
-  void share(dim units, F f) const noexcept {
+  void share(dim units, dim most, F f) const noexcept {
     std::atomic<dim> next{0};
     const dim slots = at_most(memory.slots.count, units);
     on.executor().for_each(slots, 1, [&](dim first, dim last) {
       for (; first < last; ++first) {
         packed_slot s = slot(first);
         for (dim unit = next.load(std::memory_order_relaxed), n = 0; unit < units;) {
-          n = (units - unit) / (2 * slots) + 1;
+          n = at_most((units - unit) / (2 * slots) + 1, most);
           if (!next.compare_exchange_weak(unit, unit + n, std::memory_order_relaxed)) continue;
           for (dim end = unit + n; unit < end; ++unit) f(s, unit);
           unit = next.load(std::memory_order_relaxed);
@@ -243,16 +244,26 @@ struct packed_ffn_work {
 
   template <class... Then>
   void run(const Then&... then) const noexcept {
-    dim chunks = 0;
-    for (dim e = 0; e < rows.experts(); ++e) chunks += chunks_of(e);
+    dim chunks = 0, tallest = 0;
+    for (dim e = 0; e < rows.experts(); ++e)
+      if (const dim n = chunks_of(e); n > 0) {
+        chunks += n;
+        if (const dim height = blocks(at(e + 1) - at(e), n); height > tallest) tallest = height;
+      }
     if (chunks == 0) return (then(result_part{0, on.sizes.tokens, 0, d()}), ...);
     const dim per_chunk = (rows.last() - rows.first()) / chunks;
-    if (per_chunk < kernels.height || chunks < 4 * memory.slots.count) return runs_of_panels(chunks, then...);
-    whole_chunks(chunks);
+    const bool hot = tallest > kernels.height && tallest > 2 * per_chunk;
+    if (per_chunk < kernels.height || chunks < 4 * memory.slots.count) return runs_of_panels(chunks, hot, then...);
+    whole_chunks(chunks, hot);
     (finish(then), ...);
   }
-  void whole_chunks(dim chunks) const noexcept {
-    share(chunks, [&](packed_slot& s, dim unit) {
+  /// Neighbours that a thread may take of `units` of a chunk: where some experts are hot, no more than its share of one, or
+  /// it might take all of their work.
+  dim neighbours(dim units, bool hot) const noexcept {
+    return hot ? blocks(units, memory.slots.count) : std::numeric_limits<dim>::max();
+  }
+  void whole_chunks(dim chunks, bool hot) const noexcept {
+    share(chunks, neighbours(1, hot), [&](packed_slot& s, dim unit) {
       visit_chunk(unit, [&](dim e, dim row, dim n) {
         prepare_tokens(s, row, n);
         constexpr dim most = panels_at_once / together;
@@ -274,12 +285,12 @@ struct packed_ffn_work {
     on.executor().for_each(on.sizes.tokens, 16, [&](dim t, dim last) { then(result_part{t, last - t, 0, d()}); });
   }
   template <class... Then>
-  void runs_of_panels(dim chunks, const Then&... then) const noexcept {
-    up_runs(chunks);
+  void runs_of_panels(dim chunks, bool hot, const Then&... then) const noexcept {
+    up_runs(chunks, hot);
     const dim run = run_of(chunks, output_panels(), panels_at_once), width = run * panel_rows;
     const column_stripes stripes(chunks, rows.last() - rows.first(), blocks(output_panels(), run), width);
     countdown left;
-    share(stripes.units(), [&](packed_slot& s, dim unit) {
+    share(stripes.units(), neighbours(stripes.pieces(0), hot), [&](packed_slot& s, dim unit) {
       const auto [stripe, chunk, piece] = stripes[unit];
       visit_chunk(chunk, [&, p = piece * run](dim e, dim row, dim n) {
         down_panels(s, shared_hidden(row, n, s.a), e, row, p, at_most(output_panels() - p, run));
@@ -291,11 +302,11 @@ struct packed_ffn_work {
       }
     });
   }
-  void up_runs(dim chunks) const noexcept {
+  void up_runs(dim chunks, bool hot) const noexcept {
     auto* done = reinterpret_cast<std::atomic<std::int32_t>*>(memory.done.data());
     for (dim i = 0; i < chunks; ++i) new (done + i) std::atomic<std::int32_t>(0);
     const dim run = run_of(chunks, hidden_panels(), panels_at_once / together), runs = blocks(hidden_panels(), run);
-    share(chunks * runs, [&](packed_slot& s, dim unit) {
+    share(chunks * runs, neighbours(runs, hot), [&](packed_slot& s, dim unit) {
       visit_chunk(unit / runs, [&](dim e, dim row, dim n) {
         if (s.ready != unit / runs) prepare_tokens(s, row, n);
         s.ready = unit / runs;
