@@ -59,12 +59,13 @@ class column_stripes {
   dim chunks_, count_ = 0, first_[countdown::most + 1] = {};
 };
 
-/// A step that units of another need: an executor of those that come to it. All of them call for_each with the same step, once
-/// each or more often, and return when it is done. They wait only for units that somebody is at.
+/// How far a step is that units of another need.
 struct helpers {
   std::atomic<dim> next{0};
   std::atomic<int> finished{0};
 };
+/// The executor of that step: who needs it calls for_each with it, as often as need be, does what nobody has begun, and goes on
+/// when all is done. It waits only for units that somebody is at.
 struct helping {
   helpers* all;
 

@@ -14,7 +14,8 @@
 namespace moe {
 
 /// `for_each(n, grain, f)` calls f(first, last) for disjoint ranges of at most `grain` that cover 0 .. n, each once, in
-/// any order and on any thread, and returns when all are done. `f` does not throw; it may wait for another range that has begun.
+/// any order and on any thread, and returns when all are done. `f` does not throw; it may wait for another range that has
+/// begun.
 template <class E>
 concept Executor = requires(const E& ex, dim n, void (*f)(dim, dim)) {
   { ex.concurrency() } noexcept -> std::convertible_to<int>;
