@@ -68,7 +68,9 @@ constexpr dim d = 24, T = 200;
 constexpr moe::attention_heads heads{.heads = 4, .kv_heads = 2, .d = 32, .dv = 40};
 const std::vector<idx> offsets{0, 63, 63, T};
 
+#if defined(MOE_X86)
 bool has_512() { return moe::includes(testing::highest_level(), moe::cpu_level::avx512); }
+#endif
 
 double size(const std::vector<double>& v) {
   double squares = 0;
