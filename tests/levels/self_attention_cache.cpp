@@ -268,4 +268,19 @@ TEST_SUITE("attention/self_attention_cache") {
     CHECK_THROWS_WITH_AS(t.net.forward(t.w, {{t.x.data(), 1, d}, {one, {}}, t.table}, {y.data(), 1, d}, t.cache, t.mem),
                          "self_attention::forward: in has 1 sequences, expected 2 (S of the cache)", moe::shape_error);
   }
+  TEST_CASE("a mask that lets a token see later ones has no cache, neither one of its own nor another layer's") {
+    trial<bare, float> t;
+    const moe::self_attention<bare, moe::cpu<>> both_ways(d, heads, moe::attention_mask{.causal = false});
+    moe::arena c(t.memory.bytes());
+    CHECK_THROWS_WITH_AS(both_ways.make_cache<float>(S, N, c),
+                         "self_attention::make_cache: mask.causal is false, expected true for a layer with a cache",
+                         moe::shape_error);
+    std::vector<float> y(2 * d, 5.f);
+    const idx own[] = {0, 1, 2};
+    CHECK_THROWS_WITH_AS(both_ways.forward(t.w, {{t.x.data(), 2, d}, {own, {}}, t.table}, {y.data(), 2, d}, t.cache, t.mem),
+                         "self_attention::forward: mask.causal is false, expected true for a layer with a cache",
+                         moe::shape_error);
+    for (const float v : y) CHECK(v == 5.f);
+    CHECK(t.cache.tokens.length(0) == 0);
+  }
 }

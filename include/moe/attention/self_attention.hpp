@@ -137,12 +137,14 @@ class self_attention {
     void truncate(dim s, dim n);
   };
   /// For so many sequences of at most `capacity` tokens, none of which has come.
+  /// errors   make_cache and forward: shape_error for a mask that is not causal, since later tokens have not come yet
   template <class T>
   std::size_t cache_bytes(dim sequences, dim capacity) const noexcept {
     return counted([&](arena& mem) { (void)carve_cache<T>(sequences, capacity, mem); });
   }
   template <class T>
   cache<T> make_cache(dim sequences, dim capacity, arena& mem) const {
+    check_causal("self_attention::make_cache: ");
     cache_shape(sequences, capacity).check();
     return carve_cache<T>(sequences, capacity,
                           detail::opened(mem, cache_bytes<T>(sequences, capacity), "self_attention::make_cache: the arena",
@@ -485,6 +487,9 @@ class self_attention {
     (void)mem.matrix<float>("mean", T, widest > d_ ? widest : d_);
   }
 
+  void check_causal(const char* what) const {
+    if (!mask_.causal) throw shape_error(std::string(what) + "mask.causal is false, expected true for a layer with a cache");
+  }
   template <class View>
   void check_call(const weights& w, const input& in, const View& y, const context& c, arena& mem, const char* what,
                   bool with_scratch = true) const {

@@ -63,6 +63,7 @@ template <class C, class B>
 template <class T>
 void self_attention<C, B>::forward(const weights& w, input in, matrix_view<float> y, cache<T>& past, arena& mem) const {
   const dim tokens = in.x.rows, sequences = past.tokens.sizes.sequences;
+  check_causal("self_attention::forward: ");
   scratch_frame frame(mem);
   (void)detail::opened(mem, scratch_bytes(tokens, past), "self_attention::forward: the arena", "scratch_bytes(T, cache)");
   context c = carve_context(tokens, false, mem);
