@@ -121,6 +121,36 @@ TEST_SUITE("backend/cpu/dynamic") {
           for (const float v : {few[static_cast<std::size_t>(i * n + j)], many[static_cast<std::size_t>(i * n + j)]})
             right = right && (i == 5 ? std::isnan(v) : j == 3 ? std::isinf(v) : std::isfinite(v));
       CHECK(right);
+      // The same numbers as products of gradients: rows of a by columns of b, columns of a by columns of b.
+      const gathered<float> columns{{b.data(), n, k}};
+      std::vector<float> nn(static_cast<std::size_t>(m * n)), tn(static_cast<std::size_t>(k * k));
+      const auto turned = testing::normals(k * n, 3);
+      auto c = turned;
+      c[36 * n + 3] = HUGE_VALF;
+      gemm_nn(dynamic{}, rows, {c.data(), k, n}, {nn.data(), m, n});
+      a[5 * k + 36] = -HUGE_VALF;
+      gemm_tn(dynamic{}, rows, columns, n, {tn.data(), k, k});
+      right = true;
+      for (dim i = 0; i < m; ++i)
+        for (dim j = 0; j < n; ++j) {
+          const float v = nn[static_cast<std::size_t>(i * n + j)];
+          right = right && (i == 5   ? std::isnan(v)
+                            : j == 3 ? std::isinf(v) && (v > 0) == (a[static_cast<std::size_t>(i * k + 36)] > 0)
+                                     : std::isfinite(v));
+        }
+      CHECK(right);
+      right = true;
+      for (dim i = 0; i < k; ++i)
+        for (dim j = 0; j < k; ++j) {
+          double wanted = 0;
+          for (dim r = 0; r < n; ++r)
+            wanted += double{a[static_cast<std::size_t>(r * k + i)]} * double{b[static_cast<std::size_t>(r * k + j)]};
+          const float v = tn[static_cast<std::size_t>(i * k + j)];
+          right = right && (std::isnan(wanted)   ? std::isnan(v)
+                            : std::isinf(wanted) ? double{v} == wanted
+                                                 : std::isfinite(v));
+        }
+      CHECK(right);
     });
   }
   TEST_CASE("a layer agrees with the scalar backend forward and backward, with few rows an expert and with many") {
@@ -151,8 +181,8 @@ TEST_SUITE("backend/cpu/dynamic") {
           const std::vector<float> fives(size, 5);
           std::vector<std::vector<float>> r{fives, da, fives, fives};
           moe::activate(arch, form, gate.data(), up.data(), r[0].data(), n);
-          const float share = moe::activate_backward(arch, form, 0.5f, gate.data(), up.data(), r[1].data(), r[2].data(),
-                                                     r[3].data(), n);
+          const float share =
+              moe::activate_backward(arch, form, 0.5f, gate.data(), up.data(), r[1].data(), r[2].data(), r[3].data(), n);
           r.push_back({share / static_cast<float>(n)});
           return r;
         };
@@ -173,8 +203,10 @@ TEST_SUITE("backend/cpu/dynamic") {
   TEST_CASE("MOE_CPU_LEVEL says what runs, and the report says so") {
     testing::highest_level();
     const moe::cpu_level_report now = moe::report_cpu_level();
-    if (const char* wanted = std::getenv("MOE_CPU_LEVEL")) CHECK(name(now.level) == wanted);
-    else CHECK(now.level == now.machine);
+    if (const char* wanted = std::getenv("MOE_CPU_LEVEL"))
+      CHECK(name(now.level) == wanted);
+    else
+      CHECK(now.level == now.machine);
   }
   TEST_CASE("a backend cannot be made, nor a static layer loaded, where MOE_CPU_LEVEL asks for what there is not") {
     const char* before = std::getenv("MOE_CPU_LEVEL");

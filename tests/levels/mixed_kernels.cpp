@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "support/levels.hpp"
@@ -26,8 +27,8 @@ constexpr product every_product[] = {product::nt, product::packed, product::nn, 
 struct trial {
   product what;
   dim m, n, k, left_cols = what == product::tn ? m : k, left_rows = what == product::tn ? k : m,
-              right_cols = what == product::nt || what == product::packed ? k : n,
-              right_rows = what == product::nt || what == product::packed ? n : k;
+               right_cols = what == product::nt || what == product::packed ? k : n,
+               right_rows = what == product::nt || what == product::packed ? n : k;
   std::vector<float> left, right, start;
   std::vector<bf16> weights{};
   std::vector<idx> token{};
@@ -59,9 +60,12 @@ struct trial {
   void add(const moe::arch::mixed_kernels& kernels, dim depth, matrix_view<float> c) const {
     if (what == product::nt) return kernels.gemm_nt(a(), w(), c);
     if (!kernels.halves.round) {
-      if (what == product::packed) kernels.gemm_nt_packed(a(), w(), c);
-      else if (what == product::nn) kernels.gemm_nn(a(), w(), c);
-      else kernels.gemm_tn(a(), gathered<float>{b()}, depth, c);
+      if (what == product::packed)
+        kernels.gemm_nt_packed(a(), w(), c);
+      else if (what == product::nn)
+        kernels.gemm_nn(a(), w(), c);
+      else
+        kernels.gemm_tn(a(), gathered<float>{b()}, depth, c);
       return;
     }
     std::vector<bf16> memory[2];
@@ -87,7 +91,8 @@ struct trial {
       halves.gemm_tn(left, right, garbage, {}, {}, false, room.bytes().data());
       CHECK(testing::same_bits({zeros.data, fresh.size() / 8}, {garbage.data, fresh.size() / 8}));
       halves.gemm_tn(left, right, c, left, second, true, room.bytes().data());
-      for (dim r = 0; r < m; ++r) CHECK(std::memcmp(second.row(r), c.row(r), static_cast<std::size_t>(n) * sizeof(float)) == 0);
+      for (dim r = 0; r < m; ++r)
+        CHECK(std::memcmp(second.row(r), c.row(r), static_cast<std::size_t>(n) * sizeof(float)) == 0);
       return;
     }
     // Sums start from nothing or are added to, in rows with room for whole panels; results also go to rows of whole lines or
@@ -99,8 +104,10 @@ struct trial {
     const auto multiply = [&](std::vector<float> sums, bool more, matrix_view<float> out) {
       const matrix_view<float> to{sums.data(), m, n, stride};
       for (dim r = 0; more && r < m; ++r) std::copy_n(before.row(r), n, to.row(r));
-      if (what == product::packed) halves.gemm_nt(left, w(), to, more, out, w(), room.bytes().data());
-      else halves.gemm_nn(left, w(), to, more, out, room.bytes().data());
+      if (what == product::packed)
+        halves.gemm_nt(left, w(), to, more, out, w(), room.bytes().data());
+      else
+        halves.gemm_nn(left, w(), to, more, out, room.bytes().data());
       return sums;
     };
     const std::vector<float> none(static_cast<std::size_t>(m * stride), NAN);
@@ -118,19 +125,25 @@ struct trial {
       }
     }
   }
+  /// What element (i, j) of c should be, and the sum of its |terms|.
+  std::pair<double, double> wanted(dim i, dim j) const {
+    const bool along = what == product::nt || what == product::packed;
+    double sum = start[static_cast<std::size_t>(i * (n + 2) + j)], size = std::abs(sum);
+    for (dim p = 0; j < n && p < k; ++p) {
+      const double term =
+          double{what == product::tn ? a().row(p)[i] : a().row(i)[p]} * double{along ? b()(j, p) : b()(p, j)};
+      sum += term;
+      size += std::abs(term);
+    }
+    return {sum, size};
+  }
   /// Largest |c - wanted| of an element over the sum of its |terms|; infinite where the gap between rows was written to.
   double error(const std::vector<float>& got) const {
     double worst = 0;
-    const bool along = what == product::nt || what == product::packed;
     for (dim i = 0; i < m; ++i)
       for (dim j = 0; j < n + 2; ++j) {
         const auto at = static_cast<std::size_t>(i * (n + 2) + j);
-        double sum = start[at], size = std::abs(sum);
-        for (dim p = 0; j < n && p < k; ++p) {
-          const double term = double{what == product::tn ? a().row(p)[i] : a().row(i)[p]} * double{along ? b()(j, p) : b()(p, j)};
-          sum += term;
-          size += std::abs(term);
-        }
+        const auto [sum, size] = wanted(i, j);
         if (j >= n && got[at] != start[at]) return HUGE_VAL;
         if (sum != got[at]) worst = std::max(worst, std::abs(sum - got[at]) / size);
       }
@@ -201,8 +214,8 @@ TEST_SUITE("backend/cpu/mixed") {
         for (const dim k : {1, 33, 130, 530}) {
           const trial t(p, 37, 35, k, false);
           const double error = t.error(t.run(kernels));
-          // Weights are exact. A float rounded to bf16 is off by 2^-8 of itself at most, so each term by that, and by twice as
-          // much in a gradient, where both operands are rounded; else the additions alone err.
+          // Weights are exact. A float rounded to bf16 is off by 2^-8 of itself at most, so each term by that, and by twice
+          // as much in a gradient, where both operands are rounded; else the additions alone err.
           const bool halves = rounds && p != product::nt;
           CAPTURE(static_cast<int>(p));
           CAPTURE(k);
@@ -222,8 +235,10 @@ TEST_SUITE("backend/cpu/mixed") {
           trial one = t;
           one.m = 1;
           one.start.assign(t.start.begin() + i * 72, t.start.begin() + (i + 1) * 72);
-          if (p == product::tn) one.left.erase(one.left.begin(), one.left.begin() + i);
-          else one.token = {t.token[static_cast<std::size_t>(i)]};
+          if (p == product::tn)
+            one.left.erase(one.left.begin(), one.left.begin() + i);
+          else
+            one.token = {t.token[static_cast<std::size_t>(i)]};
           const std::vector<float> alone = one.run(kernels);
           CAPTURE(static_cast<int>(p));
           CHECK(std::equal(alone.begin(), alone.end(), all.begin() + i * 72));
@@ -231,21 +246,42 @@ TEST_SUITE("backend/cpu/mixed") {
       }
     });
   }
-  TEST_CASE("NaN and infinity reach the elements of their row or column alone, on every rung") {
-    for (const float odd : {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity(),
-                            __builtin_bit_cast(float, 0x7fffffffu)})
+  TEST_CASE(
+      "NaN and infinity reach the elements of their row or column alone, with the sign of the product, on every rung") {
+    constexpr float infinite = std::numeric_limits<float>::infinity();
+    for (const float odd :
+         {std::numeric_limits<float>::quiet_NaN(), infinite, -infinite, __builtin_bit_cast(float, 0x7fffffffu)})
       on_every_rung([odd](const char* rung, const moe::arch::mixed_kernels& kernels, bool) {
         CAPTURE(rung);
-        for (const product p : every_product) {
-          trial t(p, 40, 19, 37, false);
-          const dim stride = t.left_cols + 3;
-          float* row = t.left.data() + t.token[p == product::tn ? 36 : 5] * stride;
-          row[p == product::tn ? 5 : 36] = odd;
-          const std::vector<float> y = t.run(kernels);
-          CAPTURE(static_cast<int>(p));
-          for (dim i = 0; i < 40; ++i)
-            for (dim j = 0; j < 19; ++j) REQUIRE(std::isfinite(y[static_cast<std::size_t>(i * 21 + j)]) == (i != 5));
-        }
+        CAPTURE(odd);
+        for (const product p : every_product)
+          for (const bool left : {true, false}) {
+            CAPTURE(static_cast<int>(p));
+            CAPTURE(left);
+            trial t(p, 40, 19, 37, false);
+            if (left) {  // the last term of row 5
+              float* row = t.left.data() + t.token[p == product::tn ? 36 : 5] * (t.left_cols + 3);
+              row[p == product::tn ? 5 : 36] = odd;
+            } else {  // a term in the middle of column 7
+              const bool along = p == product::nt || p == product::packed;
+              const auto at = static_cast<std::size_t>(along ? 7 * (t.right_cols + 1) + 20 : 20 * (t.right_cols + 1) + 7);
+              t.right[at] = odd;
+              t.weights[at] = bf16(odd);
+            }
+            const std::vector<float> y = t.run(kernels);
+            for (dim i = 0; i < 40; ++i)
+              for (dim j = 0; j < 19; ++j) {
+                const double wanted = t.wanted(i, j).first;
+                const float got = y[static_cast<std::size_t>(i * 21 + j)];
+                REQUIRE(std::isfinite(wanted) == (left ? i != 5 : j != 7));
+                if (std::isnan(wanted))
+                  REQUIRE(std::isnan(got));
+                else if (std::isinf(wanted))
+                  REQUIRE(double{got} == wanted);
+                else
+                  REQUIRE(std::isfinite(got));
+              }
+          }
       });
   }
   TEST_CASE("nothing is added over no rows") {
