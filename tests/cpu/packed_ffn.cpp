@@ -7,95 +7,25 @@
 #include <cstdio>
 #include <limits>
 
-#include "moe/backend/cpu.hpp"
 #include "moe/backend/executor/thread_pool.hpp"
-#include "moe/moe.hpp"
 #include "support/levels.hpp"
-#include "support/testing.hpp"
+#include "support/packed_model.hpp"
 
 namespace {
 
 using moe::dim;
 using backend = moe::cpu<>;
-using dense_layer = moe::layer<moe::linear_gate, moe::top_k<2>, moe::ffn_expert, moe::weighted_sum, backend>;
-template <class T, class B = backend>
-using packed_layer = moe::layer<moe::linear_gate, moe::top_k<2>, moe::packed_ffn_expert<T>, moe::weighted_sum, B>;
+using dense_layer = testing::dense_layer<>;
+template <class T>
+using packed_layer = testing::packed_layer<T>;
+using testing::packed_model, testing::reference_of, testing::distance, testing::packed_tolerance;
 
 using int4_32 = moe::int4_groups<32>;
 using int4_128 = moe::int4_groups<128, moe::bf16>;
 static_assert(moe::Expert<moe::packed_ffn_expert<moe::bf16>, backend>);
 static_assert(!moe::TrainableExpert<moe::packed_ffn_expert<moe::bf16>, backend>, "inference only");
 
-/// Relative to the largest result, what products with weights of T may be off: their activations are rounded to bytes or
-/// halves once per product.
-template <class T>
-constexpr double tolerance = moe::packing<T>::scaled ? 0.03 : 1e-2;
-template <>
-constexpr double tolerance<float> = 2e-6;
-template <>
-constexpr double tolerance<moe::f16> = 2e-6;
-
 std::size_t at(dim i) { return static_cast<std::size_t>(i); }
-
-/// A layer with packed weights and everything it runs with, its result for x.
-template <class T, class B = backend>
-struct packed_model {
-  packed_layer<T, B> net;
-  moe::buffer params, work;
-  typename packed_layer<T, B>::weights w;
-  typename packed_layer<T, B>::context ctx;
-  std::vector<float> y;
-
-  packed_model(testing::model<dense_layer>& from, dim T_, B b = {}) : net(from.net.sizes(), b), params(net.weight_bytes()) {
-    moe::arena p(params.bytes());
-    w = net.make_weights(p);
-    for (dim r = 0; r < w.gate.w.rows; ++r) std::copy_n(from.w.gate.w.row(r), w.gate.w.cols, w.gate.w.row(r));
-    net.experts().pack(from.w.experts, net.sizes(), w.experts);
-    run({from.x.data(), T_, from.d});
-  }
-  void run(moe::matrix_view<const float> x) {
-    y.assign(at(x.rows * x.cols), -1.f);
-    work = moe::buffer(net.inference_context_bytes(x.rows) + net.scratch_bytes(x.rows));
-    moe::arena mem(work.bytes());
-    ctx = net.make_inference_context(x.rows, mem);
-    net.forward(w, x, {y.data(), x.rows, x.cols}, ctx, mem);
-  }
-};
-
-/// The layer's result in double, from the weights as they were packed and the plan.
-template <class T, class B>
-std::vector<double> reference(const packed_model<T, B>& m, moe::matrix_view<const float> x) {
-  const moe::shape s = m.net.sizes();
-  const dim hidden = (s.f + 31) / 32, out = (s.d + 31) / 32;
-  std::vector<double> y(at(x.rows * s.d)), a(at(s.f));
-  for (dim e = 0; e < s.experts; ++e)
-    for (dim r = m.ctx.plan.offsets[at(e)]; r < m.ctx.plan.offsets[at(e + 1)]; ++r) {
-      const dim t = m.ctx.plan.token[at(r)];
-      for (dim j = 0; j < s.f; ++j) {
-        double g = 0, u = 0;
-        for (dim k = 0; k < s.d; ++k) {
-          g += double{x(t, k)} * m.w.experts.gate_up.weight((e * hidden + j / 32) * 2, j % 32, k);
-          u += double{x(t, k)} * m.w.experts.gate_up.weight((e * hidden + j / 32) * 2 + 1, j % 32, k);
-        }
-        a[at(j)] = g / (1 + std::exp(-g)) * u;
-      }
-      for (dim j = 0; j < s.d; ++j) {
-        double sum = 0;
-        for (dim k = 0; k < s.f; ++k) sum += a[at(k)] * m.w.experts.down.weight(e * out + j / 32, j % 32, k);
-        y[at(t * s.d + j)] += m.ctx.plan.weight[at(r)] * sum;
-      }
-    }
-  return y;
-}
-
-double distance(const std::vector<float>& y, const std::vector<double>& wanted) {
-  double worst = 0, largest = 0;
-  for (std::size_t i = 0; i < y.size(); ++i) {
-    worst = std::max(worst, std::fabs(double{y[i]} - wanted[i]));
-    largest = std::max(largest, std::fabs(wanted[i]));
-  }
-  return worst / largest;
-}
 
 using testing::at_every_level;
 
@@ -112,7 +42,7 @@ TEST_SUITE("expert/packed_ffn") {
         for (const dim tokens : {1, 3, 7, 40, 300}) {
           CAPTURE(tokens);
           const packed_model<T> m(dense, tokens);
-          CHECK(distance(m.y, reference(m, {dense.x.data(), tokens, s.d})) < tolerance<T>);
+          CHECK(distance(m.y, reference_of(m, {dense.x.data(), tokens, s.d})) < packed_tolerance<T>);
         }
       });
     }
@@ -142,7 +72,7 @@ TEST_SUITE("expert/packed_ffn") {
       packed_model<T> m(dense, 50);
       CHECK(m.ctx.plan.offsets[1] == 50);
       CHECK(m.ctx.plan.offsets[4] == 100);
-      CHECK(distance(m.y, reference(m, {dense.x.data(), 50, s.d})) < tolerance<T>);
+      CHECK(distance(m.y, reference_of(m, {dense.x.data(), 50, s.d})) < packed_tolerance<T>);
       m.run({dense.x.data(), 0, s.d});
       CHECK(m.y.empty());
     });

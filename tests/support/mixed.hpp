@@ -8,19 +8,11 @@
 #include "moe/gate/linear.hpp"
 #include "moe/router/top_k.hpp"
 #include "moe/train/mixed.hpp"
-#include "support/emulated_tiles.hpp"
+#include "support/emulated_amx.hpp"
 #include "support/reference.hpp"
 #include "support/testing.hpp"
 
 namespace testing {
-
-/// Float32 is that of the level of the build; with bf16 weights the tiles multiply, emulated and on one thread only.
-struct emulated_amx : moe::arch::native {};
-#if defined(MOE_X86)
-inline moe::arch::mixed_kernels mixed_kernels_of(emulated_amx) noexcept {
-  return mixed_kernels_of(moe::arch::amx{}, emulated_tiles{});
-}
-#endif
 
 template <int K, class B, class Expert = moe::bf16_ffn_expert>
 using bf16_layer = moe::layer<moe::linear_gate, moe::top_k<K>, Expert, moe::weighted_sum, B>;
