@@ -3,6 +3,10 @@
 // every level, on every executor.
 #include <doctest/doctest.h>
 
+#include <map>
+#include <memory>
+#include <string>
+
 #include "moe/backend/cpu.hpp"
 #include "moe/expert/set.hpp"
 #include "support/executors.hpp"
@@ -150,31 +154,53 @@ TEST_SUITE("expert/ffn") {
     for (std::size_t i = 0; i < got.dx.size(); ++i) worst = std::max(worst, std::abs(double{got.dx[i]} - want.dx[i]));
     CHECK(worst < 1e-3);  // gradients are sums over 100 tokens
   }
-  TEST_CASE("every form, layout and bias agrees with formulas in double at the rounded weights") {
+  TEST_CASE("every form, layout and bias agrees with formulas in double at the rounded weights, at every level and on tiles") {
     const auto check = []<class X>(const X& expert, golden::form_rule form, golden::order order) {
-      using layer = testing::bf16_layer<2, moe::scalar<moe::serial>, X>;
-      testing::mixed_model<layer> m(layer({.tokens = 9, .d = 5, .f = 7, .experts = 3}, expert), 9, 5, 11);
-      m.forward();
-      m.backward();
+      const moe::shape s{.tokens = 40, .d = 5, .f = 7, .experts = 2};  // 40 rows an expert
+      const auto model = [&]<class B>(const B&) {
+        using layer = testing::bf16_layer<2, B, X>;
+        auto m = std::make_unique<testing::mixed_model<layer>>(layer(s, expert), s.tokens, s.d, 11);
+        m->forward();
+        m->backward();
+        return m;
+      };
+      const auto kept = model(moe::scalar<moe::serial>{});
+      const auto& first = *kept;
       const auto rule = golden::routed(2, golden::weigh_rows(golden::feed_forward(form, order)));
       golden::tensors w;
-      const auto flat = m.rounded();
-      for (const moe::slot& s : m.names) w[s.name] = reference::tensor(m.names, flat, s.name);
-      golden::matrix x(9, 5, m.x);
-      const golden::matrix dy(9, 5, m.dy);
+      const auto flat = first.rounded();
+      for (const moe::slot& t : first.names) w[t.name] = reference::tensor(first.names, flat, t.name);
+      golden::matrix x(s.tokens, s.d, first.x);
+      const golden::matrix dy(s.tokens, s.d, first.dy);
       const auto loss = [&] { return reference::inner(rule(w, x), dy); };
-      CHECK(golden::off(m.y, rule(w, x).values) < golden::tolerance);
-      CHECK(golden::off(m.dx, reference::gradient(x.values, loss)) < golden::tolerance);
-      for (const moe::slot& s : m.names) {
-        CAPTURE(s.name);
-        CHECK(golden::off(m.gradients().subspan(s.offset / 4, s.bytes / 4), reference::gradient(w.at(s.name).values, loss)) <
-              golden::tolerance);
-      }
+      const auto y = rule(w, x).values;
+      const auto dx = reference::gradient(x.values, loss);
+      std::map<std::string, golden::vec> dw;
+      for (const moe::slot& t : first.names) dw[t.name] = reference::gradient(w.at(t.name).values, loss);
+      const auto expect_near = [&](const auto& m, double bound) {
+        CHECK(golden::off(m.y, y) < bound);
+        CHECK(golden::off(m.dx, dx) < bound);
+        for (const moe::slot& t : m.names) {
+          CAPTURE(t.name);
+          CHECK(golden::off(m.gradients().subspan(t.offset / 4, t.bytes / 4), dw.at(t.name)) < (t.name == "gate.w" ? 4 : 1) * bound);
+        }
+      };
+      expect_near(first, golden::tolerance);
+      testing::at_every_level([&] {
+        const bool rounds = moe::cpu_level_in_use() == moe::cpu_level::amx;
+        expect_near(*model(cpu<>{}), rounds ? 1. / 64 : golden::tolerance);
+      });
+#if defined(MOE_X86)
+      if (includes(testing::highest_level(), moe::cpu_level::avx512)) expect_near(*model(emulated{}), 1. / 64);
+#endif
     };
     using moe::basic_ffn_expert, moe::bf16;
     check(basic_ffn_expert<moe::plain<moe::gelu>, moe::separate, true, bf16>{}, golden::plain(golden::gelu), golden::order::separate);
     check(basic_ffn_expert<moe::glu<moe::silu>, moe::chunked, false, bf16>{}, golden::glu(golden::silu), golden::order::chunked);
     check(basic_ffn_expert<moe::glu<moe::gelu>, moe::interleaved, true, bf16>{}, golden::glu(golden::gelu), golden::order::interleaved);
+#if defined(MOE_X86)
+    CHECK(testing::emulated_tiles::faults == 0);
+#endif
   }
   TEST_CASE("gradients of frozen bf16 tensors are not computed, and those of the others are the same") {
     const moe::shape s{.tokens = 60, .d = 24, .f = 40, .experts = 3};
