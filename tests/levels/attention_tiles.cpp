@@ -233,7 +233,7 @@ TEST_SUITE("cpu/attention_amx" * doctest::skip(!has_512())) {
     }
     CHECK(testing::emulated_tiles::faults == 0);
   }
-  TEST_CASE("blocks on tiles that nobody chose have no gradients") {
+  TEST_CASE("what is in blocks on tiles that nobody chose changes nothing, and has no gradients") {
     constexpr dim n = 150, block = 15, cols = 2 * 32;
     testing::attention_trial<moe::bf16> trial(sizes(20, n, 4, 2, 32, 32));  // queries stand in blocks 8 and 9
     const auto chosen = [](dim key) { return key / block == 3 || key / block == 6 || key / block >= 8; };
@@ -243,8 +243,17 @@ TEST_SUITE("cpu/attention_amx" * doctest::skip(!has_512())) {
         moe::bf16& element = trial.k[static_cast<std::size_t>(i * 32 + x)];
         element = moe::bf16(x > 0 ? 0.01f * static_cast<float>(element) : chosen(i / 2) ? 8.f : -8.f);
       }
+    auto other = trial;
+    for (dim key = 0; key < n; ++key)
+      if (!chosen(key))
+        for (dim x = 0; x < cols; ++x) {
+          moe::bf16& element = other.k[static_cast<std::size_t>(key * cols + x)];
+          element = moe::bf16(static_cast<float>(element) - 0.5f);
+          other.v[static_cast<std::size_t>(key * cols + x)] = moe::bf16(std::numeric_limits<float>::quiet_NaN());
+        }
     for_both_tiles([&](const auto& backend) {
       const auto got = trial.blocks(backend, block, 3);
+      expect_equal(other.blocks(backend, block, 3), got);
       for (dim key = 0; key < n; ++key) {
         const auto zeros = [&](const std::vector<float>& g) {
           return std::count(g.begin() + key * cols, g.begin() + (key + 1) * cols, 0.f);
@@ -334,6 +343,32 @@ TEST_SUITE("cpu/attention_amx" * doctest::skip(!has_512())) {
       }
       CHECK(wrong == 0);
     }
+  }
+  TEST_CASE("with blocks on tiles a later key or value changes no bit, be it a number or not") {
+    constexpr dim n = 300, h = 4, d = 32;  // three tiles of rows, so that whole steps of 32 keys are packed beforehand
+    constexpr float infinity = std::numeric_limits<float>::infinity(), nan = std::numeric_limits<float>::quiet_NaN();
+    const testing::attention_trial<moe::bf16> before(sizes(n, n, h, 1, d, d));
+    const auto first = [](const std::vector<float>& v, dim count) { return testing::rows(v, 0, count, 1); };
+    for_both_tiles([&](const auto& backend) {
+      for (const dim block : {24, 32}) {
+        const auto wanted = before.blocks(backend, block, 3);
+        for (const dim later : {5, 100, 289})
+          for (const float to : {9.f, nan, infinity}) {
+            testing::attention_trial<moe::bf16> t = before;
+            for (dim j = 0; j < d; ++j) t.k[static_cast<std::size_t>(later * d + j)] = moe::bf16(to);
+            for (dim j = 0; j < d; ++j) t.v[static_cast<std::size_t>(later * d + j)] = moe::bf16(to);
+            const auto got = t.blocks(backend, block, 3);
+            CAPTURE(block);
+            CAPTURE(later);
+            CAPTURE(to);
+            CHECK(first(got.o, later * h * d) == first(wanted.o, later * h * d));
+            CHECK(first(got.lse, later * h) == first(wanted.lse, later * h));
+            CHECK(first(got.dq, later * h * d) == first(wanted.dq, later * h * d));
+            CHECK(first(got.o, (later + 1) * h * d) != first(wanted.o, (later + 1) * h * d));
+          }
+      }
+    });
+    CHECK(testing::emulated_tiles::faults == 0);
   }
   TEST_CASE("a prompt in pieces gives the bits of the whole, wherever a piece ends") {
     const testing::attention_trial<moe::bf16> all(sizes(200, 200, 2, 1, 40, 32));
