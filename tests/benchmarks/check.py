@@ -54,10 +54,10 @@ def rows_of(program, *flags, plots=False):
     expect(LIMITS <= limits.keys() and limits["case"] == "limits", f"limits are {limits}")
     expect(limits["dram_read_bytes_per_s"] > 0 and limits["fma_f32_flops_per_s"] > 0, f"limits are {limits}")
     for row in rows:
-        if row["case"] == "layer":
+        if row["case"] in CHECKS:
             same = [x for x in (limits, *limits["with_fewer_threads"]) if x["threads"] == row["threads"]]
             expect(len(same) == 1, f"no limits of {row['threads']} threads")
-            check_roof(row, same[0])
+            CHECKS[row["case"]](row, same[0])
     return rows, ran.stdout
 
 
@@ -76,11 +76,44 @@ def check_roof(row, limits):
     else:
         moved += 2 * rows
     peak = next((limits[unit] for unit in units if limits[unit] > 0), limits["fma_f32_flops_per_s"])
-    memory = moved / limits["dram_read_bytes_per_s"]
-    compute = 6 * d * f * k * T * (3 if row["backward"] else 1) / peak
-    expect(math.isclose(row["roof_tokens_per_s"], T / max(memory, compute), rel_tol=1e-4), f"roof of {memory}, {compute} s in {row}")
+    expect_roof(row, T, moved, 6 * d * f * k * T * (3 if row["backward"] else 1), limits, peak)
+
+
+def expect_roof(row, tokens, moved, work, limits, peak):
+    memory, compute = moved / limits["dram_read_bytes_per_s"], work / peak
+    expect(math.isclose(row["roof_tokens_per_s"], tokens / max(memory, compute), rel_tol=1e-4),
+           f"roof of {memory}, {compute} s in {row}")
     expect(math.isclose(memory, compute, rel_tol=1e-4) or row["roof"] == ("memory" if memory > compute else "compute"),
            f"{memory} and {compute} s in {row}")
+
+
+def check_attention_roof(row, limits):
+    """Keys and values, with a scale for each row of bytes, are read once, or by each head those of its blocks; so are queries,
+    logits and, backward, gradients."""
+    h, hkv, d, m, n = (row[name] for name in ("h", "hkv", "d", "m", "n"))
+    size, units = TYPES[row["type"]]
+    cache = 2 * n * hkv * (d * size + (4 if row["type"] == "int8" else 0))
+    readers = h / hkv if row["decode"] else 1
+    visited = cache * min(1, readers * row["visited_share"]) if row["B"] else cache
+    expect(math.isclose(row["cache_bytes_per_s"], visited * row["tokens_per_s"] / m, rel_tol=1e-3), f"cache_bytes_per_s in {row}")
+    logits = m * {"none": 0, "headwise": h, "elementwise": h * d}[row["gate"]]
+    moved = (visited if row["decode"] else cache) + m * h * d * (size + 4) + logits * size
+    if row["backward"]:
+        moved += cache / size * 4 + m * h * d * 8 + logits * 4
+    units = () if row["decode"] else units  # a step reads
+    peak = next((limits[unit] for unit in units if limits[unit] > 0), limits["fma_f32_flops_per_s"])
+    expect_roof(row, m, moved, row["useful_flops_per_s"] / row["tokens_per_s"] * m, limits, peak)
+    for name in ("ratio_to_dense", "share_of_ideal_ratio", "rate_to_forward", "routing_share", "gate_overhead"):
+        expect(name not in row or math.isfinite(row[name]), f"{name} in {row}")
+        expect(name not in row or row[name] > (0 if name in ("ratio_to_dense", "share_of_ideal_ratio", "rate_to_forward") else -1),
+               f"{name} in {row}")
+    expect(row.get("routing_share", 0) < 1, f"routing_share in {row}")
+    if "ratio_to_dense" in row:
+        expect(math.isclose(row["share_of_ideal_ratio"], row["ratio_to_dense"] * row["visited_share"], rel_tol=1e-2),
+               f"share_of_ideal_ratio in {row}")
+
+
+CHECKS = {"layer": check_roof, "attention": check_attention_roof}
 
 
 def check_row(row):

@@ -156,19 +156,23 @@ TEST_SUITE("attention/output_gate") {
     for (std::size_t j = 0; j < width; ++j) sum += static_cast<double>(columns.ds[j]);
     CHECK(heads.ds[0] == doctest::Approx(sum).epsilon(1e-4));
   }
-  TEST_CASE("delta comes from either side of the gate") {
-    const std::vector<float> s = normals(T * n * width, 1), y = normals(T * n * width, 2), dto = normals(T * n * width, 3);
-    const result<moe::output_gate<>> r(s, y, dto);
-    for (dim a = 0; a < T * n; ++a) {
-      double before = 0, after = 0, size = 0;
-      for (dim j = 0; j < width; ++j) {
-        const auto i = static_cast<std::size_t>(a * width + j);
-        before += static_cast<double>(r.dy[i]) * y[i];
-        after += static_cast<double>(dto[i]) * r.to[i];
-        size += std::fabs(static_cast<double>(dto[i]) * r.to[i]);
+  TEST_CASE("delta comes from either side of a gate that multiplies, whatever it is") {
+    for_every_gate([]<class V>(V) {
+      if constexpr (!V::gate::scales) return;
+      const std::vector<float> s = normals(T * V::gate::cols(n, width), 1), y = normals(T * n * width, 2),
+                               dto = normals(T * n * width, 3);
+      const result<typename V::gate> r(s, y, dto);
+      for (dim a = 0; a < T * n; ++a) {
+        double before = 0, after = 0, size = 0;
+        for (dim j = 0; j < width; ++j) {
+          const auto i = static_cast<std::size_t>(a * width + j);
+          before += static_cast<double>(r.dy[i]) * y[i];
+          after += static_cast<double>(dto[i]) * r.to[i];
+          size += std::fabs(static_cast<double>(dto[i]) * r.to[i]);
+        }
+        CHECK(std::fabs(before - after) < 1e-6 * size);
       }
-      CHECK(std::fabs(before - after) < 1e-6 * size);
-    }
+    });
   }
   TEST_CASE("halves are gated in float") {
     std::vector<bf16> s, y, to(T * n * width);
