@@ -1,10 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <doctest/doctest.h>
 
+#include <algorithm>
+#include <fstream>
+#include <initializer_list>
 #include <string>
 
 #include "moe/backend/cpu/ladder.hpp"
 #include "moe/backend/cpu/level.hpp"
+#if defined(__linux__) && defined(__x86_64__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 using moe::cpu_level, moe::detail::cpu_facts, moe::detail::level_of;
 
@@ -88,6 +95,35 @@ TEST_SUITE("backend/cpu/level") {
                          "moe: compiled for avx512, this machine has avx2 (the processor lacks AVX-512) [docs/backends.md]",
                          moe::level_error);
   }
+#if defined(__linux__) && defined(__x86_64__)
+  TEST_CASE("the machine has the level that the system's list of features and its answer to a request for tiles say") {
+    std::ifstream cpu("/proc/cpuinfo");
+    std::string line;
+    bool found = false;
+    while (!found && std::getline(cpu, line)) found = line.starts_with("flags");
+    if (!found) {
+      MESSAGE("skipped: this system has no list of features");
+      return;
+    }
+    line += ' ';
+    const auto all = [&](std::initializer_list<const char*> features) {
+      return std::all_of(features.begin(), features.end(),
+                         [&](const char* f) { return line.find(' ' + std::string(f) + ' ') != std::string::npos; });
+    };
+    cpu_level wanted = cpu_level::scalar;
+    if (all({"avx2", "fma", "f16c"})) {
+      wanted = cpu_level::avx2;
+      if (all({"avx512f", "avx512bw", "avx512dq", "avx512vl"})) wanted = cpu_level::avx512;
+      if (wanted == cpu_level::avx512 && all({"avx512_vnni"})) wanted = cpu_level::avx512_vnni;
+      constexpr long request_permission = 0x1023, tile_data = 18;
+      if (wanted == cpu_level::avx512_vnni && all({"amx_tile", "amx_bf16", "amx_int8"}) &&
+          syscall(SYS_arch_prctl, request_permission, tile_data) == 0)
+        wanted = cpu_level::amx;
+    }
+    CAPTURE(line);
+    CHECK(std::string(name(moe::report_cpu_level().machine)) == name(wanted));
+  }
+#endif
   TEST_CASE("a program chooses among the levels of the machine, and the report says so") {
     const moe::cpu_level_report before = moe::report_cpu_level();
     CHECK(includes(before.machine, before.level));
