@@ -62,7 +62,6 @@ TEST_SUITE("backend/cpu") {
           [&]<class B>(const B& backend) { return testing::run(testing::ffn_layer<2, B>(s, backend), s.tokens, 1); });
     }
   }
-#if defined(MOE_TEST_SMALL_STACK)
   TEST_CASE("gradients that replace what was there are those added to zeros") {
     using layer = testing::ffn_layer<1, moe::host_backend<arch, moe::serial>>;
     for (const moe::shape& s : {moe::shape{.d = 33, .f = 70, .experts = 5}, moe::shape{.d = 72, .f = 20, .experts = 40}}) {
@@ -72,6 +71,7 @@ TEST_SUITE("backend/cpu") {
       CHECK(testing::replaces_gradients(m));
     }
   }
+#if defined(MOE_TEST_SMALL_STACK)
   TEST_CASE("forward and backward run on the small stack that some C libraries give a thread") {
     const testing::ffn_layer<2, cpu<>> net({.d = 320, .f = 700, .experts = 2});
     const testing::results wanted = testing::run(net, 600, 1);

@@ -2,6 +2,8 @@
 // A layer of attention gives the same bits on any executor.
 #include <doctest/doctest.h>
 
+#include <algorithm>
+
 #include "moe/attention/self_attention_cache.hpp"
 #include "moe/backend/cpu.hpp"
 #include "moe/backend/executor/thread_pool.hpp"
@@ -41,14 +43,15 @@ std::vector<float> run(const Executor& executor) {
   const moe::host_backend<moe::arch::native, Executor> backend{executor};
   const moe::self_attention<C, moe::host_backend<moe::arch::native, Executor>> net(
       d, {.heads = 4, .kv_heads = 2, .d = 16, .dv = 8}, moe::block_attention{.block = 8, .k = 3}, backend);
-  moe::buffer params(net.weight_bytes()), grads(net.weight_bytes()), angles(1 << 16),
-      kept(net.template cache_bytes<float>(2, T)), work(net.context_bytes(T) + net.scratch_bytes(T, 2) + (1 << 20));
+  moe::buffer params(net.weight_bytes()), grads(net.weight_bytes()), angles(1 << 16), kept(net.template cache_bytes<float>(2, T));
+  moe::arena p(params.bytes()), g(grads.bytes()), a(angles.bytes()), c(kept.bytes());
+  auto cache = net.template make_cache<float>(2, T, c);
+  moe::buffer work(net.context_bytes(T) + std::max(net.scratch_bytes(T, 2), net.scratch_bytes(2 * 30, cache)));
+  moe::arena mem(work.bytes());
   fill(params.as<float>(), 1, 0.3f);
-  moe::arena p(params.bytes()), g(grads.bytes()), a(angles.bytes()), c(kept.bytes()), mem(work.bytes());
   const auto w = net.make_weights(p);
   auto dw = net.make_gradients(g);
   const auto table = net.make_table(T, a);
-  auto cache = net.template make_cache<float>(2, T, c);
   auto ctx = net.make_context(T, mem);
   std::vector<float> x(T * d), dy(T * d), y(T * d), dx(T * d), all;
   fill(x, 2, 1);
