@@ -2,12 +2,17 @@
 // Attention at every level against its formulas in double, and what it promises of bits, memory and bad input.
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <limits>
+#include <map>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "moe/backend/cpu.hpp"
 #include "moe/backend/cpu/attention_levels.hpp"
 #include "moe/backend/executor/thread_pool.hpp"
+#include "moe/backend/host_moba.hpp"
 #include "support/attention_checks.hpp"
 #include "support/executors.hpp"
 #include "support/levels.hpp"
@@ -266,6 +271,64 @@ TEST_SUITE("backend/host_attention") {
     CHECK(compare_steps(100, 960, {}) == 8);
     CHECK(compare_steps(100, 960, {true, 150}) == 3);
     CHECK(compare_steps(960, 400, {}) == 0 + 0 + 1 + 2 + 4);  // the first 560 queries see nothing
+  }
+}
+
+TEST_SUITE("backend/host_moba") {
+  TEST_CASE("a tile meets each block once, with the rows that chose it, ascending, and with no other") {
+    const auto kernels = attention_kernels_of(moe::arch::scalar{});
+    constexpr dim k = 4, block = 16, n = 730;
+    const moe::attention_problem p{{4, 2, 700, 700}};  // wide heads, low tiles
+    const dim h = p.heads.heads, group = p.heads.group();
+    for (const dim m : {n, dim{601}}) {  // in several tiles, none a multiple of a block
+      // Of each query under each head some earlier blocks, shuffled.
+      std::vector<idx> chosen(at(m * h * (k - 1)), -1);
+      std::map<std::pair<dim, dim>, std::vector<dim>> rows_of;  // query head and block: queries, ascending
+      dim pairs = 0;
+      for (dim t = 0; t < m; ++t)
+        for (dim a = 0; a < h; ++a) {
+          const dim own = (n - m + t) / block;
+          std::vector<std::pair<float, idx>> order;
+          for (dim c = 0; c < own; ++c)
+            order.emplace_back(moe::rng(1).uniform(static_cast<std::uint64_t>((t * h + a) * 64 + c)), static_cast<idx>(c));
+          std::sort(order.begin(), order.end());
+          for (dim j = 0; j < std::min(own, k - 1); ++j) chosen[at((t * h + a) * (k - 1) + j)] = order[at(j)].second;
+          for (dim j = 0; j < std::min(own, k - 1); ++j) rows_of[{a, order[at(j)].second}].push_back(t);
+          rows_of[{a, own}].push_back(t);
+          pairs += std::min(k, own + 1);
+        }
+      moe::key_blocks selection{block, k};
+      selection.chosen = {chosen.data(), m * h, k - 1};
+      const moe::detail::attention_grid grid(p, {m, n}, selection.rows(p.heads));
+      REQUIRE(grid.size() > p.heads.kv_heads);
+      const auto carve = [&](moe::arena& mem) {
+        auto slot = moe::detail::carve_attention_slot(kernels, p.heads, grid.rows(), mem);
+        return std::pair(slot, selection.carve(p, {m, n}, grid.rows(), mem));
+      };
+      moe::arena count;
+      (void)carve(count);
+      const moe::buffer memory(moe::padded(count));
+      moe::arena mem(memory.bytes());
+      auto [slot, lists] = carve(mem);
+      std::map<std::pair<dim, dim>, std::vector<dim>> met;
+      dim rows = 0;
+      for (dim unit = 0; unit < grid.size(); ++unit) {
+        const moe::detail::attention_tile t = grid[unit];
+        moe::detail::start_rows(p, t, slot);
+        selection.recall(p, t, slot, lists);
+        selection.for_each_step(p, t, slot, lists, [&](const moe::detail::step_range& step) {
+          CHECK(step.key % block == 0);
+          CHECK(step.keys == std::min(block, n - step.key));
+          CHECK(std::is_sorted(step.row, step.row + step.rows, std::less_equal<>()));  // strictly
+          for (dim i = 0; i < step.rows; ++i)
+            met[{t.head * group + step.row[i] % group, step.key / block}].push_back(t.first + step.row[i] / group);
+          rows += step.rows;
+        });
+      }
+      for (auto& [of, queries] : met) std::sort(queries.begin(), queries.end());
+      CHECK(met == rows_of);
+      CHECK(rows == pairs);  // the sum of min(k, own + 1)
+    }
   }
 }
 

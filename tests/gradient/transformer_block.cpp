@@ -26,6 +26,9 @@ struct blocks_of_keys : gated {
   using selection = moe::block_attention;
   using key_convolution = moe::key_convolution<3>;
 };
+struct rounded : gated {
+  using element = moe::bf16;
+};
 using routed = moe::layer<moe::linear_gate, moe::top_k<2>, moe::ffn_expert, moe::weighted_sum, backend>;
 using dense = moe::dense<moe::ffn_expert, backend>;
 using with_shared = moe::sum<routed, dense>;
@@ -80,9 +83,13 @@ void check_gradients(const Attention& attention, const Layer& layer, std::uint64
   CHECK(g.probed > tokens * d);
 }
 
-using block = moe::transformer_block<moe::self_attention<gated, backend>, routed>;
+template <class C>
+using block_of = moe::transformer_block<moe::self_attention<C, backend>, routed>;
+template <class C>
+block_of<C> make_block() { return {attention<C>(), routed(shape)}; }
+using block = block_of<gated>;
 using packed_block = packed<block>;
-block a_block() { return {attention<gated>(), routed(shape)}; }
+block a_block() { return make_block<gated>(); }
 
 template <class F>
 std::string message_of(F f) {
@@ -103,8 +110,8 @@ TEST_SUITE("transformer/block") {
     check_gradients(attention<blocks_of_keys>(moe::block_attention{.block = 2, .k = 2}), dense({.d = d, .f = 5}), 3);
   }
 
-  TEST_CASE("a block is its parts, one after the other") {
-    testing::model<packed_block> m(packed_block(a_block()), tokens, d, 4);
+  TEST_CASE_TEMPLATE("a block is its parts, one after the other", C, gated, rounded) {
+    testing::model<packed<block_of<C>>> m(packed(make_block<C>()), tokens, d, 4);
     m.forward();
     m.backward();
 
@@ -121,7 +128,7 @@ TEST_SUITE("transformer/block") {
     auto actx = part.make_context(tokens, mem);
     auto lctx = m.net.layer().make_context(tokens, mem);
     auto dw = m.net.make_gradients(grads_mem);
-    using input = block::input;
+    using input = typename block_of<C>::input;
     const auto plus = [&](moe::matrix_view<const float> a, moe::matrix_view<float> b) {
       for (dim t = 0; t < tokens; ++t)
         for (dim j = 0; j < d; ++j) b(t, j) += a(t, j);
@@ -156,16 +163,18 @@ TEST_SUITE("transformer/block") {
     CHECK(mem.used() == 0);
   }
 
-  TEST_CASE("tokens that come to a cache, many at once and one by one, give the rows of the whole sequence") {
+  TEST_CASE_TEMPLATE("tokens that come to a cache, many at once and one by one, give the rows of the whole sequence", C, gated,
+                     rounded) {
     constexpr dim prompt = 6;
-    testing::model<packed_block> m(packed_block(a_block()), tokens, d, 8);
+    testing::model<packed<block_of<C>>> m(packed(make_block<C>()), tokens, d, 8);
+    using element = typename C::element;
     m.net.rest.sequences = {};
     m.forward();
-    const auto& net = static_cast<const block&>(m.net);
+    const auto& net = static_cast<const block_of<C>&>(m.net);
     const auto in = m.net.with(m.x_view());
-    moe::buffer memory(net.cache_bytes<float>(1, tokens));
+    moe::buffer memory(net.template cache_bytes<element>(1, tokens));
     moe::arena cache_mem(memory.bytes());
-    auto past = net.make_cache<float>(1, tokens, cache_mem);
+    auto past = net.template make_cache<element>(1, tokens, cache_mem);
     moe::buffer scratch(net.scratch_bytes(prompt, past));
     moe::arena mem(scratch.bytes());
     std::vector<float> y(m.y.size());

@@ -25,6 +25,10 @@ struct gated_blocks : gated {
   using key_convolution = moe::key_convolution<3>;
 };
 
+struct rounded_blocks : gated_blocks {
+  using element = moe::bf16;
+};
+
 constexpr dim d = 16, T = 1100;  // of which one sequence is long enough for several tiles, and parts of backward
 constexpr idx offsets[] = {0, 70, 70, T};
 constexpr moe::attention_heads heads{.heads = 4, .kv_heads = 2, .d = 8, .dv = 8};
@@ -74,5 +78,6 @@ TEST_SUITE("transformer/block") {
   TEST_CASE("bits do not depend on the executor, forward and backward, with a gate and over blocks of keys") {
     check<gated>();
     check<gated_blocks>(moe::block_attention{.block = 16, .k = 4});
+    check<rounded_blocks>(moe::block_attention{.block = 32, .k = 4});
   }
 }
