@@ -43,8 +43,11 @@ struct gated_attention : plain_attention {
 struct gated_blocks : gated_attention {
   using selection = moe::block_attention;
 };
-/// What the models attend with; gated_blocks is Mixture of Block Attention.
-using features = gated_attention;
+/// What the models attend with. -DLANGUAGE_MODEL_ATTENTION=gated_blocks: Mixture of Block Attention.
+#if !defined(LANGUAGE_MODEL_ATTENTION)
+#define LANGUAGE_MODEL_ATTENTION gated_attention
+#endif
+using features = LANGUAGE_MODEL_ATTENTION;
 
 template <class Features, class Layer>
 using block = moe::transformer_block<moe::self_attention<Features, backend>, Layer>;
