@@ -20,7 +20,7 @@ namespace moe {
 ///
 /// Constructed from the model's width, the heads and, in any order, those parts that have a configuration: the rotary, the
 /// gates' activations, attention_mask, block_attention, the backend. Memory is the caller's, as of a layer.
-/// saves    what backward reads: O(T), no scores; layer_tensors.hpp says the bytes; summed in docs/numerics.md, "Of attention"
+/// saves    what backward reads: O(T), no scores; layer_tensors.hpp says the bytes, docs/numerics.md ("Of attention") their sum
 /// errors   shape_error, before anything is written
 template <class C, class B>
 class self_attention {
