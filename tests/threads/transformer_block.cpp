@@ -24,7 +24,6 @@ struct gated_blocks : gated {
   using selection = moe::block_attention;
   using key_convolution = moe::key_convolution<3>;
 };
-
 struct rounded_blocks : gated_blocks {
   using element = moe::bf16;
 };

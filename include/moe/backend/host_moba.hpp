@@ -50,8 +50,8 @@ struct key_blocks {
   dim centroid_rows(dim sequences, dim keys) const noexcept { return keys / block + sequences; }
   dim first_centroid(const attention_sequence& in) const noexcept { return in.key / block + in.number; }
 
-  /// Memory of one thread: what it ranks, and the rows of each block, both of one tile, so that 32 bits count them; what
-  /// is kept of all tokens (`chosen`) is a matrix, whose places are 64 bits wide.
+  /// Memory of one thread: what it ranks, and the rows of each block. They are those of one tile, so 32 bits count them;
+  /// rows of `chosen`, which holds all tokens, are counted with 64.
   struct slot {
     dim *none, *own;            ///< [R] zeros, and the own block of a row, or -1
     float* best;                ///< [R,k-1], in groups of rows that are ranked at once
