@@ -194,6 +194,14 @@ struct trial {
     }
     CHECK(together);
   }
+  /// Where a join takes whole chunks, no thread goes on to an expert with more rows: what ends last is short.
+  void check_order() const {
+    bool falls = true;
+    for (const auto& thread : all.by_thread)
+      for (std::size_t i = 1; i < thread.size(); ++i)
+        falls = falls && rows(expert_of(thread[i].panel)) <= rows(expert_of(thread[i - 1].panel));
+    CHECK(falls);
+  }
   /// The most that a thread waits for another in one join.
   dim spread() const {
     dim most = 0;
@@ -229,6 +237,7 @@ TEST_SUITE("backend/host_packed") {
               const dim panels = by_chunks ? hidden + output : moe::detail::panels_at_once;
               CHECK(got.spread() <= time_of(std::min(chunk, tokens)) * panels);
               if (by_chunks) CHECK(got.chunks() >= 4 * threads);
+              if (by_chunks) got.check_order();
             }
   }
 }

@@ -67,6 +67,7 @@ struct packed_scratch {
   matrix_view<float> a;        ///< [rows, f], then a chunk after another as prepared rows in the same place
   matrix_view<float> factors;  ///< of those
   std::span<std::int32_t> done;  ///< finished runs of each chunk: memory of counters
+  std::span<idx> order;          ///< experts, in the order in which they are worked on
   packed_tokens tokens;
 };
 
@@ -103,6 +104,7 @@ packed_scratch make_packed_scratch(const B& backend, shape s, dim rows, arena& m
   p.a = mem.matrix<float>("a", rows, f).columns(0, s.f);
   p.factors = mem.matrix<float>("a_factors", rows, k.factor_count(f));
   p.done = mem.vector<std::int32_t>("done", s.experts + rows / k.chunk);
+  p.order = mem.vector<idx>("order", s.experts);
   if (k.activations == operand::f32 || rows <= s.tokens) return p;
   p.tokens.rows = carve_rows(k, s.tokens, round_up(s.d, packing<T>::depth), mem);
   p.tokens.rows.rows = s.tokens;
@@ -214,14 +216,26 @@ struct packed_ffn_work {
   }
 
   dim at(dim e) const noexcept { return rows.offsets[static_cast<std::size_t>(e)]; }
-  dim chunks_of(dim e) const noexcept { return blocks(at(e + 1) - at(e), kernels.chunk); }
+  dim rows_of(dim e) const noexcept { return at(e + 1) - at(e); }
+  dim chunks_of(dim e) const noexcept { return blocks(rows_of(e), kernels.chunk); }
+  /// Experts that have rows, those with the most first: what is begun last is soon over.
+  void set_order() const noexcept {
+    idx* order = memory.order.data();
+    dim n = 0;
+    for (dim e = 0; e < rows.experts(); ++e) {
+      if (rows_of(e) == 0) continue;
+      dim i = n++;
+      for (; i > 0 && rows_of(order[i - 1]) < rows_of(e); --i) order[i] = order[i - 1];
+      order[i] = static_cast<idx>(e);
+    }
+  }
   /// f(e, first row, rows) for the i-th chunk, chunks of an expert of nearly equal height.
   template <class F>
   void visit_chunk(dim i, F f) const noexcept {
-    dim e = 0;
-    for (dim n; i >= (n = chunks_of(e)); ++e) i -= n;
-    const dim n = chunks_of(e), height = blocks(at(e + 1) - at(e), n), first = at(e) + i * height;
-    f(e, first, at_most(at(e + 1) - first, height));
+    const idx* e = memory.order.data();
+    for (dim n; i >= (n = chunks_of(*e)); ++e) i -= n;
+    const dim height = blocks(rows_of(*e), chunks_of(*e)), first = at(*e) + i * height;
+    f(dim{*e}, first, at_most(at(*e + 1) - first, height));
   }
   /// f(slot, unit) for every unit, each thread in a slot of its own. A thread takes neighbouring units, many at first and
   /// one at a time in the end, so that it reads on where it was and all end together; but at most so many.
@@ -248,11 +262,12 @@ struct packed_ffn_work {
     for (dim e = 0; e < rows.experts(); ++e)
       if (const dim n = chunks_of(e); n > 0) {
         chunks += n;
-        if (const dim height = blocks(at(e + 1) - at(e), n); height > tallest) tallest = height;
+        if (const dim height = blocks(rows_of(e), n); height > tallest) tallest = height;
       }
     if (chunks == 0) return (then(result_part{0, on.sizes.tokens, 0, d()}), ...);
     const dim per_chunk = (rows.last() - rows.first()) / chunks;
     const bool hot = tallest > kernels.height && tallest > 2 * per_chunk;
+    set_order();
     if (per_chunk < kernels.height || chunks < 4 * memory.slots.count) return runs_of_panels(chunks, hot, then...);
     whole_chunks(chunks, hot);
     (finish(then), ...);
