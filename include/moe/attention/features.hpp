@@ -4,6 +4,7 @@
 
 #include "moe/attention/key_convolution.hpp"
 #include "moe/attention/output_gate.hpp"
+#include "moe/attention/problem.hpp"
 #include "moe/attention/rotary.hpp"
 #include "moe/core/dtype.hpp"
 #include "moe/norm/rms_norm.hpp"
@@ -18,6 +19,9 @@ struct no_key_convolution {
 /// All keys that the mask shows.
 struct dense_attention {
   static constexpr bool blocks = false;
+
+  void check(const attention_mask&) const noexcept {}
+  dim blocks_read() const noexcept { return 0; }
 };
 /// The best k blocks of `block` keys, the query's own among them; or all keys, where a layer is to be dense.
 /// Lu et al. 2025 (MoBA), arXiv:2502.13189
@@ -26,6 +30,20 @@ struct block_attention {
   dim block = 128;
   dim k = 8;
   bool dense = false;
+
+  /// Throws shape_error for sizes under 1, and for a mask that blocks do not keep.
+  void check(const attention_mask& mask) const {
+    const auto positive = [](dim n, const char* name) {
+      if (n <= 0)
+        throw shape_error(std::string("self_attention: ") + name + " is " + std::to_string(n) + ", expected at least 1");
+    };
+    positive(block, "block");
+    positive(k, "k");
+    if (!dense && (!mask.causal || mask.window > 0))
+      throw shape_error("self_attention: mask is not plain causal, expected it to be for blocks of keys");
+  }
+  /// Of a head, in a step of decoding; 0: all keys.
+  dim blocks_read() const noexcept { return dense ? 0 : k; }
 };
 
 /// The features of a self_attention; derive from it and name what is different:
@@ -100,6 +118,18 @@ using projection_of = typename C::template projection<typename C::output_gate>;
 /// Whether the logits of the output gate are columns of the projection of queries.
 template <class C>
 inline constexpr bool fuses_logits = std::same_as<projection_of<C>, grouped_projection<typename C::output_gate>>;
+
+/// to = from, rounded, for n heads.
+template <HostBackend B, HeadViews X>
+void round_heads(const call<B>& on, const X& from, const matrix_stack<bf16>& to, dim n) noexcept {
+  for_each_token(on, to.first.rows, [&](dim t) {
+    for (dim a = 0; a < n; ++a) {
+      const float* x = from[a].row(t);
+      bf16* half = to[a].row(t);
+      for (dim j = 0; j < to.first.cols; ++j) half[j] = bf16(x[j]);
+    }
+  });
+}
 
 template <class C>
 attention_weights<C> carve_attention_weights(const attention_heads& h, dim d, const typename C::key_convolution& convolution,

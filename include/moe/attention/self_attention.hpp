@@ -58,16 +58,7 @@ class self_attention {
     heads_.check("self_attention");
     problem({}).check({0, 0}, "self_attention");
     rotary_.check(heads_.d);
-    if constexpr (C::selection::blocks) {
-      const auto positive = [](dim n, const char* name) {
-        if (n <= 0)
-          throw shape_error(std::string("self_attention: ") + name + " is " + std::to_string(n) + ", expected at least 1");
-      };
-      positive(selection_.block, "block");
-      positive(selection_.k, "k");
-      if (!selection_.dense && (!mask_.causal || mask_.window > 0))
-        throw shape_error("self_attention: mask is not plain causal, expected it to be for blocks of keys");
-    }
+    selection_.check(mask_);
   }
 
   dim d() const noexcept { return d_; }
@@ -206,12 +197,6 @@ class self_attention {
     }
     return c;
   }
-  /// Blocks of a head in a step of decoding; 0 where it reads all keys.
-  dim selection_k() const noexcept {
-    if constexpr (C::selection::blocks)
-      if (!selection_.dense) return selection_.k;
-    return 0;
-  }
   /// For the keys and values of a cache of T as rows; bytes become floats, and everything bf16 where attention reads that.
   template <class T>
   using row_of = std::conditional_t<rounds, bf16, std::conditional_t<kv_cache<T>::scaled, float, T>>;
@@ -234,7 +219,7 @@ class self_attention {
   void extend_tokens(const call<B>& on, const input& in, const context& c, cache<T>& past) const noexcept;
 
   context carve_context(dim T, bool training, arena& mem) const noexcept {
-    return detail::carve_attention_context<C>(heads_, d_, T, training, selection_k(), mem);
+    return detail::carve_attention_context<C>(heads_, d_, T, training, selection_.blocks_read(), mem);
   }
 
   // What attention reads, and the gradients of it, wherever the features put them.
@@ -357,20 +342,10 @@ class self_attention {
     if constexpr (convolves)
       conv{}.forward(on, w.convolution, matrix_view<const float>(rotated_keys(c)), in.sequences, key_rows(c), tail...);
     if constexpr (rounds) {
-      round(on, rotated_queries(c), queries(c), h);
-      if constexpr (!convolves) round(on, split_heads(rotated_keys(c), h_kv), keys(c), h_kv);
-      if constexpr (!gates_values) round(on, split_heads(c.v_raw, h_kv), values(c), h_kv);
+      detail::round_heads(on, rotated_queries(c), queries(c), h);
+      if constexpr (!convolves) detail::round_heads(on, split_heads(rotated_keys(c), h_kv), keys(c), h_kv);
+      if constexpr (!gates_values) detail::round_heads(on, split_heads(c.v_raw, h_kv), values(c), h_kv);
     }
-  }
-  template <class X>
-  static void round(const call<B>& on, const X& from, const matrix_stack<bf16>& to, dim n) noexcept {
-    for_each_token(on, to.first.rows, [&](dim t) {
-      for (dim a = 0; a < n; ++a) {
-        const float* x = from[a].row(t);
-        bf16* half = to[a].row(t);
-        for (dim j = 0; j < to.first.cols; ++j) half[j] = bf16(x[j]);
-      }
-    });
   }
 
   void run_backward(const call<B>& on, const weights& w, const input& in, const context& c, matrix_view<const float> dy,

@@ -40,7 +40,7 @@ std::size_t self_attention<C, B>::scratch_bytes(dim tokens, const cache<T>& past
     (void)carve_context(tokens, false, mem);
     count_project(tokens, mem);
     if constexpr (!rounds) (void)mem.matrix<float>("q", tokens, heads_.query_cols());
-    (void)mem.matrix<idx>("blocks", s.sequences * heads_.heads, selection_k());
+    (void)mem.matrix<idx>("blocks", s.sequences * heads_.heads, selection_.blocks_read());
     count_means(tokens, mem);
     const auto apart = [&](auto carve) {
       scratch_frame frame(mem);
@@ -48,7 +48,7 @@ std::size_t self_attention<C, B>::scratch_bytes(dim tokens, const cache<T>& past
     };
     apart([&] {
       if (s.block > 0) (void)make_select_blocks_scratch(s, mem);
-      make_decode_scratch(s, selection_k(), mem);
+      make_decode_scratch(s, selection_.blocks_read(), mem);
     });
     apart([&] {
       (void)carve_rows<T>(s.capacity, mem);
@@ -113,7 +113,7 @@ void self_attention<C, B>::decode_tokens(const call<B>& on, const context& c, ca
   decode_options options;
   options.window = mask_.window;
   if (past.tokens.sizes.block > 0) {
-    const matrix_view<idx> blocks = on.scratch.template matrix<idx>("blocks", c.tokens * h, selection_k());
+    const matrix_view<idx> blocks = on.scratch.template matrix<idx>("blocks", c.tokens * h, selection_.blocks_read());
     select_blocks(on, past.tokens, q, blocks);
     options.blocks = blocks;
   }
