@@ -4,8 +4,8 @@
 /// Many rows: a unit of work is a chunk of one expert's rows through both products, so that rows are gathered and converted
 /// once and the activation never leaves the second cache. Few rows: a unit is a run of panels of one expert, so that every
 /// weight is read once, by one thread, and one expert feeds all threads; the activation is shared in between, made ready for
-/// the second product by whoever finishes the last run of a chunk. Each element of a result is computed in the same way in
-/// either cut, so results depend neither on it nor on the threads.
+/// the second product by whoever finishes the last run of a chunk. Experts with the most rows begin first in either cut.
+/// Each element of a result is computed in the same way in both, so results depend neither on the cut nor on the threads.
 #pragma once
 
 #include <atomic>
