@@ -6,6 +6,7 @@
 #include "moe/attention/output_gate.hpp"
 #include "moe/attention/problem.hpp"
 #include "moe/attention/rotary.hpp"
+#include "moe/backend/host_rows.hpp"
 #include "moe/core/dtype.hpp"
 #include "moe/norm/rms_norm.hpp"
 
