@@ -6,7 +6,6 @@
 #include "moe/attention/output_gate.hpp"
 #include "moe/attention/problem.hpp"
 #include "moe/attention/rotary.hpp"
-#include "moe/backend/host_rows.hpp"
 #include "moe/core/dtype.hpp"
 #include "moe/norm/rms_norm.hpp"
 
@@ -119,18 +118,6 @@ using projection_of = typename C::template projection<typename C::output_gate>;
 /// Whether the logits of the output gate are columns of the projection of queries.
 template <class C>
 inline constexpr bool fuses_logits = std::same_as<projection_of<C>, grouped_projection<typename C::output_gate>>;
-
-/// to = from, rounded, for n heads.
-template <HostBackend B, HeadViews X>
-void round_heads(const call<B>& on, const X& from, const matrix_stack<bf16>& to, dim n) noexcept {
-  for_each_token(on, to.first.rows, [&](dim t) {
-    for (dim a = 0; a < n; ++a) {
-      const float* x = from[a].row(t);
-      bf16* half = to[a].row(t);
-      for (dim j = 0; j < to.first.cols; ++j) half[j] = bf16(x[j]);
-    }
-  });
-}
 
 template <class C>
 attention_weights<C> carve_attention_weights(const attention_heads& h, dim d, const typename C::key_convolution& convolution,

@@ -342,9 +342,9 @@ class self_attention {
     if constexpr (convolves)
       conv{}.forward(on, w.convolution, matrix_view<const float>(rotated_keys(c)), in.sequences, key_rows(c), tail...);
     if constexpr (rounds) {
-      detail::round_heads(on, rotated_queries(c), queries(c), h);
-      if constexpr (!convolves) detail::round_heads(on, split_heads(rotated_keys(c), h_kv), keys(c), h_kv);
-      if constexpr (!gates_values) detail::round_heads(on, split_heads(c.v_raw, h_kv), values(c), h_kv);
+      round_heads(on, rotated_queries(c), queries(c), h);
+      if constexpr (!convolves) round_heads(on, split_heads(rotated_keys(c), h_kv), keys(c), h_kv);
+      if constexpr (!gates_values) round_heads(on, split_heads(c.v_raw, h_kv), values(c), h_kv);
     }
   }
 

@@ -83,4 +83,16 @@ void attend(const call<B>& on, const attention_problem& p, const Q& q, const K& 
   });
 }
 
+/// to[a] = from[a], rounded to nearest even, for n heads.
+template <HostBackend B, HeadViews X>
+void round_heads(const call<B>& on, const X& from, const matrix_stack<bf16>& to, dim n) noexcept {
+  for_each_token(on, to.first.rows, [&](dim t) {
+    for (dim a = 0; a < n; ++a) {
+      const float* x = from[a].row(t);
+      bf16* half = to[a].row(t);
+      for (dim j = 0; j < to.first.cols; ++j) half[j] = bf16(x[j]);
+    }
+  });
+}
+
 }  // namespace moe
