@@ -8,6 +8,7 @@
 #include <map>
 #include <mutex>
 #include <numeric>
+#include <set>
 #include <thread>
 #include <vector>
 
@@ -114,17 +115,17 @@ moe::packed_kernels kernels_of(noting, moe::arch::weights_of<T>) noexcept {
   return {moe::operand::bf16, height, chunk, false, 0, prepare_nothing, note};
 }
 
-constexpr dim d = 256, f = 512, hidden = f / 32 * 2, output = d / 32;  // panels
 using backend = moe::host_backend<noting, in_turns>;
 
 /// One call for experts with so many rows each, one choice a token.
 struct trial {
+  dim hidden, output;  // panels of an expert
   record all;
   moe::buffer weights;
   moe::packed_matrix<moe::bf16> up, down;
   std::vector<idx> offsets{0};
 
-  trial(const std::vector<dim>& rows, int threads) {
+  trial(const std::vector<dim>& rows, int threads, dim d = 256, dim f = 512) : hidden(f / 32 * 2), output(d / 32) {
     for (const dim n : rows) offsets.push_back(offsets.back() + static_cast<idx>(n));
     const dim A = offsets.back(), E = static_cast<dim>(rows.size());
     all.by_thread.resize(at(threads));
@@ -160,47 +161,81 @@ struct trial {
     return i >= 0 && i < up.panels.rows ? i / hidden : in(down) / output;
   }
   dim rows(dim e) const { return offsets[at(e) + 1] - offsets[at(e)]; }
+  dim experts() const { return static_cast<dim>(offsets.size()) - 1; }
+  static dim chunks_of(dim n) { return (n + chunk - 1) / chunk; }
   dim chunks() const {
     dim n = 0;
-    for (dim e = 0; e < static_cast<dim>(offsets.size()) - 1; ++e) n += (rows(e) + chunk - 1) / chunk;
+    for (dim e = 0; e < experts(); ++e) n += chunks_of(rows(e));
     return n;
   }
+  dim bytes(const std::byte* panel) const {
+    const dim i = panel - reinterpret_cast<const std::byte*>(up.panel(0)),
+              up_bytes = moe::packed_matrix<moe::bf16>::panel_bytes(up.cols);
+    return i >= 0 && i < up.panels.rows * up_bytes ? up_bytes : moe::packed_matrix<moe::bf16>::panel_bytes(down.cols);
+  }
 
+  /// Each panel meets all rows of its expert, on one thread, a chunk of them after another.
   void check_readings() const {
     std::map<const std::byte*, std::vector<dim>> readings;
-    for (const auto& thread : all.by_thread)
-      for (const reading& r : thread) readings[r.panel].push_back(r.rows);
-    dim experts = 0;
-    for (dim e = 0; e < static_cast<dim>(offsets.size()) - 1; ++e) experts += rows(e) > 0;
-    CHECK(static_cast<dim>(readings.size()) == experts * (hidden + output));
+    dim threads = 0;  // of all panels
+    for (const auto& thread : all.by_thread) {
+      std::set<const std::byte*> own;
+      for (const reading& r : thread) {
+        readings[r.panel].push_back(r.rows);
+        own.insert(r.panel);
+      }
+      threads += static_cast<dim>(own.size());
+    }
+    dim used = 0;
+    for (dim e = 0; e < experts(); ++e) used += rows(e) > 0;
+    CHECK(static_cast<dim>(readings.size()) == used * (hidden + output));
+    CHECK(threads == static_cast<dim>(readings.size()));
     bool often = true, complete = true;
     for (const auto& [panel, heights] : readings) {
       const dim n = rows(expert_of(panel));
-      often = often && static_cast<dim>(heights.size()) == (n + chunk - 1) / chunk;
+      often = often && static_cast<dim>(heights.size()) == chunks_of(n);
       complete = complete && std::accumulate(heights.begin(), heights.end(), dim{0}) == n;
     }
     CHECK(often);
     CHECK(complete);
-    // Between two readings of a panel by a thread it reads nothing but the same expert's.
-    bool together = true;
+  }
+  /// The most bytes of weights that a thread reads from one reading of a panel to the next, that one's included: if caches
+  /// hold them, it comes from memory once.
+  dim farthest() const {
+    dim most = 0;
     for (const auto& thread : all.by_thread) {
       std::map<const std::byte*, std::size_t> last;
       for (std::size_t i = 0; i < thread.size(); ++i) {
-        if (const auto before = last.find(thread[i].panel); before != last.end())
-          for (std::size_t j = before->second; j < i; ++j)
-            together = together && expert_of(thread[j].panel) == expert_of(thread[i].panel);
+        const auto before = last.find(thread[i].panel);
+        if (before != last.end()) {
+          dim sum = 0;
+          for (std::size_t j = before->second; j < i; ++j) sum += bytes(thread[j].panel);
+          most = std::max(most, sum);
+        }
         last[thread[i].panel] = i;
       }
     }
-    CHECK(together);
+    return most;
   }
-  /// Where a join takes whole chunks, no thread goes on to an expert with more rows: what ends last is short.
+  /// Where experts are units, no thread goes on to an expert with more rows: what ends last is short.
   void check_order() const {
     bool falls = true;
     for (const auto& thread : all.by_thread)
       for (std::size_t i = 1; i < thread.size(); ++i)
         falls = falls && rows(expert_of(thread[i].panel)) <= rows(expert_of(thread[i - 1].panel));
     CHECK(falls);
+  }
+  /// What a unit may take: an expert of one chunk; or a run of panels that all rows pass, which is what is multiplied at
+  /// once or an eighth of a thread's work.
+  dim longest_unit(dim threads) const {
+    dim longest = 0;
+    for (dim e = 0, n; e < experts(); ++e) {
+      if ((n = rows(e)) == 0) continue;
+      const dim passes = chunks_of(n), pass = time_of((n + passes - 1) / passes);
+      const dim whole = passes == 1 ? hidden + output : 0, part = hidden * offsets.back() / (n * 8 * threads);
+      longest = std::max(longest, passes * pass * std::max(whole, moe::detail::panels_at_once + part));
+    }
+    return longest;
   }
   /// The most that a thread waits for another in one join.
   dim spread() const {
@@ -211,10 +246,18 @@ struct trial {
   }
 };
 
+/// Of so many tokens, with one choice each, `hot` in five go to expert `e` of nine, the others to the rest in turn.
+std::vector<dim> hot_rows(dim tokens, dim hot, dim e) {
+  std::vector<dim> rows(9);
+  rows[at(e)] = tokens * hot / 5;
+  for (dim t = rows[at(e)], i = 0; t < tokens; ++t, i = (i + 1) % 9) ++rows[at(i == e ? (i + 1) % 9 : i)];
+  return rows;
+}
+
 }  // namespace
 
 TEST_SUITE("backend/host_packed") {
-  TEST_CASE("one hot expert leaves no thread idle, and weights are read once for each chunk of an expert's rows") {
+  TEST_CASE("one hot expert leaves no thread idle, and every weight is read by one thread") {
     for (const dim tokens : {1, 7, 64, 512, 2048, 8192})
       for (const dim wait : {172, 10})
         for (const dim hot : {5, 4})  // of five rows: all and most of them go to one expert
@@ -226,18 +269,31 @@ TEST_SUITE("backend/host_packed") {
               CAPTURE(at_e);
               CAPTURE(wait);
               ridge = wait;
-              std::vector<dim> rows(9);
-              rows[at(at_e)] = tokens * hot / 5;
-              for (dim t = rows[at(at_e)], e = 0; t < tokens; ++t, e = (e + 1) % 9) ++rows[at(e == at_e ? (e + 1) % 9 : e)];
-              const trial got(rows, threads);
+              const trial got(hot_rows(tokens, hot, at_e), threads);
               got.check_readings();
-              // Nobody waits for more than one unit: a chunk through all panels of an expert, where there are four chunks
-              // and more for each thread; else a run of panels of a chunk.
-              const bool by_chunks = got.all.work.size() == 1;
-              const dim panels = by_chunks ? hidden + output : moe::detail::panels_at_once;
-              CHECK(got.spread() <= time_of(std::min(chunk, tokens)) * panels);
-              if (by_chunks) CHECK(got.chunks() >= 4 * threads);
-              if (by_chunks) got.check_order();
+              CHECK(got.spread() <= got.longest_unit(threads));
             }
+  }
+  TEST_CASE("experts are units where each is a small part, those with the most rows first") {
+    for (const std::vector<dim>& rows : {std::vector<dim>{100, 320, 200, 0, 64, 300, 320, 310, 250, 300, 20, 150},
+                                         std::vector<dim>{700, 330, 700, 100, 200, 700, 600, 640, 700, 0, 650, 600}})
+      for (const int threads : {1, 2}) {
+        CAPTURE(threads);
+        const trial got(rows, threads);
+        CHECK(got.all.work.size() == 1);
+        got.check_readings();
+        got.check_order();
+      }
+  }
+  TEST_CASE("rows pass by weights that caches hold, however many there are") {
+    for (const std::vector<dim>& rows : {std::vector<dim>{512, 512, 512, 512, 512, 512, 512, 512}, hot_rows(2048, 4, 3),
+                                         hot_rows(2048, 5, 3), std::vector<dim>{321, 50, 1500, 320}})
+      for (const int threads : {1, 8}) {
+        CAPTURE(threads);
+        const trial got(rows, threads, 1024, 1792);
+        got.check_readings();
+        CHECK(got.farthest() > 0);
+        CHECK(got.farthest() <= moe::detail::near_weights);
+      }
   }
 }
