@@ -377,7 +377,7 @@ struct packed_ffn_work {
     return run_of(experts, output_panels(), packed_matrix<T>::panel_bytes(down.cols), panels_at_once);
   }
   /// `most`, what is multiplied at once, or fewer where there are few runs. Where an expert has several chunks: as many as
-  /// stay near while these pass, but no more than an eighth of a thread's work.
+  /// stay near while these pass, or `most`, but no more than an eighth of a thread's work.
   dim run_of(dim experts, dim panels, dim bytes, dim most) const noexcept {
     const dim tallest = rows_of(in_order(0));
     if (tallest > kernels.chunk) {
