@@ -4,6 +4,7 @@
 #include <doctest/doctest.h>
 
 #include <algorithm>
+#include <cmath>
 #include <condition_variable>
 #include <map>
 #include <mutex>
@@ -12,6 +13,7 @@
 #include <thread>
 #include <vector>
 
+#include "moe/backend/executor/thread_pool.hpp"
 #include "moe/backend/host_packed.hpp"
 #include "moe/expert/activation.hpp"
 #include "moe/moe.hpp"
@@ -246,6 +248,57 @@ struct trial {
   }
 };
 
+/// The plain kernels with chunks of a few rows.
+struct low : moe::arch::scalar {};
+template <class T>
+moe::packed_kernels kernels_of(low, moe::arch::weights_of<T>) noexcept {
+  moe::packed_kernels k = kernels_of(moe::arch::scalar{}, moe::arch::weights_of<T>{});
+  k.chunk = 4;
+  return k;
+}
+/// What two products of experts with so many rows each give, weights of more than 4 MiB each.
+template <class T, class Arch>
+std::vector<float> results(const std::vector<dim>& rows, int threads) {
+  const moe::thread_pool pool(threads);
+  using pooled = moe::host_backend<Arch, moe::pool_executor>;
+  const pooled on_pool{moe::pool_executor(pool)};
+  std::vector<idx> offsets{0}, token;
+  for (const dim n : rows) offsets.push_back(offsets.back() + static_cast<idx>(n));
+  const dim A = offsets.back(), tokens = A / 2;  // two of each
+  for (idx i = 0; i < A; ++i) token.push_back(i % static_cast<idx>(tokens));
+  const moe::shape s{.tokens = tokens, .d = 1024, .f = 2112, .experts = static_cast<dim>(rows.size())};
+  const moe::packed_ffn_expert<T> expert;
+  moe::arena count;
+  (void)expert.make_weights(s, count);
+  moe::buffer weights(moe::padded(count));
+  moe::arena mem(weights.bytes());
+  const auto w = expert.make_weights(s, mem);
+  const auto fill = [&](const moe::packed_matrix<T>& m, moe::dim stream) {
+    auto* first = const_cast<std::byte*>(reinterpret_cast<const std::byte*>(m.panel(0)));
+    for (dim i = 0, n = m.panels.rows * moe::packed_matrix<T>::panel_bytes(m.cols); i < n; i += 2) {
+      const auto bits = static_cast<std::uint32_t>((i + stream) * 2654435761u) >> 9;
+      const auto half = static_cast<std::uint16_t>((bits & 0x807f) | 0x3c00);  // small and finite, as halves and as bytes
+      std::memcpy(first + i, &half, sizeof half);
+    }
+    if constexpr (moe::packing<T>::scaled)
+      for (dim p = 0; p < m.panels.rows; ++p) std::fill_n(const_cast<float*>(m.panel_scale(p)), 32, 1e-3f);
+  };
+  fill(w.gate_up, 1);
+  fill(w.down, 7);
+  std::vector<float> x(at(tokens * s.d)), ys(at(A * s.d), NAN);
+  for (std::size_t i = 0; i < x.size(); ++i) x[i] = moe::rng(5).normal(i);
+  const std::vector<float> weight(at(A), 1.f);
+  moe::arena need;
+  moe::count_packed_ffn<T>(on_pool, s, A, need);
+  const moe::buffer scratch(moe::padded(need));
+  moe::arena room(scratch.bytes());
+  const moe::call<pooled> on{on_pool, room, s};
+  moe::packed_ffn(on, {.offsets = offsets, .token = token, .weight = weight},
+                  moe::gathered<float>{{x.data(), tokens, s.d}, token.data()}, moe::glu<moe::silu>{}, w.gate_up, {}, w.down,
+                  {}, {ys.data(), A, s.d});
+  return ys;
+}
+
 /// Of so many tokens, with one choice each, `hot` in five go to expert `e` of nine, the others to the rest in turn.
 std::vector<dim> hot_rows(dim tokens, dim hot, dim e) {
   std::vector<dim> rows(9);
@@ -284,6 +337,14 @@ TEST_SUITE("backend/host_packed") {
         got.check_readings();
         got.check_order();
       }
+  }
+  TEST_CASE_TEMPLATE("results are the same bits, however experts are cut", T, moe::bf16, std::int8_t) {
+    const std::vector<dim> rows{5, 6, 7, 5, 7};
+    const std::vector<float> whole = results<T, moe::arch::scalar>(rows, 1);  // experts of a chunk, each a unit
+    CHECK(std::ranges::all_of(whole, [](float v) { return std::isfinite(v) && v != 0; }));
+    for (const int threads : {1, 2, 8})  // experts of two chunks: units of all runs, or of one
+      CHECK(results<T, low>(rows, threads) == whole);
+    CHECK(results<T, low>({3, 6, 4, 16, 3}, 2) == results<T, moe::arch::scalar>({3, 6, 4, 16, 3}, 1));  // both at once
   }
   TEST_CASE("rows pass by weights that caches hold, however many there are") {
     for (const std::vector<dim>& rows : {std::vector<dim>{512, 512, 512, 512, 512, 512, 512, 512}, hot_rows(2048, 4, 3),
