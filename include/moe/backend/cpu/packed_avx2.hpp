@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-/// Products with packed weights on 256-bit vectors: a block of up to 6 rows against half a panel, or of 1 or 2 rows against
-/// a whole one, which is then read in one go.
+/// Products with packed weights on 256-bit vectors: a block of up to 6 rows against half a panel or a quarter, or of 1 or 2
+/// rows against a whole one, which is then read as it lies in memory.
 #pragma once
 
 #include "moe/backend/cpu/ladder.hpp"
@@ -44,43 +44,42 @@ inline __m256 eight_weights(const std::byte* q, int part) noexcept {
   }
 }
 
-/// M rows, floats times floats or halves, against the V vectors of 8 weight rows at q. Asks for the memory at `ahead`, as
-/// much as is read here, with `skip` bytes left out after each kilobyte.
+/// M rows, floats times floats or halves, against a panel (V = 4) or half of it (V = 2) at q: 8 V weight rows. Asks for the
+/// memory at `ahead`, as much as is read here, with `skip` bytes left out after each kilobyte.
 template <int Build, class T, int M, int V>
 MOE_TARGET(MOE_AVX2)
 MOE_NO_INLINE void multiply_block_256(const std::byte* a, dim a_step, dim lines, const std::byte* q, const std::byte* ahead,
                                       dim skip, float* c, dim ld) noexcept {
-  constexpr int slot = 4 / sizeof(T), per_line = 16 / slot;
+  constexpr int slot = 4 / sizeof(T);  // lines of a row for a tile
   __m256 sum[M][V];
   MOE_UNROLL
   for (int m = 0; m < M; ++m) {
     MOE_UNROLL
     for (int v = 0; v < V; ++v) sum[m][v] = _mm256_setzero_ps();
   }
-  for (dim l = 0; l < lines; ++l, a += a_step) {
-    const float* x = reinterpret_cast<const float*>(a);
-    MOE_NO_UNROLL
-    for (int i = 0; i < per_line; ++i, q += line_bytes, ahead += V / 2 * line_bytes) {
-      _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T1);
-      _mm_prefetch(reinterpret_cast<const char*>(q + from_second), _MM_HINT_T0);
-      if constexpr (V == 4) {
-        _mm_prefetch(reinterpret_cast<const char*>(ahead + line_bytes), _MM_HINT_T1);
-        _mm_prefetch(reinterpret_cast<const char*>(q + from_second + tile_bytes), _MM_HINT_T0);
-      }
-      MOE_UNROLL
-      for (int part = 0; part < slot; ++part) {  // few registers: weights are loaded again for their odd halves
-        __m256 w[V];
-        MOE_UNROLL
-        for (int v = 0; v < V; ++v) w[v] = eight_weights<T>(q + v / 2 * tile_bytes + v % 2 * 32, part);
-        MOE_UNROLL
-        for (int m = 0; m < M; ++m) {
-          const __m256 b = _mm256_broadcast_ss(x + 16 * m + slot * i + part);
+  for (dim l = 0; l < lines; l += slot, a += slot * a_step) {
+    MOE_UNROLL
+    for (int v = 0; v < V; v += 2) {
+      for (int line = 0; line < slot; ++line) {
+        const float* x = reinterpret_cast<const float*>(a + line * a_step);
+        MOE_NO_UNROLL
+        for (int i = 0; i < 16 / slot; ++i, q += line_bytes, ahead += line_bytes) {
+          _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T1);
+          _mm_prefetch(reinterpret_cast<const char*>(q + from_second), _MM_HINT_T0);
           MOE_UNROLL
-          for (int v = 0; v < V; ++v) sum[m][v] = _mm256_fmadd_ps(b, w[v], sum[m][v]);
+          for (int part = 0; part < slot; ++part) {  // few registers: weights are loaded again for their odd halves
+            const __m256 first = eight_weights<T>(q, part), second = eight_weights<T>(q + 32, part);
+            MOE_UNROLL
+            for (int m = 0; m < M; ++m) {
+              const __m256 b = _mm256_broadcast_ss(x + 16 * m + slot * i + part);
+              sum[m][v] = _mm256_fmadd_ps(b, first, sum[m][v]);
+              sum[m][v + 1] = _mm256_fmadd_ps(b, second, sum[m][v + 1]);
+            }
+          }
         }
       }
     }
-    if ((l + 1) * per_line % 16 == 0) {
+    if constexpr (V == 2) {
       q += tile_bytes;
       ahead += skip;
     }
@@ -119,51 +118,67 @@ typedef int int_lanes_256 __attribute__((vector_size(32)));  // GCC 12 keeps an 
 using int_lanes_256 = __m256i;
 #endif
 
-/// M rows, bytes times bytes, against 8 weight rows. Magnitudes of weights times rows with their signs: pairs of products of
-/// 127 by 127 fit a word.
-template <int Build, int M>
+/// M rows, bytes times bytes, against a panel (V = 4) or a quarter of it (V = 1) at q: 8 V weight rows. Magnitudes of
+/// weights times rows with their signs: pairs of products of 127 by 127 fit a word.
+template <int Build, int M, int V>
 MOE_TARGET(MOE_AVX2)
 MOE_NO_INLINE
     void multiply_block_bytes_256(const std::byte* a, dim a_step, dim lines, const std::byte* q, const float* factors,
                                   dim factor_count, const float* scale, float* c, dim ld) noexcept {
+  constexpr int of_line = V == 4 ? 2 : 1;
   const __m256i ones = _mm256_set1_epi16(1), middle = _mm256_set1_epi8(static_cast<char>(0x80));
-  int_lanes_256 sum[M];
+  int_lanes_256 sum[M][V];
   MOE_UNROLL
-  for (int m = 0; m < M; ++m) sum[m] = int_lanes_256{};
-  for (dim l = 0; l < lines; ++l, a += a_step, q += tile_bytes) {
-    MOE_NO_UNROLL
-    for (int i = 0; i < 16; ++i, q += line_bytes) {
-      _mm_prefetch(reinterpret_cast<const char*>(q + from_memory), _MM_HINT_T1);
-      _mm_prefetch(reinterpret_cast<const char*>(q + from_second), _MM_HINT_T0);
-      const __m256i w = _mm256_xor_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(q)), middle);
-      const __m256i size = _mm256_abs_epi8(w);
-      MOE_UNROLL
-      for (int m = 0; m < M; ++m) {
-        std::int32_t four;
-        std::memcpy(&four, a + 64 * m + 4 * i, 4);
-        const __m256i pairs = _mm256_maddubs_epi16(size, _mm256_sign_epi8(_mm256_set1_epi32(four), w));
-        sum[m] = (int_lanes_256)_mm256_add_epi32((__m256i)sum[m], _mm256_madd_epi16(pairs, ones));
+  for (int m = 0; m < M; ++m) {
+    MOE_UNROLL
+    for (int v = 0; v < V; ++v) sum[m][v] = int_lanes_256{};
+  }
+  for (dim l = 0; l < lines; ++l, a += a_step) {
+    MOE_UNROLL
+    for (int tile = 0; tile < V; tile += of_line) {
+      MOE_NO_UNROLL
+      for (int i = 0; i < 16; ++i, q += line_bytes) {
+        _mm_prefetch(reinterpret_cast<const char*>(q + from_memory), _MM_HINT_T1);
+        _mm_prefetch(reinterpret_cast<const char*>(q + from_second), _MM_HINT_T0);
+        MOE_UNROLL
+        for (int v = 0; v < of_line; ++v) {
+          const __m256i w = _mm256_xor_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(q + 32 * v)), middle);
+          const __m256i size = _mm256_abs_epi8(w);
+          MOE_UNROLL
+          for (int m = 0; m < M; ++m) {
+            std::int32_t four;
+            std::memcpy(&four, a + 64 * m + 4 * i, 4);
+            const __m256i pairs = _mm256_maddubs_epi16(size, _mm256_sign_epi8(_mm256_set1_epi32(four), w));
+            int_lanes_256& to = sum[m][tile + v];
+            to = (int_lanes_256)_mm256_add_epi32((__m256i)to, _mm256_madd_epi16(pairs, ones));
+          }
+        }
       }
     }
+    if constexpr (V == 1) q += tile_bytes;
   }
-  const __m256 s = _mm256_loadu_ps(scale);
   MOE_UNROLL
-  for (int m = 0; m < M; ++m)
-    _mm256_storeu_ps(c + m * ld, _mm256_mul_ps(_mm256_mul_ps(_mm256_set1_ps(factors[m * factor_count]), s),
-                                               _mm256_cvtepi32_ps((__m256i)sum[m])));
+  for (int m = 0; m < M; ++m) {
+    MOE_UNROLL
+    for (int v = 0; v < V; ++v)
+      _mm256_storeu_ps(c + m * ld + 8 * v, _mm256_mul_ps(_mm256_mul_ps(_mm256_set1_ps(factors[m * factor_count]),
+                                                                       _mm256_loadu_ps(scale + 8 * v)),
+                                                         _mm256_cvtepi32_ps((__m256i)sum[m][v])));
+  }
 }
 
 template <int Build>
 void multiply_bytes_256(const prepared_rows& a, const panel_product& p) noexcept {
   for (dim j = 0; j < p.panels; ++j)
     for (dim b = 0; b < a.blocks(); ++b)
-      for (dim v = 0; v < 4; ++v)
-        with_constant<rows_256>(a.height_of(b), [&](auto m) {
-          multiply_block_bytes_256<Build, m>(a.block(b), m * line_bytes, a.lines,
-                                             p.weights + j * p.panel_bytes + v / 2 * tile_bytes + v % 2 * 32,
-                                             a.factor(b * a.height), a.factor_count, p.scale + j * panel_rows + 8 * v,
-                                             p.c.row(b * a.height) + j * panel_rows + 8 * v, p.c.ld);
-        });
+      with_constant<rows_256>(a.height_of(b), [&](auto m) {
+        constexpr int vectors = m <= 2 ? 4 : 1;
+        for (dim v = 0; v < 4; v += vectors)
+          multiply_block_bytes_256<Build, m, vectors>(
+              a.block(b), m * line_bytes, a.lines, p.weights + j * p.panel_bytes + v / 2 * tile_bytes + v % 2 * 32,
+              a.factor(b * a.height), a.factor_count, p.scale + j * panel_rows + 8 * v,
+              p.c.row(b * a.height) + j * panel_rows + 8 * v, p.c.ld);
+      });
 }
 
 template <class Scale>
@@ -176,56 +191,79 @@ inline __m256 load_scales_256(const std::byte* s) noexcept {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
 }
 
-/// One row against 8 weight rows of four bits: eight products of pairs fit a word.
+/// total[v] += scale (products - 8 sum) for 8 weight rows v of a panel each, where the row's numbers add up to `sum`.
+template <class Scale>
+MOE_TARGET(MOE_AVX2)
+MOE_INLINE void add_group_256(const std::byte* scale, float sum, __m256i products, __m256& total) noexcept {
+  total = _mm256_fmadd_ps(load_scales_256<Scale>(scale),
+                          _mm256_sub_ps(_mm256_cvtepi32_ps(products), _mm256_set1_ps(8 * sum)), total);
+}
+
+/// One row against a panel of four bits: eight products of pairs fit a word.
 template <int Build, class T>
 MOE_TARGET(MOE_AVX2)
-MOE_NO_INLINE void multiply_row_groups_256(const std::byte* a, dim a_step, dim lines, const std::byte* q, dim v,
+MOE_NO_INLINE void multiply_row_groups_256(const std::byte* a, dim a_step, dim lines, const std::byte* q,
                                            const float* factors, float* c) noexcept {
   using rule = packing<T>;
+  using scale = typename T::scale;
   const __m256i low = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
-  const std::byte* scales = q + 2048 + v * 16;
   const float* sums = factors + 2;
-  __m256 total = _mm256_setzero_ps();
-  for (dim l = 0; l < lines; l += 2, q += rule::step_bytes, scales += rule::step_bytes, sums += 4) {
-    __m256i block = _mm256_setzero_si256();
-    for (dim h = 0; h < 2; ++h, a += a_step) {
-      const std::byte* w = q + (2 * h + v / 2) * 512 + v % 2 * 32;
-      __m256i lower = _mm256_setzero_si256(), upper = _mm256_setzero_si256();
-      for (dim i = 0; i < 8; ++i, w += line_bytes) {
-        std::int32_t first, second;
-        std::memcpy(&first, a + 4 * i, 4);
-        std::memcpy(&second, a + 32 + 4 * i, 4);
-        const __m256i u = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w));
-        lower = _mm256_add_epi16(lower, _mm256_maddubs_epi16(_mm256_and_si256(u, low), _mm256_set1_epi32(first)));
-        upper = _mm256_add_epi16(
-            upper, _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(u, 4), low), _mm256_set1_epi32(second)));
+  __m256 total[4];
+  MOE_UNROLL
+  for (int v = 0; v < 4; ++v) total[v] = _mm256_setzero_ps();
+  for (dim l = 0; l < lines; l += 2, q += rule::scale_bytes, sums += 4) {
+    const std::byte* scales = q + 2048;
+    int_lanes_256 block[4]{};
+    MOE_UNROLL
+    for (int tile = 0; tile < 4; ++tile) {  // two of 64 k, then two of the next
+      const int first = tile % 2 * 2;
+      int_lanes_256 lower[2]{}, upper[2]{};
+      MOE_NO_UNROLL
+      for (int i = 0; i < 8; ++i, q += line_bytes) {
+        _mm_prefetch(reinterpret_cast<const char*>(q + from_memory), _MM_HINT_T1);
+        _mm_prefetch(reinterpret_cast<const char*>(q + from_second), _MM_HINT_T0);
+        std::int32_t four[2];
+        std::memcpy(&four[0], a + tile / 2 * a_step + 4 * i, 4);
+        std::memcpy(&four[1], a + tile / 2 * a_step + 32 + 4 * i, 4);
+        MOE_UNROLL
+        for (int v = 0; v < 2; ++v) {
+          const __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(q + 32 * v));
+          const __m256i high = _mm256_srli_epi16(w, 4);
+          lower[v] = (int_lanes_256)_mm256_add_epi16(
+              (__m256i)lower[v], _mm256_maddubs_epi16(_mm256_and_si256(w, low), _mm256_set1_epi32(four[0])));
+          upper[v] = (int_lanes_256)_mm256_add_epi16(
+              (__m256i)upper[v], _mm256_maddubs_epi16(_mm256_and_si256(high, low), _mm256_set1_epi32(four[1])));
+        }
       }
-      lower = _mm256_madd_epi16(lower, ones);
-      upper = _mm256_madd_epi16(upper, ones);
-      if constexpr (T::group == 32) {
-        const __m256 s0 = load_scales_256<typename T::scale>(scales + 2 * h * 64),
-                     s1 = load_scales_256<typename T::scale>(scales + (2 * h + 1) * 64);
-        total = _mm256_fmadd_ps(s0, _mm256_sub_ps(_mm256_cvtepi32_ps(lower), _mm256_set1_ps(8 * sums[2 * h])), total);
-        total = _mm256_fmadd_ps(s1, _mm256_sub_ps(_mm256_cvtepi32_ps(upper), _mm256_set1_ps(8 * sums[2 * h + 1])), total);
-      } else {
-        block = _mm256_add_epi32(block, _mm256_add_epi32(lower, upper));
+      MOE_UNROLL
+      for (int v = 0; v < 2; ++v) {
+        const __m256i s = _mm256_madd_epi16((__m256i)lower[v], ones), t = _mm256_madd_epi16((__m256i)upper[v], ones);
+        if constexpr (T::group == 32) {
+          const std::byte* of = scales + tile / 2 * 128 + (first + v) * 16;
+          add_group_256<scale>(of, sums[tile / 2 * 2], s, total[first + v]);
+          add_group_256<scale>(of + 64, sums[tile / 2 * 2 + 1], t, total[first + v]);
+        } else {
+          block[first + v] = (int_lanes_256)_mm256_add_epi32((__m256i)block[first + v], _mm256_add_epi32(s, t));
+        }
       }
     }
-    if constexpr (T::group == 128)
-      total = _mm256_fmadd_ps(
-          load_scales_256<typename T::scale>(scales),
-          _mm256_sub_ps(_mm256_cvtepi32_ps(block), _mm256_set1_ps(8 * (sums[0] + sums[1] + sums[2] + sums[3]))), total);
+    a += 2 * a_step;
+    if constexpr (T::group == 128) {
+      MOE_UNROLL
+      for (int v = 0; v < 4; ++v)
+        add_group_256<scale>(scales + 16 * v, sums[0] + sums[1] + sums[2] + sums[3], (__m256i)block[v], total[v]);
+    }
   }
-  _mm256_storeu_ps(c, _mm256_mul_ps(_mm256_set1_ps(factors[0]), total));
+  MOE_UNROLL
+  for (int v = 0; v < 4; ++v) _mm256_storeu_ps(c + 8 * v, _mm256_mul_ps(_mm256_set1_ps(factors[0]), total[v]));
 }
 
 template <int Build, class T>
 void multiply_groups_256(const prepared_rows& a, const panel_product& p) noexcept {
   for (dim j = 0; j < p.panels; ++j)
     for (dim r = 0; r < a.rows; ++r)
-      for (dim v = 0; v < 4; ++v)
-        multiply_row_groups_256<Build, T>(a.line(r, 0), a.stride(r), a.lines, p.weights + j * p.panel_bytes, v, a.factor(r),
-                                          p.c.row(r) + j * panel_rows + 8 * v);
+      multiply_row_groups_256<Build, T>(a.line(r, 0), a.stride(r), a.lines, p.weights + j * p.panel_bytes, a.factor(r),
+                                        p.c.row(r) + j * panel_rows);
 }
 
 /// M rows against half a panel of two bits a weight, 16 weight rows. A word takes 64 pairs of products of 2 by 127, four

@@ -55,14 +55,20 @@ void for_each_panel_block(const prepared_rows& a, const panel_product& p, Multip
     }
 }
 
-/// Asks for weights from memory, and for the lines of both halves of a panel, `half` bytes apart, that come soon after the
-/// one at q.
+/// How a block of M rows passes a step of a panel: both halves of it side by side, which share what is read of a row, or one
+/// after the other, which reads memory in order. One row or two do so little with a line that they wait for nothing else.
+template <int M>
+inline constexpr int halves_at_once = M <= 2 ? 1 : 2;
+
+/// For each line at q of H halves, `half` bytes apart: asks for weights from memory, and for the lines that come soon after.
+template <int H>
 MOE_TARGET(MOE_AVX512)
-inline void ask_ahead(const std::byte* ahead, dim pace, const std::byte* q, dim half = tile_bytes) noexcept {
+inline void ask_ahead(const std::byte*& ahead, dim pace, const std::byte* q, dim half = tile_bytes) noexcept {
   _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T1);
-  if (pace > line_bytes) _mm_prefetch(reinterpret_cast<const char*>(ahead + line_bytes), _MM_HINT_T1);
-  _mm_prefetch(reinterpret_cast<const char*>(q + from_second), _MM_HINT_T0);
-  _mm_prefetch(reinterpret_cast<const char*>(q + from_second + half), _MM_HINT_T0);
+  if (H == 2 && pace > line_bytes) _mm_prefetch(reinterpret_cast<const char*>(ahead + line_bytes), _MM_HINT_T1);
+  ahead += H == 2 ? pace : (pace + 1) / 2;
+  MOE_UNROLL
+  for (int h = 0; h < H; ++h) _mm_prefetch(reinterpret_cast<const char*>(q + from_second + h * half), _MM_HINT_T0);
 }
 
 /// p, but the compiler does not know: numbers that are read through both are read twice, each as an operand in memory of a
@@ -75,107 +81,113 @@ MOE_INLINE const T* again(const T* p) noexcept {
   return p;
 }
 
-/// The even and the odd halves of a line as floats.
+/// The numbers of a line as floats: halves are the even or the odd ones.
 template <class T>
 MOE_TARGET(MOE_AVX512)
-inline __m512 even_halves(__m512i v) noexcept {
-  if constexpr (std::same_as<T, bf16>)
-    return _mm512_castsi512_ps(_mm512_slli_epi32(v, 16));
+inline __m512 part_of(__m512i v, int odd) noexcept {
+  if constexpr (std::same_as<T, float>)
+    return _mm512_castsi512_ps(v);
+  else if constexpr (std::same_as<T, bf16>)
+    return _mm512_castsi512_ps(odd ? _mm512_and_si512(v, _mm512_set1_epi32(static_cast<int>(0xffff0000u)))
+                                   : _mm512_slli_epi32(v, 16));
   else
-    return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(v));
-}
-template <class T>
-MOE_TARGET(MOE_AVX512)
-inline __m512 odd_halves(__m512i v) noexcept {
-  if constexpr (std::same_as<T, bf16>)
-    return _mm512_castsi512_ps(_mm512_and_si512(v, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
-  else
-    return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(v, 16)));
+    return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(odd ? _mm512_srli_epi32(v, 16) : v));
 }
 
-/// Floats times floats or halves.
+/// sum[h][m] += x W^T over one line of a row of x, floats times floats or halves: 16 lines of weights from q on, or 8, of H
+/// halves of a panel.
+template <class T, int M, int H>
+MOE_TARGET(MOE_AVX512)
+MOE_INLINE
+    void add_line(const std::byte* a, const std::byte*& q, const std::byte*& ahead, dim pace, __m512 (*sum)[M]) noexcept {
+  constexpr int slot = 4 / sizeof(T);
+  const float* x = reinterpret_cast<const float*>(a);
+  [[maybe_unused]] const float* y = again(x);
+  MOE_NO_UNROLL
+  for (int i = 0; i < 16 / slot; ++i, q += line_bytes) {
+    ask_ahead<H>(ahead, pace, q);
+    __m512i line[H];
+    MOE_UNROLL
+    for (int h = 0; h < H; ++h) line[h] = _mm512_loadu_si512(q + h * tile_bytes);
+    MOE_UNROLL
+    for (int s = 0; s < slot; ++s) {
+      __m512 w[H];
+      MOE_UNROLL
+      for (int h = 0; h < H; ++h) w[h] = part_of<T>(line[h], s);
+      MOE_UNROLL
+      for (int m = 0; m < M; ++m) {
+        MOE_UNROLL
+        for (int h = 0; h < H; ++h)
+          sum[h][m] = _mm512_fmadd_ps(_mm512_set1_ps((slot == 2 && h == 1 ? y : x)[16 * m + slot * i + s]), w[h], sum[h][m]);
+      }
+    }
+  }
+}
 template <int Build, class T, int M>
 MOE_TARGET(MOE_AVX512)
 MOE_NO_INLINE void multiply_block(const block_work& w) noexcept {
-  constexpr int slot = 4 / sizeof(T), per_line = 16 / slot;
-  __m512 left[M], right[M];
+  constexpr int lines = 4 / sizeof(T), H = halves_at_once<M>;  // of a row, for a tile
+  __m512 sum[2][M];
   MOE_UNROLL
-  for (int m = 0; m < M; ++m) left[m] = right[m] = _mm512_setzero_ps();
+  for (int m = 0; m < M; ++m) sum[0][m] = sum[1][m] = _mm512_setzero_ps();
   const std::byte *a = w.a, *q = w.weights, *ahead = w.ahead;
-  const dim pace = w.pace;
-  for (dim l = 0; l < w.lines; ++l, a += w.a_step) {
-    const float* x = reinterpret_cast<const float*>(a);
-    [[maybe_unused]] const float* y = again(x);
-    MOE_NO_UNROLL
-    for (int i = 0; i < per_line; ++i, q += line_bytes, ahead += pace) {
-      ask_ahead(ahead, pace, q);
-      if constexpr (slot == 1) {
-        const __m512 u = _mm512_loadu_ps(q), v = _mm512_loadu_ps(q + tile_bytes);
-        MOE_UNROLL
-        for (int m = 0; m < M; ++m) {
-          const __m512 b = _mm512_set1_ps(x[16 * m + i]);
-          left[m] = _mm512_fmadd_ps(b, u, left[m]);
-          right[m] = _mm512_fmadd_ps(b, v, right[m]);
-        }
-      } else {
-        const __m512i u = _mm512_loadu_si512(q), v = _mm512_loadu_si512(q + tile_bytes);
-        const __m512 u0 = even_halves<T>(u), v0 = even_halves<T>(v);
-        MOE_UNROLL
-        for (int m = 0; m < M; ++m) {
-          left[m] = _mm512_fmadd_ps(_mm512_set1_ps(x[16 * m + 2 * i]), u0, left[m]);
-          right[m] = _mm512_fmadd_ps(_mm512_set1_ps(y[16 * m + 2 * i]), v0, right[m]);
-        }
-        const __m512 u1 = odd_halves<T>(u), v1 = odd_halves<T>(v);
-        MOE_UNROLL
-        for (int m = 0; m < M; ++m) {
-          left[m] = _mm512_fmadd_ps(_mm512_set1_ps(x[16 * m + 2 * i + 1]), u1, left[m]);
-          right[m] = _mm512_fmadd_ps(_mm512_set1_ps(y[16 * m + 2 * i + 1]), v1, right[m]);
-        }
-      }
-    }
-    if ((l + 1) * per_line % 16 == 0) q += tile_bytes;
+  for (dim l = 0; l < w.lines; l += lines, a += lines * w.a_step) {
+    MOE_UNROLL
+    for (int h = 0; h < 2; h += H)
+      for (int i = 0; i < lines; ++i) add_line<T, M, H>(a + i * w.a_step, q, ahead, w.pace, sum + h);
+    if (H == 2) q += tile_bytes;
   }
   MOE_UNROLL
   for (int m = 0; m < M; ++m) {
-    _mm512_storeu_ps(w.c + m * w.ld, left[m]);
-    _mm512_storeu_ps(w.c + m * w.ld + 16, right[m]);
+    MOE_UNROLL
+    for (int h = 0; h < 2; ++h) _mm512_storeu_ps(w.c + m * w.ld + 16 * h, sum[h][m]);
   }
 }
 
-/// Bytes times bytes.
+/// sum[h][m] += x W^T over one line of a row of x, bytes times bytes: a tile of weights from q on, of H halves of a panel.
+template <int M, int H>
+MOE_TARGET(MOE_AVX512_VNNI)
+MOE_INLINE void add_bytes(const std::byte* a, const std::byte*& q, const std::byte*& ahead, dim pace,
+                          int_lanes (*sum)[M]) noexcept {
+  MOE_NO_UNROLL
+  for (int i = 0; i < 16; ++i, q += line_bytes) {
+    ask_ahead<H>(ahead, pace, q);
+    __m512i w[H];
+    MOE_UNROLL
+    for (int h = 0; h < H; ++h) w[h] = _mm512_loadu_si512(q + h * tile_bytes);
+    MOE_UNROLL
+    for (int m = 0; m < M; ++m) {
+      std::int32_t four;
+      std::memcpy(&four, a + 64 * m + 4 * i, 4);
+      const __m512i b = _mm512_set1_epi32(four);
+      MOE_UNROLL
+      for (int h = 0; h < H; ++h) sum[h][m] = (int_lanes)_mm512_dpbusd_epi32((__m512i)sum[h][m], w[h], b);
+    }
+  }
+}
 template <int Build, int M>
 MOE_TARGET(MOE_AVX512_VNNI)
 MOE_NO_INLINE void multiply_block_bytes(const block_work& w) noexcept {
-  int_lanes left[M], right[M];
+  constexpr int H = halves_at_once<M>;
+  int_lanes sum[2][M];
   MOE_UNROLL
-  for (int m = 0; m < M; ++m) left[m] = right[m] = int_lanes{};
+  for (int m = 0; m < M; ++m) sum[0][m] = sum[1][m] = int_lanes{};
   const std::byte *a = w.a, *q = w.weights, *ahead = w.ahead;
-  const dim pace = w.pace;
-  for (dim l = 0; l < w.lines; ++l, a += w.a_step, q += tile_bytes) {
-    MOE_NO_UNROLL
-    for (int i = 0; i < 16; ++i, q += line_bytes, ahead += pace) {
-      ask_ahead(ahead, pace, q);
-      const __m512i u = _mm512_loadu_si512(q), v = _mm512_loadu_si512(q + tile_bytes);
-      MOE_UNROLL
-      for (int m = 0; m < M; ++m) {
-        std::int32_t four;
-        std::memcpy(&four, a + 64 * m + 4 * i, 4);
-        const __m512i b = _mm512_set1_epi32(four);
-        left[m] = (int_lanes)_mm512_dpbusd_epi32((__m512i)left[m], u, b);
-        right[m] = (int_lanes)_mm512_dpbusd_epi32((__m512i)right[m], v, b);
-      }
-    }
+  for (dim l = 0; l < w.lines; ++l, a += w.a_step) {
+    MOE_UNROLL
+    for (int h = 0; h < 2; h += H) add_bytes<M, H>(a, q, ahead, w.pace, sum + h);
+    if (H == 2) q += tile_bytes;
   }
-  const __m512 s = _mm512_loadu_ps(w.scale), t = _mm512_loadu_ps(w.scale + 16);
   MOE_UNROLL
   for (int m = 0; m < M; ++m) {
     const float* f = w.factors + m * w.factor_count;
     const __m512 unit = _mm512_set1_ps(f[0]);
     const __m512i shift = _mm512_set1_epi32(128 * static_cast<std::int32_t>(f[1]));
-    const __m512 x = _mm512_cvtepi32_ps(_mm512_sub_epi32((__m512i)left[m], shift));
-    const __m512 y = _mm512_cvtepi32_ps(_mm512_sub_epi32((__m512i)right[m], shift));
-    _mm512_storeu_ps(w.c + m * w.ld, _mm512_mul_ps(_mm512_mul_ps(unit, s), x));
-    _mm512_storeu_ps(w.c + m * w.ld + 16, _mm512_mul_ps(_mm512_mul_ps(unit, t), y));
+    MOE_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      const __m512 x = _mm512_cvtepi32_ps(_mm512_sub_epi32((__m512i)sum[h][m], shift));
+      _mm512_storeu_ps(w.c + m * w.ld + 16 * h, _mm512_mul_ps(_mm512_mul_ps(unit, _mm512_loadu_ps(w.scale + 16 * h)), x));
+    }
   }
 }
 

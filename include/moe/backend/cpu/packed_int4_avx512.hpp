@@ -108,6 +108,76 @@ MOE_NO_INLINE void multiply_block_groups(const block_work& w) noexcept {
   }
 }
 
+/// The same for one row or two, tile after tile.
+template <int Build, class T, int M>
+MOE_TARGET(MOE_AVX512_VNNI)
+MOE_NO_INLINE void multiply_tiles_groups(const block_work& w) noexcept {
+  using rule = packing<T>;
+  using scale = typename T::scale;
+  constexpr bool fine = T::group == 32;
+  __m512 total[2][M];
+  MOE_UNROLL
+  for (int m = 0; m < M; ++m) total[0][m] = total[1][m] = _mm512_setzero_ps();
+  const std::byte *x = w.a, *q = w.weights, *ahead = w.ahead;
+  const dim pace = (w.pace + 1) / 2;  // for each line read here
+  const float* start = w.factors + 2;
+  for (dim l = 0; l < w.lines; l += 2, x += 2 * w.a_step, q += rule::scale_bytes, start += fine ? 4 : 1) {
+    const std::byte* scales = q + 2048;
+    int_lanes block[2][M];  // of groups of 128
+    MOE_UNROLL
+    for (int tile = 0; tile < 4; ++tile) {  // both halves of 64 k, then of the next
+      const int h = tile % 2, groups = tile / 2 * 2;
+      const std::byte* row = x + tile / 2 * w.a_step;
+      int_lanes lower[M], upper[M];
+      MOE_UNROLL
+      for (int m = 0; m < M; ++m) {
+        std::int32_t sums[2] = {};
+        if (fine)
+          std::memcpy(sums, start + m * w.factor_count + groups, 8);
+        else if (tile < 2)
+          std::memcpy(sums, start + m * w.factor_count, 4);
+        lower[m] = fine || tile < 2 ? (int_lanes)_mm512_set1_epi32(sums[0]) : block[h][m];
+        upper[m] = (int_lanes)_mm512_set1_epi32(sums[1]);
+      }
+      MOE_NO_UNROLL
+      for (int i = 0; i < 8; ++i, q += line_bytes, ahead += pace) {
+        _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T1);
+        _mm_prefetch(reinterpret_cast<const char*>(q + from_second), _MM_HINT_T0);
+        const __m512i u = load_halves<false>(q), v = load_halves<true>(q);
+        MOE_UNROLL
+        for (int m = 0; m < M; ++m) {
+          std::int32_t four[2];
+          std::memcpy(&four[0], row + 64 * m + 4 * i, 4);
+          std::memcpy(&four[1], row + 64 * m + 32 + 4 * i, 4);
+          lower[m] = (int_lanes)_mm512_dpbusd_epi32((__m512i)lower[m], u, _mm512_set1_epi32(four[0]));
+          upper[m] = (int_lanes)_mm512_dpbusd_epi32((__m512i)upper[m], v, _mm512_set1_epi32(four[1]));
+        }
+      }
+      MOE_UNROLL
+      for (int m = 0; m < M; ++m) {
+        if constexpr (fine) {
+          const std::byte* of = scales + groups * 64 + h * 32;
+          total[h][m] = _mm512_fmadd_ps(load_scales<scale>(of), _mm512_cvtepi32_ps((__m512i)lower[m]), total[h][m]);
+          total[h][m] = _mm512_fmadd_ps(load_scales<scale>(of + 64), _mm512_cvtepi32_ps((__m512i)upper[m]), total[h][m]);
+        } else {
+          block[h][m] = (int_lanes)_mm512_add_epi32((__m512i)lower[m], (__m512i)upper[m]);
+          if (tile >= 2)
+            total[h][m] =
+                _mm512_fmadd_ps(load_scales<scale>(scales + h * 32), _mm512_cvtepi32_ps((__m512i)block[h][m]), total[h][m]);
+        }
+      }
+    }
+    for (dim s = 0; s < rule::scale_bytes; s += line_bytes, ahead += pace)
+      _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T1);
+  }
+  MOE_UNROLL
+  for (int m = 0; m < M; ++m) {
+    const __m512 unit = _mm512_set1_ps(w.factors[m * w.factor_count]);
+    MOE_UNROLL
+    for (int h = 0; h < 2; ++h) _mm512_storeu_ps(w.c + m * w.ld + 16 * h, _mm512_mul_ps(unit, total[h][m]));
+  }
+}
+
 /// Codes of a panel as bytes p + 128, w ~ scale p, scale as packed for each row. With r the ratio of a group's scale to its
 /// row's, 256 (r q + 128.5) is a word whose upper byte is the rounded one; all of it is exact modulo 2^16 but r, which is
 /// rounded to 1/256.
@@ -180,7 +250,12 @@ template <int Build, class T>
 void multiply_int4_512(const prepared_rows& a, const panel_product& p) noexcept {
   if (a.rows < rows_to_widen<T>) {
     for_each_panel_block(a, p, [](dim height, const block_work& w) {
-      with_constant<rows_512>(height, [&](auto m) { multiply_block_groups<Build, T, m>(w); });
+      with_constant<rows_512>(height, [&](auto m) {
+        if constexpr (m <= 2)
+          multiply_tiles_groups<Build, T, m>(w);
+        else
+          multiply_block_groups<Build, T, m>(w);
+      });
     });
     return;
   }

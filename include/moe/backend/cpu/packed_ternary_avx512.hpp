@@ -24,9 +24,9 @@ MOE_NO_INLINE void multiply_block_ternary(const block_work& w) noexcept {
   const std::byte *x = w.a, *q = w.weights, *ahead = w.ahead;
   for (dim l = 0; l < w.lines; ++l, x += w.a_step, q += rule::step_bytes) {
     MOE_NO_UNROLL
-    for (int i = 0; i < 4; ++i, ahead += w.pace) {
+    for (int i = 0; i < 4; ++i) {
       const std::byte* at = q + i * line_bytes;
-      ask_ahead(ahead, w.pace, at, rule::half_bytes);
+      ask_ahead<2>(ahead, w.pace, at, rule::half_bytes);
       __m512i u = _mm512_loadu_si512(at), v = _mm512_loadu_si512(at + rule::half_bytes);
       MOE_UNROLL
       for (int n = 0; n < 4; ++n) {
