@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """ggml, the library of products under llama.cpp, through ctypes: what a graph of a few nodes on the CPU needs.
 
-MOE_GGML names the folder of its shared libraries (install.py builds them from the source that llama-cpp-python carries).
+MOE_GGML names the folder of its shared libraries: install.py builds llama.cpp's from the source that llama-cpp-python carries;
+ik_llama.cpp's is one that somebody has built.
 """
 import ctypes
 import os
@@ -13,8 +14,8 @@ F32, F16, Q4_0, Q8_0, I32, BF16, TQ2_0 = 0, 1, 2, 8, 26, 30, 35
 TYPES = {"f32": F32, "f16": F16, "bf16": BF16, "int8": Q8_0, "int4": Q4_0, "ternary": TQ2_0}
 POINTER, LONG, INT, SIZE, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_size_t, ctypes.c_float
 
-libraries = [ctypes.CDLL(str(pathlib.Path(os.environ["MOE_GGML"]) / f"libggml{part}.so"), ctypes.RTLD_GLOBAL)
-             for part in ("-base", "-cpu", "")]
+files = [pathlib.Path(os.environ["MOE_GGML"]) / f"libggml{part}.so" for part in ("-base", "-cpu", "")]
+libraries = [ctypes.CDLL(str(file), ctypes.RTLD_GLOBAL) for file in files if file.exists()]
 
 
 class InitParams(ctypes.Structure):
@@ -22,12 +23,17 @@ class InitParams(ctypes.Structure):
 
 
 def function(name, result, *arguments):
+    """What this build lacks fails where it is called."""
     for library in libraries:
         if hasattr(library, name):
             call = getattr(library, name)
             call.restype, call.argtypes = result, arguments
             return call
-    raise ImportError(f"ggml lacks {name}")
+
+    def lack(*_):
+        raise ImportError(f"ggml lacks {name}")
+
+    return lack
 
 
 _version = function("ggml_version", ctypes.c_char_p)
@@ -39,14 +45,15 @@ _new_tensor = function("ggml_new_tensor", POINTER, POINTER, INT, INT, ctypes.POI
 _data = function("ggml_get_data", POINTER, POINTER)
 _bytes = function("ggml_nbytes", SIZE, POINTER)
 _row_bytes = function("ggml_row_size", SIZE, INT, LONG)
-_quantize = function("ggml_quantize_chunk", SIZE, INT, POINTER, POINTER, LONG, LONG, LONG, POINTER)
+# ik_llama.cpp's takes one argument more, which llama.cpp's ignores.
+_quantize = function("ggml_quantize_chunk", SIZE, INT, POINTER, POINTER, LONG, LONG, LONG, POINTER, POINTER)
 _new_graph = function("ggml_new_graph", POINTER, POINTER)
 _expand = function("ggml_build_forward_expand", None, POINTER, POINTER)
-_cpu_init = function("ggml_backend_cpu_init", POINTER)
+cpu_init = function("ggml_backend_cpu_init", POINTER)
 _set_threads = function("ggml_backend_cpu_set_n_threads", None, POINTER, INT)
 _compute = function("ggml_backend_graph_compute", INT, POINTER, POINTER)
 _alloc_context = function("ggml_backend_alloc_ctx_tensors_from_buft", POINTER, POINTER, POINTER)
-_cpu_buffers = function("ggml_backend_cpu_buffer_type", POINTER)
+cpu_buffers = function("ggml_backend_cpu_buffer_type", POINTER)
 _tensor_set = function("ggml_backend_tensor_set", None, POINTER, POINTER, SIZE, SIZE)
 _device = function("ggml_backend_get_device", POINTER, POINTER)
 _registry = function("ggml_backend_dev_backend_reg", POINTER, POINTER)
@@ -80,7 +87,10 @@ def accumulate_in_float(node):
 
 def context(nodes):
     """Room for so many tensors, without their data, and a graph."""
-    return _init(InitParams(nodes * _tensor_overhead() + _graph_overhead(), None, True))
+    ctx = _init(InitParams(nodes * _tensor_overhead() + _graph_overhead(), None, True))
+    if not ctx:
+        raise MemoryError("ggml has no more contexts")
+    return ctx
 
 
 def tensor(ctx, kind, *shape):
@@ -95,7 +105,7 @@ def encoded(rows, kind):
     to = np.empty(len(flat) * _row_bytes(kind, flat.shape[1]), np.uint8)
     if kind == F32:
         return rows.view(np.uint8).reshape(-1)
-    _quantize(kind, flat.ctypes.data, to.ctypes.data, 0, len(flat), flat.shape[1], None)
+    _quantize(kind, flat.ctypes.data, to.ctypes.data, 0, len(flat), flat.shape[1], None, None)
     return to
 
 
@@ -104,18 +114,22 @@ def fill(to, data):
     _tensor_set(to, data.ctypes.data, 0, data.nbytes)
 
 
+def kind(w):
+    return ctypes.cast(w, ctypes.POINTER(INT))[0]
+
+
 class Backend:
     """The CPU, and the arrangements of weights that it offers beside the plain one."""
 
     def __init__(self):
-        self.handle = _cpu_init()
+        self.handle = cpu_init()
         device = _device(self.handle)
         find = _address(_registry(device), b"ggml_backend_dev_get_extra_bufts")
         extra = ctypes.CFUNCTYPE(ctypes.POINTER(POINTER), POINTER)(find)(device) if find else []
         self.kinds = []
         while extra and extra[len(self.kinds)]:
             self.kinds.append(extra[len(self.kinds)])
-        self.device, self.plain = device, _cpu_buffers()
+        self.device, self.plain = device, cpu_buffers()
 
     def weights(self, product, kind, *shape):
         """A tensor of weights in the first arrangement with which the node product(ctx, weights) is done, as llama.cpp

@@ -4,8 +4,11 @@
 
 Everything goes into a virtual environment and build folders there, nothing anywhere else; what is there already stays.
 Writes FOLDER/peers.txt as benchmarks/peers/peer_list.hpp has it. A peer that cannot be installed gets a line with the
-reason.
+reason. ik_llama.cpp has no released package: it is a peer, with and without its `-rtr`, where MOE_IK_GGML names the folder of a
+libggml.so that was built from it with -DGGML_MAX_CONTEXTS=4096.
 """
+import argparse
+import os
 import pathlib
 import subprocess
 import sys
@@ -97,12 +100,27 @@ def llama_cpp(to):
             "attention": [*command, str(HERE / "llama_cpp_attention.py")]}
 
 
+def ik_llama_cpp(repack):
+    def install(to):
+        libraries = pathlib.Path(os.environ["MOE_IK_GGML"]).resolve()
+        if not (libraries / "libggml.so").exists():
+            raise Failure(f"MOE_IK_GGML: no libggml.so in {libraries}")
+        return {"layer": ["env", f"MOE_GGML={libraries}", f"MOE_IK_REPACK={repack}", to.python,
+                          str(HERE / "ik_llama_cpp_layer.py")]}
+
+    return install
+
+
 PEERS = {"onnxruntime": onnxruntime, "torch": torch, "llama.cpp": llama_cpp, "kt-kernel": kt_kernel}
+if "MOE_IK_GGML" in os.environ:
+    PEERS |= {"ik_llama.cpp": ik_llama_cpp(0), "ik_llama.cpp -rtr": ik_llama_cpp(1)}
 CASES = {"llama.cpp": ("layer", "attention")}
 
 
 def main():
-    to = Folder(sys.argv[1])
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("folder", metavar="FOLDER")
+    to = Folder(arguments.parse_args().folder)
     lines = []
     for name, install in PEERS.items():
         print(f"peer {name} ...", end=" ", flush=True)

@@ -11,15 +11,20 @@ from peer import Case, serve
 
 
 class LlamaLayer:
+    kinds, backend_of = ggml.TYPES, ggml.Backend
+
     def __init__(self, case: Case):
-        case.refuse_unless(*ggml.TYPES)
-        self.case, self.kind, self.backend, self.graphs = case, ggml.TYPES[case.type], ggml.Backend(), None
+        case.refuse_unless(*self.kinds)
+        self.case, self.kind, self.backend, self.graphs = case, self.kinds[case.type], self.backend_of(), None
         gate, up, down = (ggml.encoded(w, self.kind) for w in case.weights())
         size = gate.nbytes + up.nbytes + down.nbytes
         self.layers = [(self.place(gate, case.f, case.d), self.place(up, case.f, case.d), self.place(down, case.d, case.f))
                        for _ in range(case.copies(size))]
         self.bytes = size * len(self.layers)
-        self.version = ggml.release()
+        self.version = self.release(self.layers[0][0])
+
+    def release(self, _):
+        return ggml.release()
 
     def place(self, data, rows, columns):
         case = self.case
