@@ -15,7 +15,7 @@ import sys
 
 INK, FAINT, GRID, PAPER = "#1c2733", "#5b6773", "#dfe4e8", "#ffffff"
 COLOURS = {"f32": "#0072b2", "bf16": "#d55e00", "f16": "#cc79a7", "int8": "#009e73", "int4": "#e69f00", "ternary": "#56b4e9"}
-PEAKS = {"fma_f32_flops_per_s": "float32 multiply-adds", "vnni_int8_ops_per_s": "VNNI int8",
+PEAKS = {"fma_f32_flops_per_s": "float32 multiply-adds", "vnni_int8_ops_per_s": "VNNI int8", "avx512_bf16_flops_per_s": "AVX-512 bf16",
          "amx_bf16_flops_per_s": "AMX bf16", "amx_int8_ops_per_s": "AMX int8"}
 REGIMES = (("1 to 4 tokens", 1, 4), ("5 to 128", 5, 128), ("129 and more", 129, math.inf))
 

@@ -136,6 +136,7 @@ std::vector<way> ways_of(int threads, const std::byte* block) {
   const unit_loops loops = loops_in_use();
   multiply(&machine_limits::fma_f32, loops.fma_f32);
   multiply(&machine_limits::vnni_int8, loops.vnni_int8);
+  multiply(&machine_limits::avx512_bf16, loops.avx512_bf16);
   multiply(&machine_limits::amx_bf16, loops.amx_bf16);
   multiply(&machine_limits::amx_int8, loops.amx_int8);
   return ways;

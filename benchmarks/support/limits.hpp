@@ -10,12 +10,15 @@ namespace bench {
 struct machine_limits {
   int threads = 1;
   double dram_read = 0;  ///< bytes per second
-  double fma_f32 = 0, vnni_int8 = 0, amx_bf16 = 0, amx_int8 = 0;  ///< operations per second, two a multiply-add
+  double fma_f32 = 0, vnni_int8 = 0, avx512_bf16 = 0, amx_bf16 = 0,
+         amx_int8 = 0;   ///< operations per second, two a multiply-add
   bool quiet = true;     ///< nobody else had the processor meanwhile
 
   /// The peak of a unit; where the machine lacks it, that of the next best one.
   double peak(unit u) const {
-    const double own = u == unit::amx_bf16 ? amx_bf16 : u == unit::amx_int8 ? (amx_int8 > 0 ? amx_int8 : vnni_int8) : 0;
+    const double own = u == unit::amx_bf16   ? (amx_bf16 > 0 ? amx_bf16 : avx512_bf16)
+                       : u == unit::amx_int8 ? (amx_int8 > 0 ? amx_int8 : vnni_int8)
+                                             : 0;
     return own > 0 ? own : fma_f32;
   }
 };

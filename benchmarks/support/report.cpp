@@ -19,17 +19,21 @@ std::string brief(double v) {
 void write_limits(std::FILE* to, const machine_limits& l) {
   std::fprintf(to,
                "\"threads\": %d, \"dram_read_bytes_per_s\": %.6g, \"fma_f32_flops_per_s\": %.6g, "
-               "\"amx_bf16_flops_per_s\": %.6g, \"amx_int8_ops_per_s\": %.6g, \"vnni_int8_ops_per_s\": %.6g, \"quiet\": %s",
-               l.threads, l.dram_read, l.fma_f32, l.amx_bf16, l.amx_int8, l.vnni_int8, l.quiet ? "true" : "false");
+               "\"amx_bf16_flops_per_s\": %.6g, \"amx_int8_ops_per_s\": %.6g, \"vnni_int8_ops_per_s\": %.6g, "
+               "\"avx512_bf16_flops_per_s\": %.6g, \"quiet\": %s",
+               l.threads, l.dram_read, l.fma_f32, l.amx_bf16, l.amx_int8, l.vnni_int8, l.avx512_bf16,
+               l.quiet ? "true" : "false");
 }
 
 }  // namespace
 
 void print_limits(const machine_limits& l) {
   const auto unit = [](double rate, const char* what) { return rate > 0 ? brief(rate / 1e9) + " " + what : std::string("none"); };
-  std::printf("limits of %d thread%s: memory %.1f GB/s, float32 %s, VNNI int8 %s, AMX bf16 %s, AMX int8 %s%s\n", l.threads,
-              l.threads == 1 ? "" : "s", l.dram_read / 1e9, unit(l.fma_f32, "Gflop/s").c_str(), unit(l.vnni_int8, "Gop/s").c_str(),
-              unit(l.amx_bf16, "Gflop/s").c_str(), unit(l.amx_int8, "Gop/s").c_str(), l.quiet ? "" : "  !");
+  std::printf(
+      "limits of %d thread%s: memory %.1f GB/s, float32 %s, VNNI int8 %s, AVX-512 bf16 %s, AMX bf16 %s, AMX int8 %s%s\n",
+      l.threads, l.threads == 1 ? "" : "s", l.dram_read / 1e9, unit(l.fma_f32, "Gflop/s").c_str(),
+      unit(l.vnni_int8, "Gop/s").c_str(), unit(l.avx512_bf16, "Gflop/s").c_str(), unit(l.amx_bf16, "Gflop/s").c_str(),
+      unit(l.amx_int8, "Gop/s").c_str(), l.quiet ? "" : "  !");
 }
 
 void table::heading() const {

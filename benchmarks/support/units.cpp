@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 
 #include "moe/backend/cpu/level.hpp"
 #include "support/measure.hpp"
@@ -67,6 +68,20 @@ MOE_TARGET("avx512f,avx512bw,avx512vnni") double bytes_vnni(int turns) {
   }
   keep(a);
   return 2. * 16 * 64 * turns;
+}
+
+MOE_TARGET("avx512f,avx512bf16") double halves_avx512(int turns) {
+  const __m512 ones = _mm512_set1_ps(1.0000001f);
+  __m512bh x;
+  std::memcpy(&x, &ones, sizeof x);
+  __m512 a[16];
+  for (int j = 0; j < 16; ++j) a[j] = _mm512_set1_ps(static_cast<float>(j));
+  for (int i = 0; i < turns; ++i) {
+#pragma GCC unroll 16
+    for (int j = 0; j < 16; ++j) a[j] = _mm512_dpbf16_ps(a[j], x, x);
+  }
+  keep(a);
+  return 2. * 16 * 32 * turns;
 }
 
 #if defined(__GNUC__) && defined(__x86_64__)
@@ -134,6 +149,7 @@ unit_loops loops_in_use() {
   if (has(moe::cpu_level::avx2)) found.fma_f32 = fma_avx2;
   if (has(moe::cpu_level::avx512)) found.fma_f32 = fma_avx512;
   if (has(moe::cpu_level::avx512_vnni)) found.vnni_int8 = bytes_vnni;
+  if (has(moe::cpu_level::avx512_bf16)) found.avx512_bf16 = halves_avx512;
 #if defined(__GNUC__) && defined(__x86_64__)
   if (has(moe::cpu_level::amx)) {
     found.amx_bf16 = tiles_bf16;

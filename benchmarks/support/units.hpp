@@ -9,7 +9,7 @@ using unit_loop = double (*)(int turns);
 
 /// Those that the machine has, at the level that MOE_CPU_LEVEL allows; null where there is none.
 struct unit_loops {
-  unit_loop fma_f32, vnni_int8 = nullptr, amx_bf16 = nullptr, amx_int8 = nullptr;
+  unit_loop fma_f32, vnni_int8 = nullptr, avx512_bf16 = nullptr, amx_bf16 = nullptr, amx_int8 = nullptr;
 };
 unit_loops loops_in_use();
 

@@ -82,6 +82,8 @@ void on_every_rung(F f) {
   const moe::cpu_level machine = testing::highest_level();
   if (includes(machine, moe::cpu_level::avx2)) f("avx2", kernels_of(moe::arch::avx2{}, moe::arch::weights_of<T>{}));
   if (includes(machine, moe::cpu_level::avx512)) f("avx512", kernels_of(moe::arch::avx512{}, moe::arch::weights_of<T>{}));
+  if (includes(machine, moe::cpu_level::avx512_bf16))
+    f("avx512_bf16", kernels_of(moe::arch::avx512_bf16{}, moe::arch::weights_of<T>{}));
   if (includes(machine, moe::cpu_level::avx512_vnni)) {
     f("avx512_vnni", kernels_of(moe::arch::avx512_vnni{}, moe::arch::weights_of<T>{}));
     if constexpr (requires { kernels_of(moe::arch::amx{}, moe::arch::weights_of<T>{}, testing::emulated_tiles{}); })
@@ -111,7 +113,7 @@ std::vector<float> exact_weights(dim n, dim k, std::uint64_t seed) {
 template <class T>
 bool widened(dim rows, std::string_view rung) {
   if (!moe::packing<T>::scaled || std::same_as<T, std::int8_t> || std::same_as<T, moe::ternary>) return false;
-  return rung.starts_with("amx") ? rows > 12 : rung == "avx512_vnni" && rows >= 40;
+  return rung.starts_with("amx") ? rows > 12 : rung.starts_with("avx512_") && rows >= 40;
 }
 
 struct sizes {

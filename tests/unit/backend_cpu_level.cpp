@@ -18,8 +18,18 @@ using moe::cpu_level, moe::detail::cpu_facts, moe::detail::level_of;
 namespace {
 
 /// A processor with every level, on a system that saves and grants everything.
-constexpr cpu_facts everything{0x30001000u | 1u << 27, 1u << 5 | 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31, 1u << 11,
-                               1u << 22 | 1u << 24 | 1u << 25, 0x600e7, true};
+constexpr cpu_facts everything{0x30001000u | 1u << 27,
+                               1u << 5 | 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31,
+                               1u << 11,
+                               1u << 22 | 1u << 24 | 1u << 25,
+                               1u << 5,
+                               0x600e7,
+                               true};
+
+constexpr cpu_facts by_amd(cpu_facts c) {
+  c.amd = true;
+  return c;
+}
 
 constexpr cpu_facts without(cpu_facts c, std::uint32_t cpu_facts::*part, int bit) {
   c.*part &= ~(1u << bit);
@@ -56,6 +66,15 @@ TEST_SUITE("backend/cpu/level") {
     CHECK(level_of(without(everything, &cpu_facts::leaf7_ecx, 11)).level == cpu_level::avx512);
     for (const int bit : {22, 24, 25})
       CHECK(level_of(without(everything, &cpu_facts::leaf7_edx, bit)).level == cpu_level::avx512_vnni);
+    CHECK(level_of(without(everything, &cpu_facts::leaf7_1_eax, 5)).level == cpu_level::avx512_vnni);
+  }
+  TEST_CASE("products of halves are a level of their own where they are faster, which is on AMD's processors") {
+    const cpu_facts without_tiles = without(everything, &cpu_facts::leaf7_edx, 24);
+    CHECK(level_of(without_tiles).level == cpu_level::avx512_vnni);
+    CHECK(level_of(by_amd(without_tiles)).level == cpu_level::avx512_bf16);
+    CHECK(level_of(by_amd(without(without_tiles, &cpu_facts::leaf7_1_eax, 5))).level == cpu_level::avx512_vnni);
+    CHECK(level_of(by_amd(without(without_tiles, &cpu_facts::leaf7_ecx, 11))).level == cpu_level::avx512);
+    CHECK(level_of(by_amd(everything)).level == cpu_level::amx);
   }
   TEST_CASE("registers that the system does not save are not used") {
     CHECK(level_of(saving(0)).level == cpu_level::scalar);
@@ -99,8 +118,11 @@ TEST_SUITE("backend/cpu/level") {
   TEST_CASE("the machine has the level that the system's list of features and its answer to a request for tiles say") {
     std::ifstream cpu("/proc/cpuinfo");
     std::string line;
-    bool found = false;
-    while (!found && std::getline(cpu, line)) found = line.starts_with("flags");
+    bool found = false, amd = false;
+    while (!found && std::getline(cpu, line)) {
+      amd = amd || (line.starts_with("vendor_id") && line.ends_with("AuthenticAMD"));
+      found = line.starts_with("flags");
+    }
     if (!found) {
       MESSAGE("skipped: this system has no list of features");
       return;
@@ -115,9 +137,10 @@ TEST_SUITE("backend/cpu/level") {
       wanted = cpu_level::avx2;
       if (all({"avx512f", "avx512bw", "avx512dq", "avx512vl"})) wanted = cpu_level::avx512;
       if (wanted == cpu_level::avx512 && all({"avx512_vnni"})) wanted = cpu_level::avx512_vnni;
+      const bool halves = wanted == cpu_level::avx512_vnni && all({"avx512_bf16"});
       constexpr long request_permission = 0x1023, tile_data = 18;
-      if (wanted == cpu_level::avx512_vnni && all({"amx_tile", "amx_bf16", "amx_int8"}) &&
-          syscall(SYS_arch_prctl, request_permission, tile_data) == 0)
+      if (halves && amd) wanted = cpu_level::avx512_bf16;
+      if (halves && all({"amx_tile", "amx_bf16", "amx_int8"}) && syscall(SYS_arch_prctl, request_permission, tile_data) == 0)
         wanted = cpu_level::amx;
     }
     CAPTURE(line);

@@ -33,13 +33,16 @@ struct basic_avx512 : basic_avx2<Build> {};
 template <int Build>
 struct basic_avx512_vnni : basic_avx512<Build> {};
 template <int Build>
-struct basic_amx : basic_avx512_vnni<Build> {};
+struct basic_avx512_bf16 : basic_avx512_vnni<Build> {};
+template <int Build>
+struct basic_amx : basic_avx512_bf16<Build> {};
 template <int Build>
 struct basic_neon : basic_scalar<Build> {};
 
 using avx2 = basic_avx2<moe::detail::build_level>;
 using avx512 = basic_avx512<moe::detail::build_level>;
 using avx512_vnni = basic_avx512_vnni<moe::detail::build_level>;
+using avx512_bf16 = basic_avx512_bf16<moe::detail::build_level>;
 using amx = basic_amx<moe::detail::build_level>;
 using neon = basic_neon<moe::detail::build_level>;
 
@@ -50,6 +53,8 @@ auto at_level_in_use(F f) noexcept {
   switch (cpu_level_in_use()) {
     case cpu_level::amx:
       return f(amx{});
+    case cpu_level::avx512_bf16:
+      return f(avx512_bf16{});
     case cpu_level::avx512_vnni:
       return f(avx512_vnni{});
     case cpu_level::avx512:

@@ -16,6 +16,7 @@
 #define MOE_AVX2 "avx2,fma,f16c"
 #define MOE_AVX512 "avx512f,avx512bw,avx512dq,avx512vl," MOE_AVX2
 #define MOE_AVX512_VNNI MOE_AVX512 ",avx512vnni"
+#define MOE_AVX512_BF16 MOE_AVX512_VNNI ",avx512bf16"
 #define MOE_AMX "amx-tile,amx-bf16,amx-int8"
 
 namespace moe {
@@ -27,14 +28,16 @@ enum class cpu_level : std::uint8_t {
   avx2,         ///< with FMA and F16C
   avx512,       ///< F, BW, DQ and VL
   avx512_vnni,  ///< products of bytes
+  avx512_bf16,  ///< products of halves, where they are faster than those of floats
   amx           ///< tiles, bf16 and int8
 };
 
 inline constexpr cpu_level every_cpu_level[] = {cpu_level::scalar, cpu_level::neon,        cpu_level::avx2,
-                                                cpu_level::avx512, cpu_level::avx512_vnni, cpu_level::amx};
+                                                cpu_level::avx512, cpu_level::avx512_vnni, cpu_level::avx512_bf16,
+                                                cpu_level::amx};
 
 constexpr std::string_view name(cpu_level l) noexcept {
-  constexpr std::string_view names[] = {"scalar", "neon", "avx2", "avx512", "avx512_vnni", "amx"};
+  constexpr std::string_view names[] = {"scalar", "neon", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx"};
   return names[static_cast<int>(l)];
 }
 
@@ -68,6 +71,7 @@ constexpr machine_level level_of(const cpu_facts& c) noexcept {
   constexpr std::uint32_t fma = 1u << 12, f16c = 1u << 29, avx = 1u << 28, avx2 = 1u << 5;
   constexpr std::uint32_t f = 1u << 16, dq = 1u << 17, bw = 1u << 30, vl = 1u << 31, vnni = 1u << 11;
   constexpr std::uint32_t amx_bf16 = 1u << 22, amx_tile = 1u << 24, amx_int8 = 1u << 25;
+  constexpr std::uint32_t avx512_bf16 = 1u << 5;  // of subleaf 1
   constexpr std::uint64_t of_256 = 0x6, of_512 = 0xe6, of_tiles = 0x60000;
   if (!has(c.leaf1_ecx, fma | f16c | avx) || !has(c.leaf7_ebx, avx2))
     return {cpu_level::scalar, "the processor lacks AVX2, FMA or F16C"};
@@ -75,10 +79,12 @@ constexpr machine_level level_of(const cpu_facts& c) noexcept {
   if (!has(c.leaf7_ebx, f | dq | bw | vl)) return {cpu_level::avx2, "the processor lacks AVX-512 (F, BW, DQ and VL)"};
   if (!has(c.saved_state, of_512)) return {cpu_level::avx2, "the system does not save registers of 512 bits"};
   if (!has(c.leaf7_ecx, vnni)) return {cpu_level::avx512, "the processor lacks AVX-512 VNNI"};
-  if (!has(c.leaf7_edx, amx_bf16 | amx_tile | amx_int8))
-    return {cpu_level::avx512_vnni, "the processor lacks AMX with bf16 and int8"};
-  if (!has(c.saved_state, of_tiles) || !c.tiles_granted)
-    return {cpu_level::avx512_vnni, "the system refused the tiles of AMX"};
+  // Products of halves do twice the work of products of floats on AMD's, and no more or half of it on Intel's.
+  const bool halves = has(c.leaf7_1_eax, avx512_bf16);
+  const cpu_level below = halves && c.amd ? cpu_level::avx512_bf16 : cpu_level::avx512_vnni;
+  if (!halves || !has(c.leaf7_edx, amx_bf16 | amx_tile | amx_int8))
+    return {below, "the processor lacks AMX with bf16 and int8"};
+  if (!has(c.saved_state, of_tiles) || !c.tiles_granted) return {below, "the system refused the tiles of AMX"};
   return {cpu_level::amx, "the processor and the system have every level"};
 }
 

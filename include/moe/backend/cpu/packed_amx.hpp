@@ -8,6 +8,7 @@
 #pragma once
 
 #include "moe/backend/cpu/packed_amx_weights.hpp"
+#include "moe/backend/cpu/packed_bf16_avx512.hpp"
 #include "moe/backend/cpu/packed_int4_avx512.hpp"
 #include "moe/backend/cpu/packed_ternary_avx512.hpp"
 
@@ -301,45 +302,6 @@ void multiply_ternary_amx(const prepared_rows& a, const panel_product& p) noexce
   if (a.rows <= 4) return multiply_ternary_512<Build>(a, p);
   multiply_codes<Build, Tiles, ternary_codes<Build>>(
       a, p, [&](dim b, dim panel) noexcept { scale_sums<Build>(a, p, b, panel, 1); });
-}
-
-/// Bits of v rounded to bf16, in the upper half of each lane; a NaN stays one. The lower halves hold anything.
-MOE_TARGET(MOE_AVX512)
-inline __m512i rounded_halves(__m512 v) noexcept {
-  const __m512i u = _mm512_castps_si512(v), odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
-  const __m512i near = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
-  return _mm512_mask_or_epi32(near, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), u, _mm512_set1_epi32(0x400000));
-}
-/// to[j] = from[j], rounded. `to` may be where `from` is, but not with `Past`, which writes whole lines past the caches.
-template <int Build, bool Past = false>
-MOE_TARGET(MOE_AVX512)
-void round_floats(const float* from, bf16* to, dim n) noexcept {
-  alignas(64) static constexpr std::uint16_t upper[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
-                                                          33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
-  const bool past = Past && reinterpret_cast<std::uintptr_t>(to) % line_bytes == 0;
-  dim j = 0;
-  for (const __m512i order = _mm512_load_si512(upper); j + 32 <= n; j += 32) {
-    const __m512i low = rounded_halves(_mm512_loadu_ps(from + j)), high = rounded_halves(_mm512_loadu_ps(from + j + 16));
-    const __m512i halves = _mm512_permutex2var_epi16(low, order, high);
-    if (past)
-      _mm512_stream_si512(reinterpret_cast<__m512i*>(to + j), halves);
-    else
-      _mm512_storeu_si512(to + j, halves);
-  }
-  for (; j < n; j += 16) {
-    const __mmask16 some = static_cast<__mmask16>(n - j < 16 ? (1u << (n - j)) - 1 : 0xffff);
-    const __m512i halves = _mm512_srli_epi32(rounded_halves(_mm512_maskz_loadu_ps(some, from + j)), 16);
-    _mm512_mask_cvtepi32_storeu_epi16(to + j, some, halves);
-  }
-}
-
-/// Halves, the last line filled up with zeros.
-template <int Build>
-void prepare_bf16_512(const float* x, dim k, std::byte* to, float*, bool) noexcept {
-  const dim padded = moe::detail::round_up(k, 32);
-  auto* halves = reinterpret_cast<bf16*>(to);
-  round_floats<Build>(x, halves, k);
-  std::memset(static_cast<void*>(halves + k), 0, static_cast<std::size_t>(padded - k) * sizeof(bf16));
 }
 
 /// What was written past the caches is there for others after the next join.

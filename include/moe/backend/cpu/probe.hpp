@@ -22,25 +22,26 @@ namespace moe::detail {
 
 /// What an x86 processor says of itself, and what of it the system saves when threads change places.
 struct cpu_facts {
-  std::uint32_t leaf1_ecx = 0, leaf7_ebx = 0, leaf7_ecx = 0, leaf7_edx = 0;
+  std::uint32_t leaf1_ecx = 0, leaf7_ebx = 0, leaf7_ecx = 0, leaf7_edx = 0, leaf7_1_eax = 0;
   std::uint64_t saved_state = 0;  ///< XCR0
   bool tiles_granted = false;     ///< the system gave this process the tiles of AMX
+  bool amd = false;
 };
 
 #if defined(MOE_X86)
 
-/// Leaf `leaf`, subleaf 0: eax, ebx, ecx, edx; zeros where the processor has no such leaf.
+/// A subleaf of leaf `leaf`: eax, ebx, ecx, edx; zeros where the processor has no such leaf.
 struct cpuid_leaf {
   std::uint32_t part[4] = {};
-  explicit cpuid_leaf(std::uint32_t leaf) noexcept {
+  explicit cpuid_leaf(std::uint32_t leaf, std::uint32_t sub = 0) noexcept {
 #if defined(_MSC_VER)
     int all[4];
     __cpuidex(all, 0, 0);
     if (static_cast<std::uint32_t>(all[0]) < leaf) return;
-    __cpuidex(all, static_cast<int>(leaf), 0);
+    __cpuidex(all, static_cast<int>(leaf), static_cast<int>(sub));
     for (int i = 0; i < 4; ++i) part[i] = static_cast<std::uint32_t>(all[i]);
 #else
-    __get_cpuid_count(leaf, 0, part, part + 1, part + 2, part + 3);
+    __get_cpuid_count(leaf, sub, part, part + 1, part + 2, part + 3);
 #endif
   }
 };
@@ -74,6 +75,8 @@ inline cpu_facts probe_cpu() noexcept {
   facts.leaf7_ebx = features.part[1];
   facts.leaf7_ecx = features.part[2];
   facts.leaf7_edx = features.part[3];
+  facts.leaf7_1_eax = cpuid_leaf(7, 1).part[0];
+  facts.amd = cpuid_leaf(0).part[2] == 0x444d4163u;  // "cAMD", the end of "AuthenticAMD"
   if (facts.leaf1_ecx >> 27 & 1) facts.saved_state = read_saved_state();
   if (facts.saved_state >> 17 & 1) facts.tiles_granted = ask_for_tiles();
   return facts;
