@@ -66,7 +66,7 @@ TEST_SUITE("backend/cpu/level") {
     CHECK(level_of(without(everything, &cpu_facts::leaf7_ecx, 11)).level == cpu_level::avx512);
     for (const int bit : {22, 24, 25})
       CHECK(level_of(without(everything, &cpu_facts::leaf7_edx, bit)).level == cpu_level::avx512_vnni);
-    CHECK(level_of(without(everything, &cpu_facts::leaf7_1_eax, 5)).level == cpu_level::avx512_vnni);
+    CHECK(level_of(without(everything, &cpu_facts::leaf7_1_eax, 5)).level == cpu_level::amx);
   }
   TEST_CASE("products of halves are a level of their own where they are faster, which is on AMD's processors") {
     const cpu_facts without_tiles = without(everything, &cpu_facts::leaf7_edx, 24);
@@ -137,10 +137,10 @@ TEST_SUITE("backend/cpu/level") {
       wanted = cpu_level::avx2;
       if (all({"avx512f", "avx512bw", "avx512dq", "avx512vl"})) wanted = cpu_level::avx512;
       if (wanted == cpu_level::avx512 && all({"avx512_vnni"})) wanted = cpu_level::avx512_vnni;
-      const bool halves = wanted == cpu_level::avx512_vnni && all({"avx512_bf16"});
       constexpr long request_permission = 0x1023, tile_data = 18;
-      if (halves && amd) wanted = cpu_level::avx512_bf16;
-      if (halves && all({"amx_tile", "amx_bf16", "amx_int8"}) && syscall(SYS_arch_prctl, request_permission, tile_data) == 0)
+      if (wanted == cpu_level::avx512_vnni && amd && all({"avx512_bf16"})) wanted = cpu_level::avx512_bf16;
+      if (wanted >= cpu_level::avx512_vnni && all({"amx_tile", "amx_bf16", "amx_int8"}) &&
+          syscall(SYS_arch_prctl, request_permission, tile_data) == 0)
         wanted = cpu_level::amx;
     }
     CAPTURE(line);

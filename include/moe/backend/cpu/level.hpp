@@ -80,10 +80,9 @@ constexpr machine_level level_of(const cpu_facts& c) noexcept {
   if (!has(c.saved_state, of_512)) return {cpu_level::avx2, "the system does not save registers of 512 bits"};
   if (!has(c.leaf7_ecx, vnni)) return {cpu_level::avx512, "the processor lacks AVX-512 VNNI"};
   // Products of halves do twice the work of products of floats on AMD's, and no more or half of it on Intel's.
-  const bool halves = has(c.leaf7_1_eax, avx512_bf16);
-  const cpu_level below = halves && c.amd ? cpu_level::avx512_bf16 : cpu_level::avx512_vnni;
-  if (!halves || !has(c.leaf7_edx, amx_bf16 | amx_tile | amx_int8))
-    return {below, "the processor lacks AMX with bf16 and int8"};
+  // Every processor with AMX has them, too.
+  const cpu_level below = c.amd && has(c.leaf7_1_eax, avx512_bf16) ? cpu_level::avx512_bf16 : cpu_level::avx512_vnni;
+  if (!has(c.leaf7_edx, amx_bf16 | amx_tile | amx_int8)) return {below, "the processor lacks AMX with bf16 and int8"};
   if (!has(c.saved_state, of_tiles) || !c.tiles_granted) return {below, "the system refused the tiles of AMX"};
   return {cpu_level::amx, "the processor and the system have every level"};
 }
