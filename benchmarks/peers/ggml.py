@@ -49,11 +49,11 @@ _row_bytes = function("ggml_row_size", SIZE, INT, LONG)
 _quantize = function("ggml_quantize_chunk", SIZE, INT, POINTER, POINTER, LONG, LONG, LONG, POINTER, POINTER)
 _new_graph = function("ggml_new_graph", POINTER, POINTER)
 _expand = function("ggml_build_forward_expand", None, POINTER, POINTER)
-cpu_init = function("ggml_backend_cpu_init", POINTER)
+_cpu_init = function("ggml_backend_cpu_init", POINTER)
 _set_threads = function("ggml_backend_cpu_set_n_threads", None, POINTER, INT)
 _compute = function("ggml_backend_graph_compute", INT, POINTER, POINTER)
 _alloc_context = function("ggml_backend_alloc_ctx_tensors_from_buft", POINTER, POINTER, POINTER)
-cpu_buffers = function("ggml_backend_cpu_buffer_type", POINTER)
+_cpu_buffers = function("ggml_backend_cpu_buffer_type", POINTER)
 _tensor_set = function("ggml_backend_tensor_set", None, POINTER, POINTER, SIZE, SIZE)
 _device = function("ggml_backend_get_device", POINTER, POINTER)
 _registry = function("ggml_backend_dev_backend_reg", POINTER, POINTER)
@@ -115,6 +115,7 @@ def fill(to, data):
 
 
 def kind(w):
+    """The type of a tensor, as in TYPES."""
     return ctypes.cast(w, ctypes.POINTER(INT))[0]
 
 
@@ -122,24 +123,26 @@ class Backend:
     """The CPU, and the arrangements of weights that it offers beside the plain one."""
 
     def __init__(self):
-        self.handle = cpu_init()
-        device = _device(self.handle)
+        self.handle, self.plain = _cpu_init(), _cpu_buffers()
+
+    def arrangements(self, device):
         find = _address(_registry(device), b"ggml_backend_dev_get_extra_bufts")
         extra = ctypes.CFUNCTYPE(ctypes.POINTER(POINTER), POINTER)(find)(device) if find else []
-        self.kinds = []
-        while extra and extra[len(self.kinds)]:
-            self.kinds.append(extra[len(self.kinds)])
-        self.device, self.plain = device, cpu_buffers()
+        kinds = []
+        while extra and extra[len(kinds)]:
+            kinds.append(extra[len(kinds)])
+        return kinds
 
     def weights(self, product, kind, *shape):
         """A tensor of weights in the first arrangement with which the node product(ctx, weights) is done, as llama.cpp
         chooses when it loads a model."""
-        for buffers in self.kinds:
+        device = _device(self.handle)
+        for buffers in self.arrangements(device):
             ctx = context(8)
             w = tensor(ctx, kind, *shape)
             probe = _buffer_init(buffers, 0)
             ctypes.cast(w + POINTER_TO_BUFFER, ctypes.POINTER(POINTER))[0] = probe
-            supported = _supports(self.device, product(ctx, w))
+            supported = _supports(device, product(ctx, w))
             _buffer_free(probe)
             _free(ctx)
             if supported:

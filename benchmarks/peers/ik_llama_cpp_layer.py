@@ -17,17 +17,8 @@ _up_gate = ggml.function("ggml_moe_up_gate", *[ggml.POINTER] * 6, ggml.INT)
 _mul_multi_add = ggml.function("ggml_mul_multi_add", *[ggml.POINTER] * 4)
 
 
-class Backend:
-    """As ggml.Backend, without its list of arrangements."""
-
-    def __init__(self):
-        self.handle, self.plain = ggml.cpu_init(), ggml.cpu_buffers()
-
-    place, threads, compute = ggml.Backend.place, ggml.Backend.threads, ggml.Backend.compute
-
-
 class IkLayer(LlamaLayer):
-    kinds, backend_of = {**ggml.TYPES, "ternary": IQ2_BN}, Backend
+    kinds = {**ggml.TYPES, "ternary": IQ2_BN}
 
     def place(self, data, rows, columns):
         w = self.backend.place(self.backend.plain, self.kind, self.case.E, rows, columns)

@@ -11,11 +11,11 @@ from peer import Case, serve
 
 
 class LlamaLayer:
-    kinds, backend_of = ggml.TYPES, ggml.Backend
+    kinds = ggml.TYPES
 
     def __init__(self, case: Case):
         case.refuse_unless(*self.kinds)
-        self.case, self.kind, self.backend, self.graphs = case, self.kinds[case.type], self.backend_of(), None
+        self.case, self.kind, self.backend, self.graphs = case, self.kinds[case.type], ggml.Backend(), None
         gate, up, down = (ggml.encoded(w, self.kind) for w in case.weights())
         size = gate.nbytes + up.nbytes + down.nbytes
         self.layers = [(self.place(gate, case.f, case.d), self.place(up, case.f, case.d), self.place(down, case.d, case.f))

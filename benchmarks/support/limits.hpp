@@ -10,9 +10,9 @@ namespace bench {
 struct machine_limits {
   int threads = 1;
   double dram_read = 0;  ///< bytes per second
-  double fma_f32 = 0, vnni_int8 = 0, avx512_bf16 = 0, amx_bf16 = 0,
-         amx_int8 = 0;   ///< operations per second, two a multiply-add
-  bool quiet = true;     ///< nobody else had the processor meanwhile
+  /// Operations per second, two a multiply-add.
+  double fma_f32 = 0, vnni_int8 = 0, avx512_bf16 = 0, amx_bf16 = 0, amx_int8 = 0;
+  bool quiet = true;  ///< nobody else had the processor meanwhile
 
   /// The peak of a unit; where the machine lacks it, that of the next best one.
   double peak(unit u) const {

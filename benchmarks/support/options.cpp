@@ -39,8 +39,9 @@ other implementations of them, all in turn in one process; prints medians.
   --json FILE       writes every row as JSON, too
   --plot FOLDER     draws roofline.svg and ratios.svg
   --peers           also ONNX Runtime, PyTorch, llama.cpp and kt-kernel, which benchmarks/peers installs into the build folder
-                    (several gigabytes the first time) and drives in processes of their own; they are handed the routing. What
-                    cannot be installed or does not run here is named with the reason. None of them trains: with --backward
+                    (several gigabytes the first time) and drives in processes of their own; they are handed the routing. ik_llama.cpp
+                    is one more where MOE_IK_GGML names a build of it (benchmarks/peers/install.py --help). What cannot be
+                    installed or does not run here is named with the reason. None of them trains: with --backward
                     none is installed
   --peer-list FILE  peers in processes of their own, as benchmarks/peers/peer_list.hpp has it
   --rounds N        turns that each implementation gets, each of about 10 ms, or one call. Default: 15. Fewer: also less time

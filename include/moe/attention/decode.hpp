@@ -37,7 +37,7 @@ inline void make_decode_scratch(const kv_cache_shape& s, dim k, arena& mem) noex
 /// cache is read once. A sequence without keys: o = 0, lse = -inf.
 ///
 /// Work is cut by the cache's lengths and merged in the order of the keys, so bits do not depend on the threads. With bytes,
-/// the level avx512_vnni rounds queries and weights to 16 bits (2^-16 of the largest of a query and of a tile of keys),
+/// levels from avx512_vnni on round queries and weights to 16 bits (2^-16 of the largest of a query and of a tile of keys),
 /// beside the rounding of the cache.
 /// errors   shape_error for sizes that do not fit, too little scratch, a block beyond the keys
 template <class B, class T, class In, class Out>

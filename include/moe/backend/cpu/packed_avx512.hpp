@@ -123,6 +123,16 @@ MOE_INLINE
     }
   }
 }
+/// Of both halves of a panel.
+template <int M>
+MOE_TARGET(MOE_AVX512)
+MOE_INLINE void store_sums(const block_work& w, const __m512 (*sum)[M]) noexcept {
+  MOE_UNROLL
+  for (int m = 0; m < M; ++m) {
+    MOE_UNROLL
+    for (int h = 0; h < 2; ++h) _mm512_storeu_ps(w.c + m * w.ld + 16 * h, sum[h][m]);
+  }
+}
 template <int Build, class T, int M>
 MOE_TARGET(MOE_AVX512)
 MOE_NO_INLINE void multiply_block(const block_work& w) noexcept {
@@ -137,11 +147,7 @@ MOE_NO_INLINE void multiply_block(const block_work& w) noexcept {
       for (int i = 0; i < lines; ++i) add_line<T, M, H>(a + i * w.a_step, q, ahead, w.pace, sum + h);
     if (H == 2) q += tile_bytes;
   }
-  MOE_UNROLL
-  for (int m = 0; m < M; ++m) {
-    MOE_UNROLL
-    for (int h = 0; h < 2; ++h) _mm512_storeu_ps(w.c + m * w.ld + 16 * h, sum[h][m]);
-  }
+  store_sums<M>(w, sum);
 }
 
 /// sum[h][m] += x W^T over one line of a row of x, bytes times bytes: a tile of weights from q on, of H halves of a panel.

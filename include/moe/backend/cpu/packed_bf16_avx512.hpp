@@ -88,11 +88,7 @@ MOE_NO_INLINE void multiply_block_pairs(const block_work& w) noexcept {
     for (int h = 0; h < 2; h += H) add_pairs<M, H>(a, q, ahead, w.pace, sum + h);
     if (H == 2) q += tile_bytes;
   }
-  MOE_UNROLL
-  for (int m = 0; m < M; ++m) {
-    MOE_UNROLL
-    for (int h = 0; h < 2; ++h) _mm512_storeu_ps(w.c + m * w.ld + 16 * h, sum[h][m]);
-  }
+  store_sums<M>(w, sum);
 }
 template <int Build>
 void multiply_pairs_512(const prepared_rows& a, const panel_product& p) noexcept {

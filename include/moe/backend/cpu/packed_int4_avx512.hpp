@@ -251,7 +251,7 @@ void multiply_int4_512(const prepared_rows& a, const panel_product& p) noexcept 
   if (a.rows < rows_to_widen<T>) {
     for_each_panel_block(a, p, [](dim height, const block_work& w) {
       with_constant<rows_512>(height, [&](auto m) {
-        if constexpr (m <= 2)
+        if constexpr (halves_at_once<m> == 1)
           multiply_tiles_groups<Build, T, m>(w);
         else
           multiply_block_groups<Build, T, m>(w);

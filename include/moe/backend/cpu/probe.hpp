@@ -25,7 +25,7 @@ struct cpu_facts {
   std::uint32_t leaf1_ecx = 0, leaf7_ebx = 0, leaf7_ecx = 0, leaf7_edx = 0, leaf7_1_eax = 0;
   std::uint64_t saved_state = 0;  ///< XCR0
   bool tiles_granted = false;     ///< the system gave this process the tiles of AMX
-  bool amd = false;
+  bool amd = false;               ///< AMD made the processor
 };
 
 #if defined(MOE_X86)
