@@ -14,13 +14,14 @@ import sys
 import tempfile
 import xml.etree.ElementTree
 
-LIMITS = {"case", "threads", "dram_read_bytes_per_s", "fma_f32_flops_per_s", "amx_bf16_flops_per_s", "amx_int8_ops_per_s"}
+LIMITS = {"case", "threads", "dram_read_bytes_per_s", "fma_f32_flops_per_s", "avx512_bf16_flops_per_s",
+          "amx_bf16_flops_per_s", "vnni_int8_ops_per_s", "amx_int8_ops_per_s"}
 ROW = {"case", "d", "f", "E", "k", "T", "type", "threads", "skew", "backward", "tokens_per_s", "flops_per_s",
        "weight_bytes_per_s", "roof_tokens_per_s", "roof", "share", "peers"}
 ATTENTION = {"case", "h", "hkv", "d", "m", "n", "type", "threads", "decode", "backward", "gate", "B", "k", "tokens_per_s",
              "useful_flops_per_s", "cache_bytes_per_s", "visited_share", "roof_tokens_per_s", "roof", "share", "peers"}
 # Bytes of a weight with its scales, and the peaks of the units that multiply it, the best first.
-TYPES = {"f32": (4, ()), "bf16": (2, ("amx_bf16_flops_per_s",)), "f16": (2, ()),
+TYPES = {"f32": (4, ()), "bf16": (2, ("amx_bf16_flops_per_s", "avx512_bf16_flops_per_s")), "f16": (2, ()),
          "int8": (1, ("amx_int8_ops_per_s", "vnni_int8_ops_per_s")),
          "int4": (0.5625, ("amx_int8_ops_per_s", "vnni_int8_ops_per_s")),
          "ternary": (0.25, ("amx_int8_ops_per_s", "vnni_int8_ops_per_s"))}
