@@ -213,7 +213,6 @@ def main():
     expect(got == list(itertools.product(types, (0, 1.2), (3, 150))), f"rows are {got}")
     expect(len([line for line in table.splitlines() if line.startswith("layer")]) == len(rows), f"the table is\n{table}")
 
-    expect({row["roof"] for row in rows if row["T"] == 3} == {"memory"}, f"rows are {rows}")
     cores = "1,2" if (os.cpu_count() or 1) >= 2 else "1"
     rows, _ = rows_of(program, "--tokens", "4096", "--threads", cores, "--type", "f32")
     expect([(row["threads"], row["roof"]) for row in rows] == [(int(n), "compute") for n in cores.split(",")], f"rows are {rows}")
