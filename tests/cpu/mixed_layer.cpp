@@ -87,7 +87,7 @@ TEST_SUITE("expert/ffn") {
     static_assert(moe::TrainableExpert<moe::bf16_ffn_expert, cpu<>>);
     check_errors<moe::scalar<moe::serial>>(1e-5, 1e-4);
     testing::at_every_level([] {
-      const bool rounds = moe::cpu_level_in_use() == moe::cpu_level::amx;
+      const bool rounds = testing::halves_in_use();
       // All is float32 but for the weights, which the reference has too: the bounds of float32 weights. Tiles round rows to
       // bf16: as the next case.
       rounds ? check_errors<cpu<>>(1. / 128, 1. / 64) : check_errors<cpu<>>(1e-5, 1e-4);
@@ -145,7 +145,7 @@ TEST_SUITE("expert/ffn") {
     const auto w = half.rounded();
     std::copy(w.begin(), w.end(), whole.weights().begin());
     const moe::cpu_level before = moe::cpu_level_in_use();
-    if (before == moe::cpu_level::amx) moe::use_cpu_level(moe::cpu_level::avx512_vnni);
+    if (testing::halves_in_use()) moe::use_cpu_level(moe::cpu_level::avx512_vnni);
     const auto got = testing::run(half), want = testing::run(whole);
     moe::use_cpu_level(before);
     double worst = 0;
@@ -187,7 +187,7 @@ TEST_SUITE("expert/ffn") {
       };
       expect_near(first, golden::tolerance);
       testing::at_every_level([&] {
-        const bool rounds = moe::cpu_level_in_use() == moe::cpu_level::amx;
+        const bool rounds = testing::halves_in_use();
         expect_near(*model(cpu<>{}), rounds ? 1. / 64 : golden::tolerance);
       });
 #if defined(MOE_X86)
@@ -285,7 +285,7 @@ TEST_SUITE("expert/ffn") {
     };
     const reference::layer want{reference::linear_gate(reference::tensor(m.names, w, "gate.w")), reference::top_k(2),
                                 reference::feed_forward(both("up"), both("gate"), both("down"))};
-    const double bound = moe::cpu_level_in_use() == moe::cpu_level::amx ? 1. / 128 : 1e-5;
+    const double bound = testing::halves_in_use() ? 1. / 128 : 1e-5;
     CHECK(reference::error(m.y, want.forward({s.tokens, s.d, m.x}).values) < bound);
   }
 }

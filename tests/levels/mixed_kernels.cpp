@@ -163,6 +163,7 @@ void on_every_rung(F f) {
     f("avx512", mixed_kernels_of(moe::arch::avx512{}), false);
     f("amx, emulated", mixed_kernels_of(moe::arch::amx{}, testing::emulated_tiles{}), true);
   }
+  if (includes(machine, moe::cpu_level::avx512_bf16)) f("avx512_bf16", mixed_kernels_of(moe::arch::avx512_bf16{}), true);
   if (includes(machine, moe::cpu_level::amx)) f("amx", mixed_kernels_of(moe::arch::amx{}), true);
 #elif defined(__aarch64__)
   f("neon", mixed_kernels_of(moe::arch::neon{}), false);

@@ -238,7 +238,7 @@ std::size_t scratch_bytes() {
 
 TEST_SUITE("attention/self_attention_halves") {
   TEST_CASE("forward and all gradients equal the formulas at the rounded queries, keys and values, at every level") {
-    testing::at_every_level([] { check_selections<moe::cpu<>>(moe::cpu_level_in_use() == moe::cpu_level::amx); });
+    testing::at_every_level([] { check_selections<moe::cpu<>>(testing::halves_in_use()); });
   }
 #if defined(MOE_X86)
   TEST_CASE("the same on tiles in plain C++" * doctest::skip(!has_512())) {

@@ -6,8 +6,8 @@
 
 #include <concepts>
 
-#include "moe/backend/cpu/level.hpp"
 #include "support/attention_trial.hpp"
+#include "support/levels.hpp"
 
 namespace testing {
 
@@ -16,7 +16,7 @@ namespace testing {
 /// 2^-9 of the largest value, which is four here.
 template <class T>
 double attention_tolerance() {
-  return std::same_as<T, moe::bf16> && moe::cpu_level_in_use() == moe::cpu_level::amx ? 1e-2 : 1e-5;
+  return std::same_as<T, moe::bf16> && halves_in_use() ? 1e-2 : 1e-5;
 }
 inline void expect_near(const attention_floats& got, const reference::attention_numbers<double>& wanted,
                         double off = attention_tolerance<float>()) {

@@ -32,4 +32,7 @@ void at_every_level(F f) {
   moe::use_cpu_level(before);
 }
 
+/// Whether kernels of bf16 in use round the rows that they multiply, and weights of values, to bf16: those of tiles.
+inline bool halves_in_use() { return moe::includes(moe::cpu_level_in_use(), moe::cpu_level::avx512_bf16); }
+
 }  // namespace testing

@@ -59,7 +59,8 @@ struct block_attention {
 /// G1 to G5: Qiu et al. 2025, Gated Attention for Large Language Models, arXiv:2505.06708
 struct attention_features {
   /// Of queries, keys and values as attention reads them: float, or bf16, to which they are rounded once, so that attention
-  /// runs on tiles where the machine has them. Weights and gradients stay floats.
+  /// multiplies halves where the machine has instructions for it (levels avx512_bf16 and amx). Weights and gradients stay
+  /// floats.
   using element = float;
   using selection = dense_attention;
   using rotary = no_rotary;

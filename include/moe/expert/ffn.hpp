@@ -29,9 +29,9 @@ using ffn_weights = basic_ffn_weights<float>;
 /// saves    z[A,2f] when gated, else z[A,f]: the pre-activations, gate then up; nothing of width d
 /// adds to  dx, the gradients of all weights, dweight
 /// errors   shape_error when f is not positive or a tensor does not fit
-/// With bf16 weights all else stays float32, but where the level multiplies bf16 (AMX) each product rounds its rows to it
-/// (docs/numerics.md). Masters, moments and the step that rounds: train/mixed.hpp.
-/// The router's gradient is <da_r, a_r>, so no expert row is kept: Guo et al. 2025 (SonicMoE), arXiv:2512.14080.
+/// With bf16 weights all else stays float32, but where the level multiplies bf16 (AMX, AMD) each product rounds its rows to
+/// it (docs/numerics.md). Masters, moments and the step that rounds: train/mixed.hpp. The router's gradient is <da_r, a_r>,
+/// so no expert row is kept: Guo et al. 2025 (SonicMoE), arXiv:2512.14080.
 template <class Form = glu<silu>, class Layout = separate, bool Biased = false, class W = float>
 struct basic_ffn_expert {
   static_assert(std::same_as<W, float> || std::same_as<W, bf16>, "moe::basic_ffn_expert: weights must be float or bf16");

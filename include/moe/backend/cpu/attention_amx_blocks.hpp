@@ -6,6 +6,7 @@
 #include "moe/backend/attention_kernels.hpp"
 #include "moe/backend/cpu/attention_avx512.hpp"
 #include "moe/backend/cpu/mixed_amx.hpp"
+#include "moe/backend/cpu/vector_tiles.hpp"
 
 #if defined(MOE_X86_KERNELS)
 
@@ -135,45 +136,9 @@ class attention_tile_blocks {
   };
   /// beside() runs once a step: what it does on vectors overlaps with the tile unit.
   template <class Beside>
-  MOE_TARGET(MOE_AMX_AVX512)
-  MOE_NO_INLINE static void multiply(const product& w, Beside&& beside) noexcept {
-    Tiles::compiler_fence();
-    const dim stride = w.ld * dim{sizeof(float)};
-    auto* c = reinterpret_cast<std::byte*>(w.sums);
-    std::byte* below = c + tile_rows * stride;
-    const std::byte *a = w.upper, *b = w.lower, *q = w.right;
-    if (w.add) {
-      Tiles::load0(c, stride);
-      Tiles::load1(c + line_bytes, stride);
-      if (b) Tiles::load2(below, stride);
-      if (b) Tiles::load3(below + line_bytes, stride);
-    } else {
-      Tiles::zero0();
-      Tiles::zero1();
-      Tiles::zero2();
-      Tiles::zero3();
-    }
-    for (dim s = 0; s < w.steps; ++s, a += block_bytes, q += 2 * tile_bytes) {
-      Tiles::load4(a, line_bytes);
-      Tiles::load6(q, line_bytes);
-      Tiles::add_halves0();
-      Tiles::load7(q + tile_bytes, line_bytes);
-      Tiles::add_halves1();
-      if (b) {
-        Tiles::load5(b, line_bytes);
-        b += block_bytes;
-        Tiles::add_halves2();
-        Tiles::add_halves3();
-      }
-      beside();
-    }
-    Tiles::store0(c, stride);
-    Tiles::store1(c + line_bytes, stride);
-    if (w.lower) Tiles::store2(below, stride);
-    if (w.lower) Tiles::store3(below + line_bytes, stride);
-    Tiles::compiler_fence();
+  static void multiply(const product& w, Beside&& beside) noexcept {
+    on_tiles(Tiles{}, [&](auto tiles) noexcept { multiply_on<decltype(tiles)>(w, beside); });
   }
-
   /// Work on vectors in units, so many after each step of the products that run meanwhile.
   template <class Unit>
   struct beside {
@@ -189,6 +154,46 @@ class attention_tile_blocks {
   };
 
  private:
+  template <class T, class Beside>
+  MOE_TARGET(MOE_AMX_AVX512)
+  MOE_NO_INLINE static void multiply_on(const product& w, Beside& beside) noexcept {
+    T::compiler_fence();
+    const dim stride = w.ld * dim{sizeof(float)};
+    auto* c = reinterpret_cast<std::byte*>(w.sums);
+    std::byte* below = c + tile_rows * stride;
+    const std::byte *a = w.upper, *b = w.lower, *q = w.right;
+    if (w.add) {
+      T::load0(c, stride);
+      T::load1(c + line_bytes, stride);
+      if (b) T::load2(below, stride);
+      if (b) T::load3(below + line_bytes, stride);
+    } else {
+      T::zero0();
+      T::zero1();
+      T::zero2();
+      T::zero3();
+    }
+    for (dim s = 0; s < w.steps; ++s, a += block_bytes, q += 2 * tile_bytes) {
+      T::load4(a, line_bytes);
+      T::load6(q, line_bytes);
+      T::add_halves0();
+      T::load7(q + tile_bytes, line_bytes);
+      T::add_halves1();
+      if (b) {
+        T::load5(b, line_bytes);
+        b += block_bytes;
+        T::add_halves2();
+        T::add_halves3();
+      }
+      beside();
+    }
+    T::store0(c, stride);
+    T::store1(c + line_bytes, stride);
+    if (w.lower) T::store2(below, stride);
+    if (w.lower) T::store3(below + line_bytes, stride);
+    T::compiler_fence();
+  }
+
   /// Halves of a and b side by side: columns 0 .. 16 to one tile, 16 .. 32 to the next.
   MOE_TARGET(MOE_AVX512)
   static void store_pairs(__m512i a, __m512i b, std::byte* to) noexcept {

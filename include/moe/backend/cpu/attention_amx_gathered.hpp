@@ -130,37 +130,42 @@ class attention_tile_stream : attention_tile_blocks<Build, Tiles> {
 
   /// A pair of blocks of a left operand, `width` steps wide, by a pair of tiles of a right one. Meanwhile vectors do what is
   /// under way.
+  void multiply(const std::byte* a, dim width, dim rows, const std::byte* q, dim steps, float* to) noexcept {
+    on_tiles(Tiles{}, [&](auto tiles) noexcept { multiply_on<decltype(tiles)>(a, width, rows, q, steps, to); });
+  }
+  template <class T>
   MOE_TARGET(MOE_AMX_AVX512)
-  MOE_NO_INLINE void multiply(const std::byte* a, dim width, dim rows, const std::byte* q, dim steps, float* to) noexcept {
-    Tiles::compiler_fence();
+  MOE_NO_INLINE
+      void multiply_on(const std::byte* a, dim width, dim rows, const std::byte* q, dim steps, float* to) noexcept {
+    T::compiler_fence();
     const std::byte* b = rows > tile_rows ? a + width * block_bytes : nullptr;
     const dim each = moe::detail::blocks(f_.under_way.rows, steps);
-    Tiles::zero0();
-    Tiles::zero1();
-    Tiles::zero2();
-    Tiles::zero3();
+    T::zero0();
+    T::zero1();
+    T::zero2();
+    T::zero3();
     for (dim s = 0; s < steps; ++s, a += block_bytes, q += 2 * tile_bytes) {
-      Tiles::load4(a, line_bytes);
-      Tiles::load6(q, line_bytes);
-      Tiles::add_halves0();
-      Tiles::load7(q + tile_bytes, line_bytes);
-      Tiles::add_halves1();
+      T::load4(a, line_bytes);
+      T::load6(q, line_bytes);
+      T::add_halves0();
+      T::load7(q + tile_bytes, line_bytes);
+      T::add_halves1();
       if (b) {
-        Tiles::load5(b, line_bytes);
+        T::load5(b, line_bytes);
         b += block_bytes;
-        Tiles::add_halves2();
-        Tiles::add_halves3();
+        T::add_halves2();
+        T::add_halves3();
       }
       do_work(each);
       ask(8);
     }
     finish_work();
     auto* c = reinterpret_cast<std::byte*>(to);
-    Tiles::store0(c, line_bytes);
-    Tiles::store1(c + tile_bytes, line_bytes);
-    if (b) Tiles::store2(c + 2 * tile_bytes, line_bytes);
-    if (b) Tiles::store3(c + 3 * tile_bytes, line_bytes);
-    Tiles::compiler_fence();
+    T::store0(c, line_bytes);
+    T::store1(c + tile_bytes, line_bytes);
+    if (b) T::store2(c + 2 * tile_bytes, line_bytes);
+    if (b) T::store3(c + 3 * tile_bytes, line_bytes);
+    T::compiler_fence();
   }
   void do_work(dim rows) noexcept {
     attention_stream::work& w = f_.under_way;

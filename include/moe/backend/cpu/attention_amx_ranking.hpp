@@ -82,35 +82,39 @@ class attention_tile_ranking : attention_tile_blocks<Build, Tiles> {
                    reinterpret_cast<float*>(a_.turned + (j * 2 + half) * tile_bytes));
   }
   /// scores(c, row) of 32 means: the smallest parts first.
-  MOE_TARGET(MOE_AMX)
   void score(dim c) const noexcept {
-    Tiles::compiler_fence();
-    Tiles::zero0();
-    Tiles::zero1();
-    Tiles::zero2();
-    Tiles::zero3();
+    on_tiles(Tiles{}, [&](auto tiles) noexcept { score_on<decltype(tiles)>(c); });
+  }
+  template <class T>
+  MOE_TARGET(MOE_AMX)
+  void score_on(dim c) const noexcept {
+    T::compiler_fence();
+    T::zero0();
+    T::zero1();
+    T::zero2();
+    T::zero3();
     const dim next = parts * steps_ * block_bytes;
     for (dim part = parts - 1; part >= 0; --part) {
       const std::byte* upper = a_.parts + (c / width * parts + part) * steps_ * block_bytes;
       for (dim j = 0; j < steps_; ++j, upper += block_bytes) {
         const std::byte* right = a_.turned + j * 2 * tile_bytes;
-        Tiles::load4(upper, line_bytes);
-        Tiles::load6(right, line_bytes);
-        Tiles::add_halves0();
-        Tiles::load7(right + tile_bytes, line_bytes);
-        Tiles::add_halves1();
-        Tiles::load5(upper + next, line_bytes);
-        Tiles::add_halves2();
-        Tiles::add_halves3();
+        T::load4(upper, line_bytes);
+        T::load6(right, line_bytes);
+        T::add_halves0();
+        T::load7(right + tile_bytes, line_bytes);
+        T::add_halves1();
+        T::load5(upper + next, line_bytes);
+        T::add_halves2();
+        T::add_halves3();
       }
     }
     float* to = a_.scores + c * pair;
     constexpr dim stride = pair * dim{sizeof(float)};
-    Tiles::store0(to, stride);
-    Tiles::store1(to + width, stride);
-    Tiles::store2(to + width * pair, stride);
-    Tiles::store3(to + width * pair + width, stride);
-    Tiles::compiler_fence();
+    T::store0(to, stride);
+    T::store1(to + width, stride);
+    T::store2(to + width * pair, stride);
+    T::store3(to + width * pair + width, stride);
+    T::compiler_fence();
   }
 
   /// Of rows i + r .. + n.

@@ -20,7 +20,7 @@ template <int Build>
 attention_kernels attention_kernels_in_use() noexcept {
 #if defined(MOE_X86)
   const cpu_level level = cpu_level_in_use();
-  if (level == cpu_level::amx) return detail::attention_on_tiles<Build, detail::hardware_tiles>();
+  if (includes(level, cpu_level::avx512_bf16)) return detail::attention_on_tiles<Build, detail::tiles_in_use<Build>>();
   if (includes(level, cpu_level::avx512)) return detail::attention_of<detail::attention_avx512<Build>>;
   if (includes(level, cpu_level::avx2)) return detail::attention_of<detail::attention_avx2<Build>>;
 #elif defined(__aarch64__)

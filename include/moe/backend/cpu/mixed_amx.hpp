@@ -3,8 +3,8 @@
 /// to bf16, to nearest even, before: `halves`; sums are float32.
 ///
 /// Rows go into tiles as they lie in memory. The other operand is packed for a cut of the reduced dimension; 32 columns of
-/// it stay in the first cache while all rows pass by. Weights come as they lie in memory, in either orientation. `Tiles` are
-/// the instructions; tests put a plain C++ copy of them in their place.
+/// it stay in the first cache while all rows pass by. Weights come as they lie in memory, in either orientation. `Tiles` as
+/// in packed_amx.hpp.
 #pragma once
 
 #include "moe/backend/cpu/blocks_avx512.hpp"

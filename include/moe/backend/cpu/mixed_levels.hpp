@@ -9,6 +9,7 @@
 #include "moe/backend/cpu/lanes_neon.hpp"
 #include "moe/backend/cpu/level.hpp"
 #include "moe/backend/cpu/mixed_amx.hpp"
+#include "moe/backend/cpu/vector_tiles.hpp"
 
 namespace moe::arch {
 
@@ -32,6 +33,10 @@ template <int Build>
 mixed_kernels mixed_kernels_of(basic_avx512<Build>) noexcept {
   return detail::mixed_from_blocks<detail::blocks_avx512<Build>>;
 }
+template <int Build>
+mixed_kernels mixed_kernels_of(basic_avx512_bf16<Build>) noexcept {
+  return mixed_kernels_of(basic_amx<Build>{}, detail::vector_tiles<Build>{});
+}
 #elif defined(__aarch64__)
 template <int Build>
 mixed_kernels mixed_kernels_of(basic_neon<Build>) noexcept {
@@ -44,6 +49,7 @@ mixed_kernels mixed_kernels_in_use() noexcept {
 #if defined(MOE_X86)
   const cpu_level level = cpu_level_in_use();
   if (level == cpu_level::amx) return mixed_kernels_of(basic_amx<Build>{});
+  if (includes(level, cpu_level::avx512_bf16)) return mixed_kernels_of(basic_avx512_bf16<Build>{});
   if (includes(level, cpu_level::avx512)) return mixed_kernels_of(basic_avx512<Build>{});
   if (includes(level, cpu_level::avx2)) return mixed_kernels_of(basic_avx2<Build>{});
 #elif defined(__aarch64__)

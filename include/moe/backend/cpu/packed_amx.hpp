@@ -4,7 +4,8 @@
 /// A product of up to 32 rows with a panel keeps four tiles of sums. Few rows follow each panel to its end, as it lies in
 /// memory; many rows pass, a stretch of them after another, by the stretch of a panel that stays in the first cache, while
 /// the next panel's comes into the second.
-/// `Tiles` are the instructions; tests put a plain C++ copy of them in their place.
+/// `Tiles` are the instructions; tests put a plain C++ copy of them in their place. Code for them writes to nothing that it
+/// loaded until the sums of it are stored, so that vector_tiles.hpp can stand for them, too.
 #pragma once
 
 #include "moe/backend/cpu/packed_amx_weights.hpp"
