@@ -134,6 +134,20 @@ class attention_tile_blocks {
     dim ld;
     bool add;
   };
+  /// One step of a product: blocks a and, where there is one, b by the pair of tiles at q.
+  template <class T>
+  MOE_TARGET(MOE_AMX_AVX512)
+  MOE_INLINE static void multiply_step(const std::byte* a, const std::byte* b, const std::byte* q) noexcept {
+    T::load4(a, line_bytes);
+    T::load6(q, line_bytes);
+    T::add_halves0();
+    T::load7(q + tile_bytes, line_bytes);
+    T::add_halves1();
+    if (b == nullptr) return;
+    T::load5(b, line_bytes);
+    T::add_halves2();
+    T::add_halves3();
+  }
   /// beside() runs once a step: what it does on vectors overlaps with the tile unit.
   template <class Beside>
   static void multiply(const product& w, Beside&& beside) noexcept {
@@ -174,17 +188,8 @@ class attention_tile_blocks {
       T::zero3();
     }
     for (dim s = 0; s < w.steps; ++s, a += block_bytes, q += 2 * tile_bytes) {
-      T::load4(a, line_bytes);
-      T::load6(q, line_bytes);
-      T::add_halves0();
-      T::load7(q + tile_bytes, line_bytes);
-      T::add_halves1();
-      if (b) {
-        T::load5(b, line_bytes);
-        b += block_bytes;
-        T::add_halves2();
-        T::add_halves3();
-      }
+      multiply_step<T>(a, b, q);
+      if (b) b += block_bytes;
       beside();
     }
     T::store0(c, stride);

@@ -145,17 +145,8 @@ class attention_tile_stream : attention_tile_blocks<Build, Tiles> {
     T::zero2();
     T::zero3();
     for (dim s = 0; s < steps; ++s, a += block_bytes, q += 2 * tile_bytes) {
-      T::load4(a, line_bytes);
-      T::load6(q, line_bytes);
-      T::add_halves0();
-      T::load7(q + tile_bytes, line_bytes);
-      T::add_halves1();
-      if (b) {
-        T::load5(b, line_bytes);
-        b += block_bytes;
-        T::add_halves2();
-        T::add_halves3();
-      }
+      base::template multiply_step<T>(a, b, q);
+      if (b) b += block_bytes;
       do_work(each);
       ask(8);
     }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-/// Products of rows with bf16 weights, and gradients of such weights, on the tile unit of Intel processors. Rows are rounded
-/// to bf16, to nearest even, before: `halves`; sums are float32.
+/// Products of rows with bf16 weights, and gradients of such weights, on tiles, of Intel processors or of vectors. Rows are
+/// rounded to bf16, to nearest even, before: `halves`; sums are float32.
 ///
 /// Rows go into tiles as they lie in memory. The other operand is packed for a cut of the reduced dimension; 32 columns of
 /// it stay in the first cache while all rows pass by. Weights come as they lie in memory, in either orientation. `Tiles` as

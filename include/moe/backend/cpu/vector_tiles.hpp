@@ -116,17 +116,17 @@ class vector_tiles {
     }
     for (dim i = 0; i < s.count; ++i) {
       const product& p = s.products[i];
-      const std::byte *left = p.right[0], *right = p.right[1];
-      const dim one = p.left.stride;
+      const std::byte *first = p.right[0], *second = p.right[1];
+      const dim stride = p.left.stride;
       // Rows above and below the middle, so that all of them are in reach of two pointers.
-      const std::byte *upper = p.left.at + row * one, *lower = upper + M / 2 * one;
+      const std::byte *upper = p.left.at + row * stride, *lower = upper + M / 2 * stride;
       MOE_NO_UNROLL
-      for (int step = 0; step < 16; ++step, left += line_bytes, right += line_bytes, upper += 4, lower += 4) {
-        const __m512bh w = pairs_of_halves(_mm512_loadu_si512(left)), v = pairs_of_halves(_mm512_loadu_si512(right));
+      for (int step = 0; step < 16; ++step, first += line_bytes, second += line_bytes, upper += 4, lower += 4) {
+        const __m512bh w = pairs_of_halves(_mm512_loadu_si512(first)), v = pairs_of_halves(_mm512_loadu_si512(second));
         MOE_UNROLL
         for (int m = 0; m < M; ++m) {
           std::int32_t two;
-          std::memcpy(&two, m < M / 2 ? upper + m * one : lower + (m - M / 2) * one, 4);
+          std::memcpy(&two, m < M / 2 ? upper + m * stride : lower + (m - M / 2) * stride, 4);
           const __m512bh x = pairs_of_halves(_mm512_set1_epi32(two));
           sum[0][m] = _mm512_dpbf16_ps(sum[0][m], w, x);
           sum[1][m] = _mm512_dpbf16_ps(sum[1][m], v, x);
